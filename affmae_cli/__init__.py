@@ -1,0 +1,1 @@
+"""Command line of affmae: parses, calls one engine function, prints."""

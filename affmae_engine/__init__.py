@@ -1,0 +1,1 @@
+"""Engine of affmae: data, model, training and prediction. Imports no terminal library."""

@@ -1,0 +1,199 @@
+"""Every persistent write of the project: complete under its final name, or absent.
+
+A file is written beside its destination, flushed, fsynced, renamed over the final name, and the folder is fsynced.
+A folder is built aside under a hidden name and renamed as one. Whatever goes wrong (an exception, Ctrl-C, a full
+disk), nothing half-written is left under a final name and temporary files are removed; a process killed outright
+leaves only hidden `.NAME.*.partial` entries, which `sweep` deletes.
+
+The many faces of a failed write (`OSError` with a dozen errno values, `RuntimeError` from torch, `SafetensorError`)
+become one `ResourceError` that names the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from affmae_engine.errors import ResourceError
+
+PARTIAL_SUFFIX = ".partial"
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission was denied",
+    errno.EPERM: "permission was denied",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EIO: "the device reported an input/output error",
+}
+
+
+def commit_file(path: Path, writer: Callable[[Path], None]) -> None:
+    """Write one file atomically.
+
+    Args:
+        path: final name; its folder must exist. An existing file is replaced as a whole.
+        writer: called once with a temporary path in the same folder; must create that file.
+
+    Raises:
+        ResourceError: disk full, read-only, no permission; the final name is untouched.
+    """
+    partial = _partial_name(path)
+    try:
+        with translated_write_errors(path):
+            writer(partial)
+            fsync_file(partial)
+            partial.replace(path)
+            fsync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def commit_bytes(path: Path, data: bytes) -> None:
+    """Write `data` atomically as the whole content of `path` (see `commit_file`)."""
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(data)
+
+    commit_file(path, write)
+
+
+def commit_text(path: Path, text: str) -> None:
+    """Write `text` atomically as UTF-8 (see `commit_file`)."""
+    commit_bytes(path, text.encode("utf-8"))
+
+
+def commit_json(path: Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON (see `commit_file`). NaN and infinity are refused with ValueError."""
+    commit_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def committed_folder(path: Path) -> Iterator[Path]:
+    """Build a folder aside and rename it into place when the block ends without an exception.
+
+    Yields:
+        a hidden sibling folder to fill. Files in it are fsynced before the rename.
+
+    Raises:
+        FileExistsError: `path` exists already (a committed folder is never replaced).
+        ResourceError: the write failed; nothing is left under the final name.
+    """
+    if path.exists():
+        raise FileExistsError(path)
+    partial = _partial_name(path)
+    try:
+        with translated_write_errors(path):
+            partial.mkdir()
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                if file.is_file():
+                    fsync_file(file)
+            for folder in sorted((p for p in partial.rglob("*") if p.is_dir()), reverse=True):
+                fsync_folder(folder)
+            fsync_folder(partial)
+            partial.rename(path)
+            fsync_folder(path.parent)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def translated_write_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write inside the block into a `ResourceError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise ResourceError(f"cannot write {path}: {reason}", _hint(path, error.errno)) from error
+    except (RuntimeError, ValueError) as error:
+        # torch and imagecodecs raise RuntimeError, safetensors its own ValueError-like class, when a write is short.
+        if _free_bytes(path) > 1 << 20:
+            raise
+        raise ResourceError(f"cannot write {path}: the disk is full", _hint(path, errno.ENOSPC)) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ResourceError(f"cannot write {path}: {error}", _hint(path, errno.ENOSPC)) from error
+
+
+def ensure_folder(path: Path) -> Path:
+    """Create `path` and its parents and prove that it can be written to.
+
+    Raises:
+        ResourceError: a file stands in the way, the place is read-only, or permission is denied.
+    """
+    with translated_write_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ResourceError(
+                f"cannot use {path} as a folder: a file of that name exists", "name another output folder"
+            ) from error
+        probe = _partial_name(path / "probe")
+        probe.touch()
+        probe.unlink()
+    return path
+
+
+def sweep(folder: Path) -> int:
+    """Delete what killed writers left in `folder` (not in its subfolders); returns how many entries were removed."""
+    count = 0
+    for entry in folder.glob(f".*{PARTIAL_SUFFIX}"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+        count += 1
+    return count
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's content to the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Force a folder's entries to the device, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot fsync a folder; the rename itself is still atomic there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _partial_name(path: Path) -> Path:
+    # The name is cut so that a 255-byte final name still has a legal temporary one.
+    stem = path.name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
+    return path.with_name(f".{stem}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+
+
+def _free_bytes(path: Path) -> int:
+    parent = path.parent if path.parent.exists() else Path()
+    return shutil.disk_usage(parent).free
+
+
+def _hint(path: Path, code: int | None) -> str:
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return f"free some space ({_free_bytes(path) / 2**20:.0f} MiB are left) or choose another output folder"
+    return "choose another output folder"

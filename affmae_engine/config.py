@@ -1,0 +1,243 @@
+"""The resolved configuration of a run: frozen sections, no I/O, no environment, no defaults hidden elsewhere.
+
+A `RunConfig` is what a command runs with after every source (defaults, preset, file, environment, `--set`) was merged
+by `affmae_cli.settings`. One and the same section is live for pretraining and finetuning (`optim`, `train`, `data`):
+presets give them task-dependent values through `[task.finetune.*]` tables, which are resolved away before this module
+sees them, so that what a user sets is what is used. The docstring under each field is its help text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Task = Literal["pretrain", "finetune"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown fields are errors, values cannot be changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The network (paper section 3). Widths and depths come from `size`; see `affmae_engine.model.sizes`."""
+
+    family: Literal["affmae"] = "affmae"
+    """Architecture."""
+    size: Literal["tiny", "small", "base"] = "small"
+    """Widths and depths: `small` (23 M parameters), `base` (66 M), `tiny` (under 1 M, for CPUs and tests)."""
+    channels: Positive = 1
+    """Image channels; EM is grey, so 1."""
+    patch_size: Literal[2, 4, 8, 16, 32] = 8
+    """Edge of one token, in pixels."""
+    cluster_size: Positive = 8
+    """Tokens in one cluster (m)."""
+    neighbours: Positive = 64
+    """Tokens that one token attends to (M); a multiple of `cluster_size`."""
+    merging: Literal["cluster", "l2norm"] = "cluster"
+    """How tokens are merged between stages: learned scores with gathering, or selection by feature norm."""
+    merge_keep: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the tokens that survives each merging (rho)."""
+    drop_path: Fraction = 0.1
+    """Stochastic depth of the deepest encoder block; rises linearly from 0."""
+    decoder_dropout: Fraction = 0.1
+    """Dropout of the decoder's residual branches."""
+    decoder_ffn_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """Hidden width of the decoder's feed-forward layer, as a multiple of its width."""
+
+    @model_validator(mode="after")
+    def _whole_clusters(self) -> ModelConfig:
+        if self.neighbours % self.cluster_size:
+            raise ValueError(f"neighbours ({self.neighbours}) must be a multiple of cluster_size ({self.cluster_size})")
+        return self
+
+
+class DataConfig(Section):
+    """What the trainer reads and how a training sample is cut from it."""
+
+    crop_size: Positive = 512
+    """Edge of a training image, in pixels; rounded up to whole tokens."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest edge of the random crop relative to `crop_size`/magnification: an edge of `crop_size *
+    u`, with u drawn from this range, is cut and resized to `crop_size`."""
+    flips: bool = True
+    """Random horizontal and vertical flips and quarter turns."""
+    clahe: bool = False
+    """Contrast-limited adaptive histogram equalisation of each crop (the paper's recipe)."""
+    normalisation: Literal["image", "dataset"] = "image"
+    """Zero mean and unit variance by each source image's own statistics, or by those of the whole dataset."""
+    holdout: Fraction = 0.05
+    """Share of the data kept for the held-out loss: whole images, or contiguous sections of a stack."""
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Data-loading processes; `auto` takes up to 8, leaving one core free."""
+
+    @model_validator(mode="after")
+    def _ordered_scale(self) -> DataConfig:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 4:
+            raise ValueError(f"crop_scale ({low}, {high}) must be two rising numbers in (0, 4]")
+        return self
+
+
+class MaskConfig(Section):
+    """Which tokens are hidden during pretraining (method section 1)."""
+
+    kind: Literal["perlin", "random"] = "perlin"
+    """Coherent holes from a Perlin noise field, or independent cells."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the tokens that is hidden."""
+    lattices: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8, 4, 8, 8)
+    """Perlin lattice cells per side, spread evenly over the images of a batch: holes of several sizes."""
+
+
+class LossConfig(Section):
+    """Deep supervision (method sections 5 and 6)."""
+
+    step2: Annotated[float, Field(ge=0)] = 0.12
+    """Weight of the loss after decoder step 2 (stages 4 and 3)."""
+    step1: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of the loss after decoder step 1 (stage 4 alone)."""
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule and clipping."""
+
+    lr: Annotated[float, Field(gt=0)] = 3.5e-4
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate at the end of the cosine."""
+    betas: tuple[Fraction, Fraction] = (0.883, 0.935)
+    """AdamW's running-average coefficients."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay; none on one-dimensional parameters."""
+    warmup_steps: NonNegative = 500
+    """Steps of linear warm-up; shortened to a tenth of the run when the run is shorter than ten times that."""
+    clip_norm: Annotated[float, Field(ge=0)] = 5.0
+    """Largest gradient norm; 0 turns clipping off."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning-rate factor per encoder layer counted from the decoder (finetuning: 0.6)."""
+
+
+class TrainConfig(Section):
+    """The loop: length, batch, precision and how often things happen. Every interval is in optimizer steps."""
+
+    steps: Positive = 10_000
+    """Optimizer steps of the run; ignored when `epochs` is given."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length in passes over the data instead; turned into `steps` when the data is known."""
+    batch_size: Positive = 32
+    """Images per optimizer step, over all processes and accumulation."""
+    micro_batch: Positive | None = None
+    """Images per forward pass on one device; None takes the whole share of `batch_size`."""
+    precision: Precision = "auto"
+    """`auto` is bf16 on a CUDA card that has it, fp16 on an older one, fp32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA when it is there; `cuda` is an error when it is not."""
+    seed: NonNegative = 0
+    """Seed of the weights, of every sample, mask and augmentation."""
+    log_every: Positive = 10
+    """Steps between two metric events."""
+    eval_every: NonNegative = 500
+    """Steps between two evaluations on held-out data; 0 only at the end."""
+    preview_every: NonNegative = 500
+    """Steps between two preview pictures; 0 only at the end."""
+    checkpoint_every: NonNegative = 500
+    """Steps between two checkpoints; 0 only at the end."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept, besides the best one."""
+    max_nonfinite: Positive = 25
+    """Steps in a row with a non-finite loss or gradient (each is skipped) before the run is stopped."""
+
+
+class FinetuneConfig(Section):
+    """Segmentation (method section 6)."""
+
+    class_names: tuple[str, ...] = ()
+    """Names of the label values 0, 1, 2, ...; empty: found from the labels and called class0, class1, ..."""
+    ignore_label: NonNegative | None = None
+    """Label value that is neither trained on nor scored."""
+    class_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Loss weight per class; empty: from the class frequencies of the training labels."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the labelled data used for validation, when none is given."""
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    """Focusing exponent of the focal loss."""
+    focal_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the focal loss."""
+    dice_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the Dice loss."""
+    elastic: Annotated[float, Field(ge=0)] = 8.0
+    """Largest elastic displacement, in pixels; 0 turns it off."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 45.0
+    """Largest random rotation, in degrees."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Largest random change of magnification, as a fraction."""
+    photometric: Annotated[float, Field(ge=0)] = 0.2
+    """Strength of random brightness, contrast, gamma and noise; 0 turns them off."""
+
+    @model_validator(mode="after")
+    def _consistent_classes(self) -> FinetuneConfig:
+        if self.class_weights and self.class_names and len(self.class_weights) != len(self.class_names):
+            raise ValueError(
+                f"class_weights ({len(self.class_weights)} values) and class_names ({len(self.class_names)} names) "
+                "must have the same length"
+            )
+        if self.focal_weight == 0 and self.dice_weight == 0:
+            raise ValueError("focal_weight and dice_weight must not both be 0")
+        return self
+
+
+class PredictConfig(Section):
+    """Tiled inference, in validation and in `affmae predict`."""
+
+    tile: Positive | None = None
+    """Edge of a tile in pixels; None takes the model's training crop."""
+    overlap: Annotated[float, Field(ge=0, lt=0.95)] = 0.5
+    """Overlap of neighbouring tiles, as a fraction of the tile's edge; blended with Gaussian weights."""
+    batch_size: Positive = 4
+    """Tiles per forward pass."""
+
+
+class KernelsConfig(Section):
+    """Which implementation of each operation runs."""
+
+    backend: Literal["auto", "reference"] = "auto"
+    """`auto` takes the fastest implementation that this machine can run; `reference` is plain PyTorch."""
+
+
+class RunConfig(Section):
+    """Everything that a run depends on besides its data."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    mask: MaskConfig = MaskConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    predict: PredictConfig = PredictConfig()
+    kernels: KernelsConfig = KernelsConfig()
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> RunConfig:
+        micro = self.train.micro_batch
+        if micro is not None and self.train.batch_size % micro:
+            raise ValueError(
+                f"train.batch_size ({self.train.batch_size}) must be a multiple of train.micro_batch ({micro})"
+            )
+        if self.optim.min_lr > self.optim.lr:
+            raise ValueError(f"optim.min_lr ({self.optim.min_lr}) must not exceed optim.lr ({self.optim.lr})")
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """`data.crop_size` rounded up to whole tokens, in pixels."""
+        patch = self.model.patch_size
+        return -(-self.data.crop_size // patch) * patch

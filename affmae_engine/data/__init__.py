@@ -1,0 +1,1 @@
+"""Reading electron microscopy, the dataset store, and the samples that training draws from it."""

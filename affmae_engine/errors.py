@@ -1,0 +1,73 @@
+"""The closed list of errors a user can meet.
+
+Every error is one sentence (what was wrong, and where) plus a hint (what to do next). The exit code belongs to the
+class, so that scripts can tell a typing mistake from a full disk. The command line prints them as two lines and shows
+a traceback only under `AFFMAE_DEBUG=1`; any other exception type that reaches a user is a bug of ours.
+"""
+
+from __future__ import annotations
+
+
+class AffmaeError(Exception):
+    """Base of all errors that are shown to a user without a traceback.
+
+    Args:
+        message: what was wrong and where, one sentence.
+        hint: what to do next; empty when the message already says so.
+    """
+
+    exit_code: int = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(AffmaeError):
+    """Usage or configuration: unknown preset or field, a value out of range, contradictory options."""
+
+    exit_code = 2
+
+
+class InputError(AffmaeError):
+    """Input data or a file the user named: missing, unreadable, truncated, of the wrong kind or shape."""
+
+    exit_code = 3
+
+
+class ResourceError(AffmaeError):
+    """The machine: disk full, read-only output, out of memory, no CUDA where it was asked for."""
+
+    exit_code = 4
+
+
+class BusyError(AffmaeError):
+    """Another process works in this run directory or store."""
+
+    exit_code = 5
+
+
+class CorruptError(AffmaeError):
+    """A checkpoint or store of ours that fails its own checks (size, checksum, missing part)."""
+
+    exit_code = 6
+
+
+class DivergedError(AffmaeError):
+    """Training produced non-finite values and was stopped; the last good checkpoint is untouched."""
+
+    exit_code = 7
+
+
+class Interrupted(AffmaeError):
+    """A clean stop after a signal, once everything that should be kept was written.
+
+    Args:
+        signal_number: the signal that asked for the stop; the exit code is 128 + signal_number.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, signal_number: int = 2) -> None:
+        super().__init__(message, hint)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""The network: masking, stem, encoder, decoder, autoencoder, segmenter."""

@@ -1,0 +1,1 @@
+"""Tiled prediction of images and stacks of any size."""

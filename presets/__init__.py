@@ -1,0 +1,1 @@
+"""Presets: one short TOML each, read through importlib.resources."""

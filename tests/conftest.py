@@ -1,0 +1,36 @@
+"""Fixtures that several packages share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run several processes side by side; more threads only fight for the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA card where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's own AFFMAE_ variables must not change what is tested."""
+    for name in list(os.environ):
+        if name.startswith("AFFMAE_") and name != "AFFMAE_TEST_DATA":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real EM data that is not part of the repository; the test is skipped where it is absent."""
+    root = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("AFFMAE_TEST_DATA", root.parent / "shared" / "data"))
+    if not (folder / "em" / "index.json").is_file():
+        pytest.skip(f"no real EM data at {folder} (set AFFMAE_TEST_DATA)")
+    return folder
