@@ -1,0 +1,64 @@
+"""The `affmae` command: registers the commands, in the order of the help, and nothing else.
+
+Command modules import only Typer and the option types at the top; the engine is imported when a command runs, so that
+`affmae --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from affmae_cli import output
+from affmae_cli.commands import presets
+from affmae_cli.errors import ErrorGroup
+
+STORY = """
+Pretraining and segmentation for electron microscopy.
+
+[bold]affmae demo[/bold]                               all of it, on a made-up specimen
+[bold]affmae ingest scans/[/bold]                      collect images and stacks, once
+[bold]affmae pretrain -o runs/em[/bold]                learn from them, without labels
+[bold]affmae finetune --images I --labels L --init-from runs/em -o runs/seg[/bold]
+[bold]affmae predict stack.tif -m runs/seg[/bold]      segment a stack of any size
+"""
+
+app = typer.Typer(
+    cls=ErrorGroup,
+    help=STORY,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, presets.
+app.command()(presets.presets)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        output.show(f"affmae {version('affmae')}")
+    except PackageNotFoundError:
+        output.show("affmae (run from a source folder, not installed)")
+    raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of `affmae` itself; the callback of `--version` has done its work by now."""
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m affmae_cli`."""
+    output.prepare_streams()
+    app(prog_name="affmae")

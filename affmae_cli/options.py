@@ -1,0 +1,78 @@
+"""Options that several commands share, as annotated types, so that each help text exists once.
+
+Options that set a field of the configuration are passed to `settings.resolve` as `flags`, under the name in
+`settings.FLAGS`. All other fields are reached by `--set`; they get no flag of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def _complete_preset(incomplete: str) -> list[str]:
+    from affmae_cli.settings import preset_names
+
+    return [name for name in (*preset_names(), "auto") if name.startswith(incomplete)]
+
+
+_SETTINGS = "Settings"
+
+PresetOption = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Settings for a card and purpose; see `affmae presets`. `auto` picks by the card found.",
+        autocompletion=_complete_preset,
+        rich_help_panel=_SETTINGS,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="TOML file over the preset.", rich_help_panel=_SETTINGS),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.FIELD=VALUE",
+        help="Set any field, such as optim.lr=1e-4; `none` clears an optional one. May be repeated.",
+        rich_help_panel=_SETTINGS,
+    ),
+]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", help="Length of the run in optimizer steps.", rich_help_panel=_SETTINGS)
+]
+EpochsOption = Annotated[
+    float | None, typer.Option("--epochs", help="Length of the run in passes over the data.", rich_help_panel=_SETTINGS)
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", help="Seed of weights, samples, masks and augmentation.", rich_help_panel=_SETTINGS),
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option("--device", help="Where to compute; `auto` takes the card if there is one."),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("-o", "--out", metavar="PATH", help="Where to write; by default a new, named place.")
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "-m", "--model", metavar="RUN", help="Run, checkpoint or weights file; by default the newest finetune run."
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
+ResumeOption = Annotated[
+    Path | None, typer.Option("--resume", metavar="RUN", help="Continue this very run, with its own settings.")
+]
+InitFromOption = Annotated[
+    Path | None, typer.Option("--init-from", metavar="RUN", help="Start a new run from the weights of another.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the result, warnings and errors.")]

@@ -1,0 +1,91 @@
+"""Where text goes: results to stdout, everything else to stderr.
+
+Nothing that comes from outside (file names, values, messages) is read as Rich markup, and control characters in it are
+shown, not sent to the terminal. Output that is not a terminal has no control codes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from affmae_cli.settings import Resolved
+
+
+@cache
+def console() -> Console:
+    """The console on stderr: notes, progress, errors."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, emoji=False)
+
+
+def prepare_streams() -> None:
+    """Make both streams able to print any text: what the locale's encoding lacks is shown as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def say(text: str, *, label: str = "", style: str = "") -> None:
+    """Print one message to stderr, unwrapped, with an optional coloured label before it."""
+    from rich.text import Text
+
+    line = Text(f"{label}: " if label else "", style=style)
+    line.append(printable(text), style="not bold default" if label else style)
+    console().print(line, soft_wrap=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a result (text or a Rich table) to stdout. A string is printed as it is, not as markup."""
+    from rich.console import Console
+
+    if isinstance(renderable, str):
+        sys.stdout.write(renderable if renderable.endswith("\n") else renderable + "\n")
+        return
+    Console(highlight=False, emoji=False).print(renderable)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document to stdout. Paths become strings, non-finite numbers null; ASCII only."""
+    sys.stdout.write(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def show_dry_run(resolved: Resolved, *, as_json: bool = False) -> None:
+    """Print a resolved configuration to stdout: TOML with the source of every value that is not a default, or JSON."""
+    if as_json:
+        print_json(
+            {
+                "task": resolved.task,
+                "preset": resolved.preset,
+                "config": resolved.config.model_dump(mode="json"),
+                "sources": resolved.sources,
+            }
+        )
+        return
+    from affmae_cli.settings import to_toml
+
+    title = f"affmae {resolved.task}, preset {resolved.preset}" if resolved.task else f"preset {resolved.preset}"
+    show(f"# {title}\n{to_toml(resolved)}")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and undecodable bytes as visible escapes; line ends are kept."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _plain(value: Any) -> Any:
+    from affmae_engine.events import finite
+
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else finite(value)
