@@ -130,7 +130,7 @@ EVENTS: dict[str, type[Event]] = {
 
 def to_line(event: Event) -> str:
     """One event as a line of JSON with its `kind` first, without the line end. Non-finite numbers become null."""
-    return json.dumps({"kind": event.kind, **_finite(asdict(event))}, ensure_ascii=False, allow_nan=False)
+    return json.dumps({"kind": event.kind, **finite(asdict(event))}, ensure_ascii=False, allow_nan=False)
 
 
 def from_line(line: str) -> Event | None:
@@ -144,13 +144,14 @@ def from_line(line: str) -> Event | None:
         return None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with every non-finite number in it replaced by None, as JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 
