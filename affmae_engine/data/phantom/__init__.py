@@ -54,14 +54,15 @@ def generate(
     seed: int,
     pixel_nm: tuple[float, float, float] = (40.0, 6.0, 6.0),
     noise: float = 0.08,
-    drift: float = 0.04,
+    drift: float = 0.03,
 ) -> Phantom:
     """Draw a phantom.
 
     Args:
         shape: sections, rows, columns; each at least 1.
         seed: the same seed, shape and voxel size give the same bits.
-        pixel_nm: section thickness, row and column spacing in nm, each 1 to 1000.
+        pixel_nm: section thickness, row and column spacing in nm, each 1 to 100. Time and memory grow with the
+            physical volume too: cells are placed in all of it.
         noise: shot noise as its standard deviation at full brightness, in parts of full scale; 0 for none, at most 1.
         drift: spread of brightness and contrast from section to section, in parts of full scale; 0 to 0.5.
 
@@ -101,8 +102,8 @@ def _check(
 ) -> None:
     if len(shape) != 3 or any(int(n) != n or n < 1 for n in shape):
         raise ConfigError(f"phantom shape {tuple(shape)} is not three positive whole numbers (sections, rows, columns)")
-    if len(pixel_nm) != 3 or not all(math.isfinite(p) and 1 <= p <= 1000 for p in pixel_nm):
-        raise ConfigError(f"phantom voxel size {tuple(pixel_nm)} is not three sizes of 1 to 1000 nm (z, y, x)")
+    if len(pixel_nm) != 3 or not all(math.isfinite(p) and 1 <= p <= 100 for p in pixel_nm):
+        raise ConfigError(f"phantom voxel size {tuple(pixel_nm)} is not three sizes of 1 to 100 nm (z, y, x)")
     if int(seed) != seed or seed < 0:
         raise ConfigError(f"phantom seed {seed} is not a whole number of at least 0")
     if not 0 <= noise <= 1:

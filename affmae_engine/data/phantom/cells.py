@@ -61,12 +61,11 @@ class CellField:
 
     def _candidates(self, point_N3: NDArray[np.floating]) -> NDArray[np.intp]:
         lifted = np.column_stack([point_N3, np.zeros(len(point_N3))])
-        _, index_NK = self._tree.query(lifted, k=min(_CANDIDATES, self._tree.n))
-        return index_NK.reshape(len(point_N3), -1).astype(np.intp)
+        # A list of ranks keeps the second axis even for one rank or no point.
+        _, index_NK = self._tree.query(lifted, k=np.arange(1, min(_CANDIDATES, self._tree.n) + 1))
+        return np.asarray(index_NK, dtype=np.intp)
 
-    def _compete(
-        self, point_BP3: F32, index_BK: NDArray[np.intp], glia_BP: F32
-    ) -> tuple[I32, F32, F32]:
+    def _compete(self, point_BP3: F32, index_BK: NDArray[np.intp], glia_BP: F32) -> tuple[I32, F32, F32]:
         """Cell, depth and slope (B, P) of points that share their block's candidate balls."""
         best = glia_BP.copy()
         second = np.full_like(best, np.float32(1e6))
@@ -134,11 +133,16 @@ class CellField:
         cell, depth, _ = self._compete(packed[:, None], self._candidates(packed), glia[:, None])
         return cell[:, 0], depth[:, 0]
 
+    def near(self, extent_nm: F64, reach_nm: float) -> NDArray[np.bool_]:
+        """Which balls (N,) lie within `reach_nm` of the volume before the warp."""
+        plain_N3 = self.balls.centre_N3 @ np.linalg.inv(self._stretch_33).T
+        return np.asarray(np.all((plain_N3 > -reach_nm) & (plain_N3 < extent_nm + reach_nm), axis=1))
+
     def physical(self, packed_N3: F64) -> F64:
         """Points (N, 3) of packing space taken back to nm; the warp is inverted by fixed-point iteration."""
         target = packed_N3 @ np.linalg.inv(self._stretch_33).T
         point = target
-        for _ in range(6):
+        for _ in range(4):
             point = target - sum(rms * noise.at(point).T.astype(np.float64) for noise, rms in self._warps)
         return point
 
@@ -157,9 +161,9 @@ def _stretch(rng: np.random.Generator) -> F64:
 
 def _long_axes(rng: np.random.Generator, balls: Balls, cells: int, stretch_33: F64) -> F64:
     """Unit long axis of each cell (M, 3) in packing space: the principal direction of its balls, blurred."""
-    mean = np.stack([np.bincount(balls.cell_N, balls.centre_N3[:, a], cells) for a in range(3)], -1)
-    mean /= np.maximum(np.bincount(balls.cell_N, minlength=cells), 1)[:, None]
-    offset = balls.centre_N3 - mean[balls.cell_N]
+    total_M3 = np.stack([np.bincount(balls.cell_N, balls.centre_N3[:, a], cells) for a in range(3)], -1)
+    count_M = np.maximum(np.bincount(balls.cell_N, minlength=cells), 1).astype(np.float64)
+    offset = balls.centre_N3 - (total_M3 / count_M[:, None])[balls.cell_N]
     cov = np.zeros((cells, 3, 3))
     np.add.at(cov, balls.cell_N, offset[:, :, None] * offset[:, None])
     pull = np.linalg.inv(stretch_33) @ np.array([1.0, 0, 0])

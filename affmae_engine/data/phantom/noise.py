@@ -25,7 +25,11 @@ class SplineNoise:
     """
 
     def __init__(
-        self, rng: np.random.Generator, low_nm: NDArray[np.float64], high_nm: NDArray[np.float64], step_nm: float,
+        self,
+        rng: np.random.Generator,
+        low_nm: NDArray[np.float64],
+        high_nm: NDArray[np.float64],
+        step_nm: float,
         channels: int = 1,
     ) -> None:
         self.step_nm = step_nm
@@ -66,9 +70,7 @@ class SplineNoise:
         return out
 
 
-def grain(
-    rng: np.random.Generator, shape_YX: tuple[int, int], pixel_nm: tuple[float, float], scale_nm: float
-) -> F32:
+def grain(rng: np.random.Generator, shape_YX: tuple[int, int], pixel_nm: tuple[float, float], scale_nm: float) -> F32:
     """Unit-variance Gaussian noise (Y, X) with features of `scale_nm`; white where that is below a pixel."""
     white = rng.standard_normal(shape_YX, dtype=np.float32)
     sigma = (scale_nm / pixel_nm[0], scale_nm / pixel_nm[1])

@@ -19,8 +19,8 @@ from affmae_engine.data.phantom.cells import GLIA, CellField, CellPlane
 from affmae_engine.data.phantom.noise import F32
 from affmae_engine.data.phantom.packing import F64, I32
 
-# Nothing is placed farther outside the imaged volume than this (nm).
-_REACH_NM = 350.0
+# How far outside the imaged volume a ball may lie that is still given contents (nm); the warp moves it further.
+_REACH_NM = 600.0
 # Distance that organelles keep from the midline between two cells (nm).
 CLEARANCE_NM = 34.0
 _MITOCHONDRIA_SHARE = 0.62
@@ -61,13 +61,13 @@ class Organelles:
 def populate(rng: np.random.Generator, cells: CellField, extent_nm: F64) -> Organelles:
     """Fill the cells that reach into the volume `[0, extent_nm]` (z y x)."""
     balls = cells.balls
-    centre_N3 = cells.physical(balls.centre_N3)
-    near_N = np.all((centre_N3 > -_REACH_NM) & (centre_N3 < extent_nm + _REACH_NM), axis=1)
+    near_N = np.flatnonzero(cells.near(extent_nm, _REACH_NM))
+    centre_N3 = cells.physical(balls.centre_N3[near_N])
     mitochondria: dict[int, list[Mitochondrion]] = {}
     clusters: list[tuple[F64, F64, I32, np.ndarray]] = []
     synapses: list[F64] = []
-    for ball in np.flatnonzero(near_N).tolist():
-        radius, cell, centre = float(balls.radius_N[ball]), int(balls.cell_N[ball]), centre_N3[ball]
+    for ball, centre in zip(near_N.tolist(), centre_N3, strict=True):
+        radius, cell = float(balls.radius_N[ball]), int(balls.cell_N[ball])
         draw = rng.random(2)
         if radius > 135 and draw[0] < _MITOCHONDRIA_SHARE:
             for _ in range(1 + 2 * int(radius > 300) + 2 * int(radius > 480)):
@@ -82,7 +82,8 @@ def populate(rng: np.random.Generator, cells: CellField, extent_nm: F64) -> Orga
     clusters.append(_scattered(rng, cells, extent_nm))
     merged = [np.concatenate(parts) for parts in zip(*clusters, strict=True)]
     free = _clear_of(merged[0], merged[1], merged[2], mitochondria)
-    vesicles = Vesicles(merged[0][free], merged[1][free], merged[2][free].astype(np.int32), merged[3][free].astype(bool))
+    centre_V3, radius_V, cell_V, core_V = (part[free] for part in merged)
+    vesicles = Vesicles(centre_V3, radius_V, cell_V.astype(np.int32), core_V.astype(bool))
     bodies = [body for neighbours in mitochondria.values() for body in neighbours]
     return Organelles(bodies, vesicles, np.concatenate([np.empty((0, 3)), *synapses]))
 
@@ -108,9 +109,7 @@ def _apart(first: Mitochondrion, second: Mitochondrion) -> bool:
     return bool(gap > 1.15 * (first.radius + second.radius) + 40)
 
 
-def _clear_of(
-    centre_V3: F64, radius_V: F64, cell_V: I32, mitochondria: dict[int, list[Mitochondrion]]
-) -> np.ndarray:
+def _clear_of(centre_V3: F64, radius_V: F64, cell_V: I32, mitochondria: dict[int, list[Mitochondrion]]) -> np.ndarray:
     """Which vesicles (V,) touch no mitochondrion."""
     free = np.ones(len(centre_V3), dtype=bool)
     for cell, bodies in mitochondria.items():

@@ -21,10 +21,10 @@ from affmae_engine.data.phantom.organelles import MitoView, Organelles, Vesicles
 from affmae_engine.data.phantom.packing import F64
 
 CYTOPLASM, MEMBRANE, MITOCHONDRIA, VESICLE, GLIAL = range(5)
-GAP_NM, BILAYER_NM = 6.0, 8.0  # half the extracellular cleft, and one membrane
+GAP_NM, BILAYER_NM = 5.0, 7.5  # half the extracellular cleft, and one membrane
 _WHITE = 1.0  # transmission of empty resin on the camera's scale of 0 to 1
 _DEPTH_OF_VIEW = 0.7  # part of the section thickness that carries the contrast; stain takes less deep down
-_BLACK, _CONTRAST = 0.13, 1.2  # the microscopist's black level and contrast
+_BLACK, _CONTRAST = 0.11, 1.13  # the microscopist's black level and contrast
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,8 @@ class Fields:
     @classmethod
     def draw(cls, rng: np.random.Generator, extent_nm: F64) -> Fields:
         low, high = np.full(3, -50.0), extent_nm + 50.0
-        return cls(
-            SplineNoise(rng, low, high, 75.0, 3), SplineNoise(rng, low, high, 150.0), SplineNoise(rng, low, high, 190.0, 2)
-        )
+        wobble, sheet, patch = (SplineNoise(rng, low, high, *spec) for spec in ((75.0, 3), (150.0, 1), (190.0, 2)))
+        return cls(wobble, sheet, patch)
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _microtubules(section: Section, look: CellLook) -> F32:
     gap = [(a - s - 0.5 - wander * (2 * d - 1)) * spacing for a, s, d in zip(across, square, draws[:2], strict=True)]
     distance = np.sqrt(gap[0] ** 2 + gap[1] ** 2)
     present = draws[2] < look.tubules_M[plane.cell_YX]
-    blur = np.float32(max(section.pixel_nm[1:]) + 5)
+    blur = max(section.pixel_nm[1:]) + 5
     ring = shell(distance, blur, float(radius) - 7, float(radius)) * np.float32(0.75)
     return np.asarray(present * ring, dtype=np.float32)
 
