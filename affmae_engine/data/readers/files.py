@@ -1,0 +1,88 @@
+"""From what a user typed (files, folders, globs) to the list of files to read, in natural order."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from affmae_engine.data.readers.formats import SUPPORTED, is_n5, looks_like_image
+from affmae_engine.data.readers.zarr_metadata import is_zarr
+from affmae_engine.errors import InputError
+
+
+def find_files(sources: Sequence[str | Path]) -> list[Path]:
+    """Every image file that the sources name, each once, sources in the order given, folders in natural order.
+
+    A file named outright is always returned, whatever it is, so that a refusal can name it. Folders are searched
+    recursively for images; hidden entries and sidecars (text, tables, metadata) are passed over, and a Zarr folder is
+    one entry. Names with `*`, `?` or `[...]` that do not exist as such are expanded, `**` included.
+
+    Raises:
+        InputError: a source does not exist, or nothing was found at all.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        for path in _expand(source):
+            for file in _files(path):
+                found.setdefault(os.path.realpath(file), file)
+    if not found:
+        named = ", ".join(str(s) for s in sources) or "no source"
+        raise InputError(f"no images found in {named}", f"supported: {SUPPORTED}")
+    return list(found.values())
+
+
+def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
+    """Sort key in which `slice9` comes before `slice10`, the same on every machine."""
+    # Decimal digits only: isdigit() is also true of superscripts, which int() refuses.
+    return [
+        (0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part.casefold())
+        for part in re.split(r"([0-9]+)", str(path))
+        if part
+    ]
+
+
+def _expand(source: str | Path) -> list[Path]:
+    path = Path(source).expanduser()
+    if os.path.lexists(path):
+        return [path]
+    if glob.has_magic(str(source)):
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob cannot start at an absolute pattern)
+        if matches:
+            return sorted((Path(match) for match in matches), key=natural_key)
+        raise InputError(f"nothing matches {source}", "quote a pattern to keep the shell from expanding it")
+    raise InputError(f"no such file or folder: {source}", "check the path")
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir() or _is_one(path):
+        yield path
+        return
+    yield from _search(path, set())
+
+
+def _search(folder: Path, seen: set[str]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in seen:  # a link that leads back up
+        return
+    seen.add(real)
+    try:
+        entries = sorted(folder.iterdir(), key=lambda p: natural_key(p.name))
+    except PermissionError as error:
+        raise InputError(f"cannot list {folder}: permission was denied", "check who may read it") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if _is_one(entry):
+                yield entry
+            else:
+                yield from _search(entry, seen)
+        elif entry.is_file() and looks_like_image(entry):
+            yield entry
+
+
+def _is_one(folder: Path) -> bool:
+    return is_zarr(folder) or folder.suffix == ".zarr" or is_n5(folder) or folder.suffix == ".n5"

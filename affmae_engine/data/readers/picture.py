@@ -1,0 +1,136 @@
+"""PNG, JPEG and JPEG 2000: single grey sections of ordinary pictures.
+
+These formats have no random access, so the picture is decoded as a whole when it is first read and kept until
+`close`. Pillow opens only the formats named here. Its own pixel limit (89 megapixels) is below one large EM section,
+so it is switched off and the size in the header is compared with the size of the file instead.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from PIL import Image, ImageOps
+
+from affmae_engine.data.readers.axes import check_channel
+from affmae_engine.data.readers.grey import Colour, grey_rule
+from affmae_engine.data.readers.source import PixelSize, Refused, Source, SourceInfo, reading, refuse_inflated
+from affmae_engine.data.readers.units import from_resolution
+
+Image.MAX_IMAGE_PIXELS = None
+_FORMATS = ("PNG", "JPEG", "JPEG2000")
+_NAMES = {"PNG": "PNG", "JPEG": "JPEG", "MPO": "JPEG", "JPEG2000": "JPEG 2000"}
+_LARGEST = 8 << 30
+_TRANSPOSED = (5, 6, 7, 8)
+
+# Pillow's modes: raw dtype, meaning of the samples, number of samples.
+_MODES: dict[str, tuple[str, Colour, int]] = {
+    "1": ("?", "grey", 1), "L": ("u1", "grey", 1), "P": ("u1", "grey", 1), "LA": ("u1", "grey", 2),
+    "PA": ("u1", "grey", 2), "La": ("u1", "grey", 2), "RGB": ("u1", "rgb", 3), "RGBA": ("u1", "rgb", 4),
+    "RGBa": ("u1", "rgb", 4), "RGBX": ("u1", "rgb", 4), "CMYK": ("u1", "cmyk", 4), "YCbCr": ("u1", "grey", 3),
+    "LAB": ("u1", "cielab", 3), "I;16": ("u2", "grey", 1), "I;16L": ("u2", "grey", 1), "I;16B": ("u2", "grey", 1),
+    "I": ("i4", "grey", 1), "F": ("f4", "grey", 1),
+}  # fmt: skip
+
+
+class PictureSource(Source):
+    """One decoded picture."""
+
+    def __init__(self, info: SourceInfo, channel: int | None, labels: bool) -> None:
+        super().__init__(info)
+        self._channel, self._labels = channel, labels
+
+    def _open(self) -> np.ndarray:
+        with _opened(self.info.path) as picture:
+            raw = _decode(self.info.path, picture)
+            rule, channel, _ = _rule(self.info.path, picture, self._channel, self._labels)
+        if channel is not None and raw.ndim == 3:
+            raw = raw[..., channel]
+        return rule(raw)
+
+    def _close(self, handle: Any) -> None:
+        pass
+
+    def _read(self, handle: Any, z: tuple[int, int], y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
+        block: np.ndarray = handle[None, y[0] : y[1], x[0] : x[1]]
+        return block[: z[1] - z[0]]
+
+
+def open_picture(path: Path, *, channel: int | None, labels: bool) -> list[Source]:
+    """The picture in a PNG, JPEG or JPEG 2000 file, from its header alone.
+
+    Raises:
+        InputError: the content is not one of these formats, or the header promises more than the file holds.
+    """
+    with reading(path), _opened(path) as picture:
+        width, height = picture.size
+        rule, _, notes = _rule(path, picture, channel, labels)
+        declared = width * height * len(picture.getbands()) * rule.dtype.itemsize
+        refuse_inflated(declared, path.stat().st_size, compressed=True)
+        if declared > _LARGEST:
+            raise Refused("it is larger than 8 GiB once decoded", "save it as a tiled TIFF or as OME-Zarr")
+        if getattr(picture, "n_frames", 1) > 1:
+            notes = (*notes, f"frame 0 of {picture.n_frames} taken")
+        turned = picture.getexif().get(274, 1)
+        if turned not in (0, 1):
+            notes = (*notes, "rotated as its EXIF orientation says")
+        y_nm, x_nm = _pixel_size(picture)[1:]
+        if turned in _TRANSPOSED:
+            width, height, y_nm, x_nm = height, width, x_nm, y_nm
+        kind = _NAMES.get(picture.format or "", "picture")
+        pixel_nm = (None, y_nm, x_nm)
+        info = SourceInfo(path, "", path.stem, (1, height, width), rule.dtype, pixel_nm, kind, notes, rule.offset)
+    return [PictureSource(info, channel, labels)]
+
+
+def _opened(path: Path) -> Image.Image:
+    return Image.open(path, formats=_FORMATS)
+
+
+def _rule(path: Path, picture: Image.Image, channel: int | None, labels: bool) -> tuple[Any, int | None, Any]:
+    if picture.mode not in _MODES:
+        raise Refused(f"pictures of mode {picture.mode} are not supported", "convert it to a grey PNG or TIFF")
+    raw, colour, samples = _MODES[picture.mode]
+    if _is_deep_png(path, picture):
+        raw = "u2"
+    notes: tuple[str, ...] = ()
+    if channel is not None:
+        check_channel(channel, samples)
+        colour = "grey"
+        notes = (f"channel {channel} of {samples} taken",) if samples > 1 else ()
+    elif colour == "grey" and samples > 1:
+        channel = 0
+        notes = ("luminance taken",) if picture.mode == "YCbCr" else ("alpha left out",)
+    elif colour == "rgb" and samples > 3:
+        notes = ("alpha left out",)
+    palette = None
+    if picture.mode in ("P", "PA"):
+        palette = np.asarray(picture.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    rule, more = grey_rule(np.dtype(raw), colour=colour, palette=palette, labels=labels)
+    return rule, channel, (*notes, *more)
+
+
+def _is_deep_png(path: Path, picture: Image.Image) -> bool:
+    """Whether this is a 16-bit PNG with colour or alpha, which Pillow would reduce to 8 bits."""
+    if picture.format != "PNG" or picture.mode not in ("LA", "RGB", "RGBA"):
+        return False
+    with path.open("rb") as handle:
+        return handle.read(25)[24:] == b"\x10"
+
+
+def _decode(path: Path, picture: Image.Image) -> np.ndarray:
+    if _is_deep_png(path, picture):
+        deep: np.ndarray = imagecodecs.png_decode(path.read_bytes())
+        return deep
+    ImageOps.exif_transpose(picture, in_place=True)
+    return np.asarray(picture)
+
+
+def _pixel_size(picture: Image.Image) -> PixelSize:
+    dpi = picture.info.get("dpi")
+    if not isinstance(dpi, tuple) or len(dpi) != 2 or not all(math.isfinite(float(v)) for v in dpi):
+        return None, None, None
+    return None, from_resolution(float(dpi[1]), "inch"), from_resolution(float(dpi[0]), "inch")

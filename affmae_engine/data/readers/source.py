@@ -1,0 +1,186 @@
+"""The contract that every file format is put behind: a grey (z, y, x) array with a few facts, read lazily.
+
+A `Source` holds no open file until it is read from, forgets its handles when it is copied, pickled or carried into
+another process (tifffile's handles corrupt data when shared over a fork), and reads only the pages, strips, tiles or
+chunks that a request touches. How colours, bit depths, signs and byte orders become grey values is the same for all
+formats and lives in `grey.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from affmae_engine.errors import AffmaeError, InputError
+
+PixelSize = tuple[float | None, float | None, float | None]
+UNKNOWN_SIZE: PixelSize = (None, None, None)
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What is known about one image or stack before any pixel is read."""
+
+    path: Path
+    """The file, or the root folder of a Zarr hierarchy."""
+    series: str
+    """Which image inside the file; empty when the file holds only one."""
+    name: str
+    """Short name made from the file and the series; not yet unique nor safe as an array name."""
+    shape_ZYX: tuple[int, int, int]
+    """Sections, rows, columns."""
+    dtype: np.dtype[Any]
+    """Of the values that `Source.read` returns: native byte order."""
+    pixel_nm: PixelSize
+    """Voxel size in nanometres along z, y, x; None where the file does not say."""
+    format: str
+    """Format in words, for example `OME-TIFF`."""
+    notes: tuple[str, ...] = ()
+    """What was done to the values or assumed about the axes, one short clause each."""
+    value_offset: int = 0
+    """Added to the file's signed integers to store them unsigned."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values, uncompressed."""
+        z, y, x = self.shape_ZYX
+        return z * y * x * self.dtype.itemsize
+
+
+class Source(ABC):
+    """One image or stack of a file. Safe to share between threads; reads are serialised, so copy it for parallelism."""
+
+    _transient: tuple[str, ...] = ("_handle", "_owner", "_lock")
+
+    def __init__(self, info: SourceInfo) -> None:
+        self.info = info
+        self._handle: Any = None
+        self._owner = 0
+        self._lock = threading.RLock()
+
+    def read(self, z: slice, y: slice, x: slice) -> np.ndarray:
+        """The block [z, y, x] as grey values of `info.dtype`.
+
+        Slices are plain (step 1) and are clipped to the image like numpy's.
+
+        Raises:
+            InputError: the data there is damaged or cannot be decoded; names the file.
+        """
+        bounds = [s.indices(n) for s, n in zip((z, y, x), self.info.shape_ZYX, strict=True)]
+        if any(step != 1 for _, _, step in bounds):
+            raise ValueError("a Source is read with slices of step 1")
+        starts = [(start, max(start, stop)) for start, stop, _ in bounds]
+        with self._lock, reading(self.info.path, self.info.series):
+            if self._handle is None or self._owner != os.getpid():
+                self._handle, self._owner = self._open(), os.getpid()
+            block = self._read(self._handle, *starts)
+        assert block.shape == tuple(stop - start for start, stop in starts), (block.shape, starts)
+        return np.ascontiguousarray(block, dtype=self.info.dtype)
+
+    def close(self) -> None:
+        """Release the file. Reading again reopens it."""
+        with self._lock:
+            if self._handle is not None and self._owner == os.getpid():
+                self._close(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in self._transient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handle, self._owner, self._lock = None, 0, threading.RLock()
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """Open the file in this process and return whatever `_read` needs."""
+
+    @abstractmethod
+    def _close(self, handle: Any) -> None:
+        """Close what `_open` returned."""
+
+    @abstractmethod
+    def _read(self, handle: Any, z: tuple[int, int], y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
+        """Read the block between the given (start, stop) pairs, already grey."""
+
+
+class Refused(Exception):
+    """Why a file is not taken, without its name; `reading` adds the name and makes an `InputError` of it."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+@contextlib.contextmanager
+def reading(path: Path, series: str = "") -> Iterator[None]:
+    """Turn whatever a decoder raises on a damaged file into one `InputError` that names the file.
+
+    Decoders of image formats raise a dozen unrelated types on hostile input (ZeroDivisionError and AssertionError
+    among them), so this one place catches `Exception`; our own errors pass through.
+    """
+    where = f"{path} [{series}]" if series else f"{path}"
+    try:
+        yield
+    except AffmaeError:
+        raise
+    except Refused as refusal:
+        raise InputError(f"cannot read {where}: {refusal.message}", refusal.hint) from refusal
+    except MemoryError as error:
+        raise InputError(f"cannot read {where}: it asks for more memory than there is") from error
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read {where}: no such file", "check the path") from error
+    except PermissionError as error:
+        raise InputError(f"cannot read {where}: permission was denied", "check who may read it") from error
+    except Exception as error:
+        raise InputError(f"cannot read {where}: {one_line(error)}", "is the file complete and undamaged?") from error
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The message of an exception on one line, without control characters, cut to `limit` characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def refuse_inflated(declared: int, stored: int, *, compressed: bool) -> None:
+    """Refuse a file whose header declares far more data than the file can hold, before anything is allocated.
+
+    Uncompressed data cannot be larger than its file. Compressed data may be (blank sections shrink 1000-fold and
+    more), so a ratio of 5000 is allowed, and anything below 256 MiB is harmless.
+
+    Raises:
+        Refused: the file is truncated, or its header lies.
+    """
+    if declared <= stored or (compressed and (declared <= 256 << 20 or declared <= 5000 * stored)):
+        return
+    raise Refused(
+        f"its header declares {human_bytes(declared)} of pixels, but the file holds only {human_bytes(stored)}",
+        "it is truncated or damaged; copy it again from its origin",
+    )
+
+
+def human_bytes(count: float) -> str:
+    """A byte count for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.3g} PiB"

@@ -1,0 +1,207 @@
+"""Zarr 2/3 and OME-Zarr 0.4/0.5 folders as sources, read chunk by chunk at full resolution.
+
+A missing chunk holds the fill value, as the Zarr specification says. Blosc is decoded only after its own header was
+compared with the bytes at hand, because the library reads beyond its buffer otherwise; importing this module puts
+that check in place for the whole process. Links that lead out of the hierarchy's folder are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import zarr
+from numcodecs.blosc import Blosc
+from zarr.codecs import BloscCodec
+from zarr.registry import register_codec
+from zarr.storage import LocalStore
+
+from affmae_engine.data.readers.axes import Sections, arrange, check_channel
+from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
+from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading, refuse_inflated
+from affmae_engine.data.readers.zarr_metadata import ArrayFound, check_array, find_arrays
+from affmae_engine.errors import InputError
+
+
+class _CheckedBlosc(Blosc):
+    """Blosc that refuses a buffer shorter than its header says (numcodecs reads past the end of such a buffer)."""
+
+    def decode(self, buf: Any, out: Any = None) -> Any:
+        data = memoryview(buf).cast("B")
+        if len(data) < 16 or int.from_bytes(data[12:16], "little") > len(data):
+            raise ValueError("a Blosc chunk is cut short")
+        return super().decode(buf, out)
+
+
+class CheckedBloscCodec(BloscCodec):
+    """Zarr 3's Blosc codec with the same check."""
+
+    @cached_property
+    def _blosc_codec(self) -> Blosc:
+        settings = super()._blosc_codec.get_config()
+        settings.pop("id")
+        return _CheckedBlosc(**settings)
+
+
+numcodecs.register_codec(_CheckedBlosc, "blosc")
+register_codec("blosc", CheckedBloscCodec)
+zarr.config.set({"codecs.blosc": f"{CheckedBloscCodec.__module__}.{CheckedBloscCodec.__qualname__}"})
+
+
+class _ConfinedStore(LocalStore):
+    """A local store that reads nothing outside its root, whatever links lie in it."""
+
+    async def get(self, key: str, *args: Any, **options: Any) -> Any:
+        root = os.path.realpath(self.root)
+        if not os.path.realpath(f"{root}/{key}").startswith(f"{root}/"):
+            raise Refused("a link in it leads out of its folder", "only data inside the Zarr folder is read")
+        return await super().get(key, *args, **options)
+
+
+class ZarrSource(Source):
+    """One array of a Zarr hierarchy."""
+
+    def __init__(self, info: SourceInfo, array: str, axes: str, sections: Sections, sample: int, rule: ValueRule):
+        super().__init__(info)
+        self._array, self._axes, self._sections, self._sample, self._rule = array, axes, sections, sample, rule
+
+    def _open(self) -> Any:
+        return _open_array(self.info.path, self._array)
+
+    def _close(self, handle: Any) -> None:
+        pass
+
+    def _read(self, handle: Any, z: tuple[int, int], y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
+        block = np.empty((z[1] - z[0], y[1] - y[0], x[1] - x[0]), self.info.dtype)
+        run = self._run_length()
+        start = z[0]
+        while start < z[1] and block.size:
+            stop = min(z[1], (start // run + 1) * run)
+            block[start - z[0] : stop - z[0]] = self._read_run(handle, start, stop, y, x)
+            start = stop
+        return block
+
+    def _run_length(self) -> int:
+        """Sections that follow each other along the last section axis, so that one request can fetch them."""
+        lengths = [n for a, n in zip(self._sections.axes, self._sections.shape, strict=True) if a != "C"]
+        return lengths[-1] if lengths else 1
+
+    def _read_run(self, handle: Any, start: int, stop: int, y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
+        leading = list(self._sections.index(start))
+        moving = max((i for i, a in enumerate(self._sections.axes) if a != "C"), default=None)
+        selection: list[Any] = []
+        kept = ""
+        position = 0
+        for letter in self._axes:
+            if letter in "YX":
+                selection.append(slice(*(y if letter == "Y" else x)))
+            elif letter == "S":
+                selection.append(slice(None))
+            else:
+                chosen: Any = leading[position]
+                if position == moving:
+                    chosen = slice(chosen, chosen + stop - start)
+                selection.append(chosen)
+                letter = "z" if position == moving else ""
+                position += 1
+            kept += letter
+        raw = np.asarray(handle[tuple(selection)])
+        order = [kept.index(letter) for letter in "zYXS" if letter in kept]
+        raw = raw.transpose(order)
+        if "z" not in kept:
+            raw = raw[None]
+        if "S" in kept and self._rule.colour == "grey":
+            raw = raw[..., self._sample]
+        return self._rule(raw)
+
+
+def open_zarr(root: Path, *, channel: int | None, labels: bool) -> tuple[list[Source], list[InputError]]:
+    """Every image array in a hierarchy, and why others were refused.
+
+    Raises:
+        InputError: nothing in it can be read.
+    """
+    sources: list[Source] = []
+    refused: list[InputError] = []
+    found = list(find_arrays(root))
+    several = len(found) > 1
+    for one in found:
+        folder = one.folder if isinstance(one, ArrayFound) else one[0]
+        series = folder.relative_to(root).as_posix() if several else ""
+        try:
+            with reading(root, series):
+                if not isinstance(one, ArrayFound):
+                    raise one[1]
+                sources.append(_describe(root, one, series, channel, labels))
+        except InputError as error:
+            refused.append(error)
+    if not sources:
+        raise refused[0] if refused else InputError(f"cannot read {root}: it holds no arrays")
+    return sources, refused
+
+
+def _describe(root: Path, found: ArrayFound, series: str, channel: int | None, labels: bool) -> ZarrSource:
+    check_array(found.folder)
+    name = found.folder.relative_to(root).as_posix()
+    array = _open_array(root, name)
+    if 0 in array.shape:
+        raise Refused("one of its axes has length 0", "there is nothing to read in it")
+    declared = math.prod(array.shape) * array.dtype.itemsize
+    refuse_inflated(declared, _stored_bytes(found.folder, declared // 5000 + 1), compressed=True)
+    leading = "".join(letter for letter in found.axes if letter not in "YXS")
+    sizes = tuple(n for letter, n in zip(found.axes, array.shape, strict=True) if letter not in "YXS")
+    sections, notes = arrange(leading, sizes, channel if "C" in leading else None)
+    colour: Colour = "grey"
+    sample = 0
+    if "S" in found.axes:
+        count = array.shape[found.axes.index("S")]
+        colour = "rgb" if channel is None and count >= 3 else "grey"
+        sample = channel or 0
+    if "C" not in leading:
+        check_channel(channel, array.shape[found.axes.index("S")] if "S" in found.axes else 1)
+    rule, value_notes = grey_rule(np.dtype(array.dtype), colour=colour, labels=labels)
+    height, width = (array.shape[found.axes.index(letter)] for letter in "YX")
+    stem = root.name.removesuffix(".zarr").removesuffix(".ome")
+    info = SourceInfo(
+        path=root,
+        series=series,
+        name=f"{stem}-{_series_name(series)}" if series else stem,
+        shape_ZYX=(sections.count, height, width),
+        dtype=rule.dtype,
+        pixel_nm=found.pixel_nm,
+        format=f"{found.format} (Zarr {array.metadata.zarr_format})",
+        notes=(*found.notes, *notes, *value_notes),
+        value_offset=rule.offset,
+    )
+    return ZarrSource(info, name, found.axes, sections, sample, rule)
+
+
+def _series_name(series: str) -> str:
+    parts = series.split("/")
+    # `images/cell/0` and `images/cell/s0` are the full resolution of `images/cell`.
+    if len(parts) > 1 and parts[-1] in ("0", "s0"):
+        parts = parts[:-1]
+    return "-".join(parts)
+
+
+def _open_array(root: Path, name: str) -> Any:
+    with warnings.catch_warnings():  # remarks of the library about metadata that `check_array` has looked at
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        return zarr.open_array(_ConfinedStore(root, read_only=True), path="" if name == "." else name, mode="r")
+
+
+def _stored_bytes(folder: Path, enough: int) -> int:
+    """Bytes of the files under `folder`; stops counting once there are `enough`."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            total += os.lstat(f"{parent}/{name}").st_size
+        if total >= enough:
+            break
+    return total
