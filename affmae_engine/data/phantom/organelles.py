@@ -97,7 +97,7 @@ def _mitochondrion(rng: np.random.Generator, axis_3: F64, cell: int, centre: F64
     steps = np.linspace(-half, half, 5)[:, None] * (way / np.linalg.norm(way))
     bend = np.linspace(-1, 1, 5)[:, None] ** 2 * rng.normal(0, 0.22 * half, 3)
     crista = np.cross(way, rng.normal(size=3)) if rng.random() < 0.6 else way
-    crista = crista * np.array([0.45, 1, 1])  # lamellae seen on edge are those that one notices
+    crista = crista * np.array([0.2, 1, 1])  # lamellae seen on edge are those that one notices
     return Mitochondrion(
         cell, start + steps + bend, radius, crista / np.linalg.norm(crista), rng.uniform(34, 58), rng.uniform(0.8, 1.2)
     )

@@ -186,6 +186,8 @@ def draw_vesicles(section: Section, vesicles: Vesicles) -> None:
         own = section.plane.cell_YX[window] == vesicles.cell_V[index]
         mark = shell(distance, pixel, cut - 8, cut) * np.float32(1.15)
         mark += shell(distance, pixel, -cut, cut - 8) * np.float32(1.1 if vesicles.core_V[index] else 0.1)
+        body = own * shell(distance, pixel, -cut, cut) * np.float32(share)  # hides what lies behind
+        section.density_YX[window] = section.density_YX[window] * (1 - body) + body * np.float32(0.34)
         section.density_YX[window] += own * mark * np.float32(share)
         if share > 0.5:
             section.labels_YX[window][own & (distance < cut)] = VESICLE
@@ -196,19 +198,19 @@ def _draw_mitochondrion(section: Section, view: MitoView, rng: np.random.Generat
     window, inside = (view.rows, view.columns), view.inside_YX
     blur = section.blur(view.slope_YX)
     body = shell(inside, blur, 0, 1e6)
-    rim = shell(inside, blur, 0, 7) * 1.1 + shell(inside, blur, 7, 13) * 0.35 + shell(inside, blur, 13, 20) * 1.0
+    rim = shell(inside, blur, 0, 7) * 1.5 + shell(inside, blur, 7, 13) * 0.4 + shell(inside, blur, 13, 20) * 1.25
     core = shell(inside, blur, 20, 1e6)
     period, lean = view.body.period, abs(float(view.body.crista_3[0]))
     # Lamellae that lean out of the plane overlap within the section and wash out.
     crisp = float(np.exp(-0.5 * (2.2 * section.pixel_nm[0] * lean / period) ** 2))
     fold = np.abs(np.mod(view.phase_YX / period, 1) - 0.5) * period  # nm from the middle of the nearest crista
     pixel = max(section.pixel_nm[1:])
-    lumen = shell(fold, pixel, -5, 5)
-    wall = shell(fold, pixel, 5, 12)
+    lumen = shell(fold, pixel, -6, 6)
+    wall = shell(fold, pixel, 6, 13)
     number = np.floor(view.phase_YX / period)
-    gate = np.clip(1.6 * np.sin(number * 2.4 + _along(section, view) / 70) + 1.0, 0, 1)
+    gate = np.clip(1.8 * np.sin(number * 2.4 + _along(section, view) / 80) + 1.3, 0, 1)
     texture = grain(rng, inside.shape, section.pixel_nm[1:], 6.0) * np.float32(0.13)
-    density = rim + core * (0.62 * view.body.darkness + crisp * gate * (0.55 * wall - 0.45 * lumen) + texture)
+    density = rim + core * (0.62 * view.body.darkness + crisp * gate * (0.6 * wall - 0.5 * lumen) + texture)
     under = section.density_YX[window]
     section.density_YX[window] = under * (1 - body) + body * np.float32(0.25) + density.astype(np.float32)
     section.labels_YX[window][inside > 0] = MITOCHONDRIA
