@@ -1,1 +1,5 @@
-"""The network: masking, stem, encoder, decoder, autoencoder, segmenter."""
+"""The network: encoder of off-grid tokens, decoder of points asking points, and the two models made of them.
+
+Reading order: `autoencoder` (pretraining), `encoder`, `block`, `merging`, `decoder`, `segmenter`. The operations
+themselves are in `affmae_kernels`.
+"""

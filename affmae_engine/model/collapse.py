@@ -1,0 +1,26 @@
+"""Representation collapse, made visible: the effective rank of a stage's features (method section 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def effective_rank(feat_BNC: Tensor) -> Tensor:
+    """exp(entropy of the normalised singular values) of the centred features of each image.
+
+    Between 1 (all tokens on one line, or all equal) and min(N - 1, C). Source: Roy and Vetterli, "The effective rank",
+    EUSIPCO 2007.
+
+    Args:
+        feat_BNC: features of any floating dtype.
+
+    Returns:
+        rank_B, fp32 (float64 for float64 features).
+    """
+    with torch.autocast(feat_BNC.device.type, enabled=False):
+        feat_BNC = feat_BNC.to(torch.promote_types(feat_BNC.dtype, torch.float32))
+        singular_BR = torch.linalg.svdvals(feat_BNC - feat_BNC.mean(1, keepdim=True))
+        share_BR = singular_BR / singular_BR.sum(-1, keepdim=True).clamp(min=torch.finfo(singular_BR.dtype).tiny)
+        return (-torch.xlogy(share_BR, share_BR).sum(-1)).exp()

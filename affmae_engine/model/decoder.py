@@ -1,0 +1,140 @@
+"""The decoder: queries on the canvas ask the points of each stage, coarsest first (method section 4).
+
+Unusual: both self- and cross-attention are deformable point attention; a sample is interpolated from the 4 tokens
+nearest to it. Post-norm. The set of queries never changes, so its table of nearest points serves all four steps.
+
+Axes: B batch, Q queries, N tokens of a stage, C decoder width, A heads, D head width, S samples, T canvas cells.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from affmae_kernels.point_attention import nearest_table, point_attention
+from torch import Tensor, nn
+
+from affmae_engine.config import ModelConfig
+from affmae_engine.model.encoder import StageOutput
+from affmae_engine.model.initialise import STD, linear, projection
+from affmae_engine.model.sizes import SIZES
+
+SAMPLES = 4
+
+
+def sine_embedding(pos_BN2: Tensor, canvas_hw: tuple[int, int], dim: int) -> Tensor:
+    """[B, N, dim] fp32: C/2 channels for x, then C/2 for y, of u = 2 * pi * x / max(w - 1, 1).
+
+    Channel i of a half has the frequency 10000^(-2 * floor(i / 2) / (C / 2)); the sines of the even channels come
+    first, then the cosines of the odd ones. The canvas, not the batch, sets the scale.
+    """
+    half = dim // 2
+    channel = torch.arange(half, device=pos_BN2.device)
+    frequency = 10000.0 ** (-2 * (channel // 2) / half)
+    extent_2 = torch.tensor([max(canvas_hw[1] - 1, 1), max(canvas_hw[0] - 1, 1)], device=pos_BN2.device)
+    angle_BN2F = (2 * math.pi * pos_BN2 / extent_2)[..., None] * frequency
+    return torch.cat([angle_BN2F[..., 0::2].sin(), angle_BN2F[..., 1::2].cos()], -1).flatten(2)
+
+
+class Points:
+    """A set of tokens that can be asked: positions on a canvas and the table of the nearest ones."""
+
+    def __init__(self, pos_BN2: Tensor, canvas_hw: tuple[int, int], dim: int, backend: str) -> None:
+        self.pos_BN2, self.canvas_hw = pos_BN2, canvas_hw
+        self.table_BT4 = nearest_table(pos_BN2, canvas_hw, backend=backend)
+        self.sine_BNC = sine_embedding(pos_BN2, canvas_hw, dim)
+
+
+class PointAttention(nn.Module):
+    """Projections around `affmae_kernels.point_attention`; offsets start on rings around the query."""
+
+    def __init__(self, dim: int, heads: int, backend: str) -> None:
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        self.value = projection(dim, dim)
+        self.offset = nn.Linear(dim, heads * SAMPLES * 2)
+        self.logit = nn.Linear(dim, heads * SAMPLES)
+        self.output = projection(dim, dim)
+        self.tau = nn.Parameter(torch.tensor([2.0]))
+        for layer in (self.offset, self.logit):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        angle_A = torch.arange(heads) * (2 * math.pi / heads)
+        direction_A2 = torch.stack([angle_A.cos(), angle_A.sin()], -1)
+        direction_A2 = direction_A2 / direction_A2.abs().amax(-1, keepdim=True)
+        ring_S11 = torch.arange(1, SAMPLES + 1)[:, None]
+        with torch.no_grad():
+            self.offset.bias.copy_((direction_A2[:, None] * ring_S11).flatten())
+
+    def forward(self, query_BQC: Tensor, queries: Points, source_BNC: Tensor, tokens: Points) -> Tensor:
+        """What the queries find among the tokens, [B, Q, C]."""
+        out_BQAD = point_attention(
+            self.value(source_BNC).unflatten(-1, (self.heads, -1)),
+            tokens.pos_BN2,
+            tokens.table_BT4,
+            queries.pos_BN2,
+            self.offset(query_BQC).unflatten(-1, (self.heads, SAMPLES, 2)),
+            self.logit(query_BQC).unflatten(-1, (self.heads, SAMPLES)),
+            self.tau,
+            tokens.canvas_hw,
+            backend=self.backend,
+        )
+        out_BQC: Tensor = self.output(out_BQAD.flatten(2))
+        return out_BQC
+
+
+class DecoderStep(nn.Module):
+    """Self-attention among the queries, cross-attention to one stage, feed-forward; each x = LN(x + Drop(...))."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, source_dim: int, dropout: float, backend: str) -> None:
+        super().__init__()
+        self.source = linear(source_dim, dim)
+        self.source_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.self_attention = PointAttention(dim, heads, backend)
+        self.cross_attention = PointAttention(dim, heads, backend)
+        self.ffn = nn.Sequential(projection(dim, hidden), nn.ReLU(), projection(hidden, dim))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-5)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BQC: Tensor, queries: Points, stage_BNC: Tensor, tokens: Points) -> Tensor:
+        """[B, Q, C] -> [B, Q, C]."""
+        x_BQC = self.norm1(x_BQC + self.dropout(self.self_attention(x_BQC, queries, x_BQC, queries)))
+        source_BNC = self.source_norm(self.source(stage_BNC)) + tokens.sine_BNC.to(x_BQC.dtype)
+        x_BQC = self.norm2(x_BQC + self.dropout(self.cross_attention(x_BQC, queries, source_BNC, tokens)))
+        x_BQC = self.norm3(x_BQC + self.dropout(self.ffn(x_BQC)))
+        return x_BQC
+
+
+class Decoder(nn.Module):
+    """Mask tokens at the queries' positions, and one step per encoder stage from the coarsest to the finest."""
+
+    def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        size = SIZES[config.size]
+        self.dim, self.backend = size.decoder_dim, backend
+        hidden = round(self.dim * config.decoder_ffn_ratio)
+        self.mask_token = nn.Parameter(torch.empty(self.dim))
+        self.steps = nn.ModuleList(
+            DecoderStep(self.dim, size.decoder_heads, hidden, dim, config.decoder_dropout, backend)
+            for dim in reversed(size.dims)
+        )
+        nn.init.trunc_normal_(self.mask_token, std=STD)
+
+    def forward(self, stages: list[StageOutput], query_pos_BQ2: Tensor, canvas_hw: tuple[int, int]) -> list[Tensor]:
+        """Features of the queries, [B, Q, C], after each step.
+
+        Args:
+            stages: the encoder's outputs, finest first.
+            query_pos_BQ2: int32 (x, y) cells of the queries.
+            canvas_hw: height and width of the canvas, in cells.
+        """
+        queries = Points(query_pos_BQ2, canvas_hw, self.dim, self.backend)
+        x_BQC = self.mask_token + queries.sine_BNC.to(self.mask_token.dtype)
+        outputs: list[Tensor] = []
+        for step, stage in zip(self.steps, reversed(stages), strict=True):
+            tokens = Points(stage.pos_BN2, canvas_hw, self.dim, self.backend)
+            x_BQC = step(x_BQC, queries, stage.feat_BNC, tokens)
+            outputs.append(x_BQC)
+        return outputs

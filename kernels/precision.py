@@ -1,0 +1,36 @@
+"""What all references share: the dtype they compute in, and working through rows in tiles of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+TILE_ELEMENTS = 2**28
+"""Largest temporary of one tile, in elements (1 GiB in fp32)."""
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """fp32 for fp32, bf16 and fp16 features; float64 for float64 (gradient checks)."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def in_tiles(rows: int, elements_per_row: int, compute: Callable[[slice], Tensor], dim: int) -> Tensor:
+    """Concatenates `compute(slice of rows)` along `dim`, every tile's temporaries at most `TILE_ELEMENTS`.
+
+    One tile is computed as it is. Of several, each is recomputed in the backward pass instead of kept, so that memory
+    does not grow with the number of tiles.
+    """
+    size = max(1, TILE_ELEMENTS // max(1, elements_per_row))
+    if size >= rows:
+        return compute(slice(0, rows))
+    tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    parts = [
+        checkpoint(compute, tile, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else compute(tile)
+        for tile in tiles
+    ]
+    return torch.cat(parts, dim)
