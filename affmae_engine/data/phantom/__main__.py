@@ -2,7 +2,7 @@ r"""Writes a phantom to disk: `python -m affmae_engine.data.phantom --help`.
 
 The picture in the documentation is made by
 
-    python -m affmae_engine.data.phantom --shape 1 512 512 --pixel-nm 40 5 5 --seed 7 \
+    python -m affmae_engine.data.phantom --shape 1 512 512 --pixel-nm 40 5 5 --seed 12 \
         --picture docs/pictures/phantom.png
 """
 
