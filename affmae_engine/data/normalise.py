@@ -116,7 +116,7 @@ class Normalisation:
         mean, std = (statistics.mean, statistics.std) if self.mode == "image" else (self.mean, self.std)
         mean, std = float(mean), float(std)
         # A deviation that is rounding noise of the mean is a constant image.
-        if not (math.isfinite(mean) and math.isfinite(std)) or std <= 1e-9 * abs(mean):
+        if not (math.isfinite(mean) and math.isfinite(std)) or std <= 1e-12 * abs(mean):
             return IntensityMap(0.0, 0.0, clahe=self.clahe)
         if not self.clahe:
             return IntensityMap(mean, std)
