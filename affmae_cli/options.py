@@ -13,7 +13,7 @@ import typer
 
 
 def _complete_preset(incomplete: str) -> list[str]:
-    from affmae_cli.settings import preset_names
+    from affmae_cli.preset_files import preset_names
 
     return [name for name in (*preset_names(), "auto") if name.startswith(incomplete)]
 
@@ -42,6 +42,9 @@ SetOption = Annotated[
         help="Set any field, such as optim.lr=1e-4; `none` clears an optional one. May be repeated.",
         rich_help_panel=_SETTINGS,
     ),
+]
+TaskOption = Annotated[
+    Literal["pretrain", "finetune"] | None, typer.Option("--task", help="Show only what this command would use.")
 ]
 StepsOption = Annotated[
     int | None, typer.Option("--steps", help="Length of the run in optimizer steps.", rich_help_panel=_SETTINGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,40 @@ def show_dry_run(resolved: Resolved, *, as_json: bool = False) -> None:
             }
         )
         return
-    from affmae_cli.settings import to_toml
-
     title = f"affmae {resolved.task}, preset {resolved.preset}" if resolved.task else f"preset {resolved.preset}"
-    show(f"# {title}\n{to_toml(resolved)}")
+    show(f"# {title}\n\n{config_toml(resolved.config.model_dump(), resolved.sources)}")
+
+
+def config_toml(sections: Mapping[str, Mapping[str, Any]], sources: Mapping[str, str], *, prefix: str = "") -> str:
+    """Sections of a configuration as TOML, with the source of a value as a comment where `sources` has one.
+
+    Args:
+        sections: field values by section and field name; None becomes a comment, as TOML has no such value.
+        sources: source by "section.field".
+        prefix: put before each table's name, for example "task.finetune.".
+    """
+    tables = []
+    for section, values in sections.items():
+        lines = [f"[{prefix}{section}]"]
+        for name, value in values.items():
+            line = f"# {name} is not set" if value is None else f"{name} = {toml_value(value)}"
+            source = sources.get(f"{section}.{name}")
+            lines.append(f"{line:<40}  # {printable(source)}" if source else line)
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML on one line; None, which TOML lacks, as `none`."""
+    import tomli_w
+
+    if value is None:
+        return "none"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())}}}"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
 def printable(text: str) -> str:
