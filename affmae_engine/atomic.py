@@ -78,19 +78,23 @@ def commit_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def committed_folder(path: Path) -> Iterator[Path]:
+def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a folder aside and rename it into place when the block ends without an exception.
+
+    Args:
+        replace: an existing folder of that name gives way to the complete new one, and only then; folders cannot be
+            swapped in one step, so for an instant neither stands there.
 
     Yields:
         a hidden sibling folder to fill. Files in it are fsynced before the rename.
 
     Raises:
-        FileExistsError: `path` exists already (a committed folder is never replaced).
-        ResourceError: the write failed; nothing is left under the final name.
+        FileExistsError: `path` exists already and `replace` is off.
+        ResourceError: the write failed; nothing new is left under the final name.
     """
-    if path.exists():
+    if path.exists() and not replace:
         raise FileExistsError(path)
-    partial = _partial_name(path)
+    partial, previous = _partial_name(path), _partial_name(path)
     try:
         with translated_write_errors(path):
             partial.mkdir()
@@ -101,11 +105,19 @@ def committed_folder(path: Path) -> Iterator[Path]:
             for folder in sorted((p for p in partial.rglob("*") if p.is_dir()), reverse=True):
                 fsync_folder(folder)
             fsync_folder(partial)
-            partial.rename(path)
+            if path.exists():
+                path.rename(previous)
+            try:
+                partial.rename(path)
+            except OSError:
+                if previous.exists():
+                    previous.rename(path)
+                raise
             fsync_folder(path.parent)
     finally:
-        if partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, previous):
+            if leftover.exists():
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager

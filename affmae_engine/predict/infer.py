@@ -218,18 +218,24 @@ class _Job:
 
 
 def blend(
-    planes: Iterable[Plane], runner: TileRunner, tiling: Tiling, *, on_tiles: Callable[[int], None] | None = None
+    planes: Iterable[Plane],
+    runner: TileRunner,
+    tiling: Tiling,
+    *,
+    prepare: Callable[[np.ndarray], np.ndarray] | None = None,
+    on_tiles: Callable[[int], None] | None = None,
 ) -> Iterator[Band]:
     """Class probabilities of planes, band by band, in order: all rows of plane 0, then of plane 1, ...
 
     Args:
         planes: read lazily, one after the other; they may differ in size.
+        prepare: applied to every tile [T, T] before the network, for what must see just a tile (CLAHE).
         on_tiles: called with the number of tiles just done.
 
     Yields:
         bands that together hold every row of every plane exactly once, on the device that holds the accumulator.
     """
-    jobs = _jobs(planes, runner, tiling)
+    jobs = _jobs(planes, runner, tiling, prepare or (lambda tile: tile))
     while batch := list(islice(jobs, runner.batch_size)):
         tiles_BTT = torch.from_numpy(np.stack([job.tile_TT for job in batch]))
         for job, tile_CTT in zip(batch, runner.probabilities(tiles_BTT), strict=True):
@@ -250,6 +256,7 @@ def predict_plane(
     batch_size: int = 4,
     device: torch.device,
     autocast: torch.dtype | None = None,
+    prepare: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Tensor:
     """Class probabilities of one whole plane by tiled inference; what `affmae predict` and validation both use.
 
@@ -257,6 +264,7 @@ def predict_plane(
         model: on `device`; run in eval mode, its mode is restored.
         plane: normalised float32 [Y, X], or rows of one.
         autocast: dtype of an autocast context to open; None keeps the caller's.
+        prepare: applied to every tile before the network (see `blend`).
 
     Returns:
         float32 [C, Y, X] on the CPU; sums to 1 over C.
@@ -267,7 +275,7 @@ def predict_plane(
     training = model.training
     model.eval()
     try:
-        for band in blend([source], runner, Tiling(tile, overlap)):
+        for band in blend([source], runner, Tiling(tile, overlap), prepare=prepare):
             rows = band.probabilities_CRX.shape[1]
             result_CYX[:, band.first_row : band.first_row + rows] = band.probabilities_CRX
     finally:
@@ -275,7 +283,9 @@ def predict_plane(
     return result_CYX
 
 
-def _jobs(planes: Iterable[Plane], runner: TileRunner, tiling: Tiling) -> Iterator[_Job]:
+def _jobs(
+    planes: Iterable[Plane], runner: TileRunner, tiling: Tiling, prepare: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[_Job]:
     for index, plane in enumerate(planes):
         y, x = tiling.axes(plane.shape)
         canvas = _Canvas(index, y, x, runner.classes, runner.device)
@@ -286,4 +296,4 @@ def _jobs(planes: Iterable[Plane], runner: TileRunner, tiling: Tiling) -> Iterat
             padded_TX = plane.rows(first, last)[wanted - first][:, columns]
             for column, left in enumerate(x.starts):
                 offset = left - x.starts[0]
-                yield _Job(canvas, row, column, padded_TX[:, offset : offset + x.tile])
+                yield _Job(canvas, row, column, prepare(padded_TX[:, offset : offset + x.tile]))
