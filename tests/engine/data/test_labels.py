@@ -1,0 +1,300 @@
+"""Labels: pairing by name and count, every form they come in, and every problem listed at once."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from affmae_engine.data.labels.checks import CheckedLabels, check_labels
+from affmae_engine.data.labels.pairing import LabelledImage, joined, pair_labels
+from affmae_engine.errors import ConfigError, InputError
+
+SHAPE = (24, 20)
+ALL = slice(None)
+
+
+def save(path: Path, array: np.ndarray) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        Image.fromarray(array).save(path)
+    else:
+        tifffile.imwrite(path, array, photometric="minisblack")
+    return array
+
+
+def grey(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def classes(seed: int, shape: tuple[int, ...] = SHAPE, count: int = 3) -> np.ndarray:
+    return np.random.default_rng(100 + seed).integers(0, count, shape, dtype=np.uint8)
+
+
+def read(pair: LabelledImage) -> np.ndarray:
+    return pair.labels.read(ALL, ALL, ALL)
+
+
+def check(images: Path, labels: Path, **options: object) -> CheckedLabels:
+    return check_labels(pair_labels([images], [labels]), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("image_name", "label_name"),
+    [
+        ("a{}.png", "a{}.tif"),
+        ("a{}.tif", "a{}_label.png"),
+        ("a{}.tif", "a{}-labels.tif"),
+        ("a{}.tif", "A{}_mask.tif"),
+        ("a{}.tif", "label_a{}.tif"),
+        ("image{}.tif", "mask{}.tif"),
+        ("a{}_em.tif", "a{}_seg.tif"),
+        ("a{}.ome.tif", "a{}.png"),
+        ("sub/a{}.tif", "sub/a{}.png"),
+        ("é a{}.tif", "é a{}.tif"),
+    ],
+)
+def test_files_are_paired_by_name(tmp_path: Path, image_name: str, label_name: str):
+    for k in (1, 2, 10):
+        save(tmp_path / "I" / image_name.format(k), grey(k))
+        save(tmp_path / "L" / label_name.format(k), classes(k))
+    pairing = pair_labels([tmp_path / "I"], [tmp_path / "L"])
+    assert [Path(pair.name).name for pair in pairing.pairs] == [Path(image_name.format(k)).name for k in (1, 2, 10)]
+    for k, pair in zip((1, 2, 10), pairing.pairs, strict=True):
+        np.testing.assert_array_equal(read(pair)[0], classes(k))
+        np.testing.assert_array_equal(pair.image.read(ALL, ALL, ALL)[0], grey(k))
+
+
+def test_one_image_and_one_label_need_no_common_name(tmp_path: Path):
+    save(tmp_path / "volume.tif", grey(0, (4, *SHAPE)))
+    truth = save(tmp_path / "truth.tif", classes(0, (4, *SHAPE)))
+    checked = check(tmp_path / "volume.tif", tmp_path / "truth.tif")
+    np.testing.assert_array_equal(read(checked.pairs[0]), truth)
+    assert checked.class_names == ("class0", "class1", "class2")
+    assert checked.counts == tuple(np.bincount(truth.ravel()).tolist())
+
+
+def test_a_stack_and_pictures_are_paired_by_order_when_counts_match(tmp_path: Path):
+    stack = save(tmp_path / "stack.tif", classes(0, (3, *SHAPE)))
+    for z in range(3):
+        save(tmp_path / "P" / f"z{z + 8}.png", stack[z])
+    as_labels = pair_labels([tmp_path / "stack.tif"], [tmp_path / "P"])
+    np.testing.assert_array_equal(read(as_labels.pairs[0]), stack)
+    as_images = pair_labels([tmp_path / "P"], [tmp_path / "stack.tif"])
+    assert len(as_images.pairs) == 3
+    np.testing.assert_array_equal(np.concatenate([read(pair) for pair in as_images.pairs]), stack)
+    assert "order of their names" in as_labels.notes[-1]
+    save(tmp_path / "P" / "z99.png", stack[0])
+    with pytest.raises(InputError, match="no labels of that name") as error:
+        pair_labels([tmp_path / "stack.tif"], [tmp_path / "P"])
+    assert error.value.message.count("labels without an image") == 4
+
+
+def test_a_folder_of_masks_for_each_class(tmp_path: Path):
+    truth = {k: classes(k) for k in range(2)}
+    for k, labels in truth.items():
+        save(tmp_path / "I" / f"{k}.tif", grey(k))
+        for number, name in ((1, "membrane"), (2, "synapse")):
+            save(tmp_path / "L" / name / f"{k}.png", (labels == number).astype(np.uint8) * 255)
+    checked = check(tmp_path / "I", tmp_path / "L")
+    assert checked.class_names == ("background", "membrane", "synapse")
+    for k, pair in enumerate(checked.pairs):
+        np.testing.assert_array_equal(read(pair)[0], truth[k])
+    swapped = check(tmp_path / "I", tmp_path / "L", class_names=("none", "synapse", "membrane"))
+    np.testing.assert_array_equal(read(swapped.pairs[1])[0], np.array([0, 2, 1])[truth[1]])
+    assert swapped.class_names == ("none", "synapse", "membrane")
+    with pytest.raises(ConfigError, match="membrane, synapse"):
+        check(tmp_path / "I", tmp_path / "L", class_names=("membrane", "synapse"))
+    (tmp_path / "L" / "synapse" / "1.png").unlink()
+    with pytest.raises(InputError, match=r"1\.tif: no labels of that name in .*synapse"):
+        check(tmp_path / "I", tmp_path / "L")
+
+
+@pytest.mark.parametrize("form", ["pages", "rgb", "imagej"])
+def test_a_file_with_one_channel_for_each_class(tmp_path: Path, form: str):
+    truth = classes(0, count=4)
+    masks = np.stack([truth == k for k in (1, 2, 3)]).astype(np.uint8)
+    save(tmp_path / "I" / "a.tif", grey(0))
+    (tmp_path / "L").mkdir()
+    options = {
+        "pages": {"photometric": "minisblack"},
+        "rgb": {"photometric": "rgb", "planarconfig": "separate"},
+        "imagej": {"imagej": True, "metadata": {"axes": "CYX"}},
+    }[form]
+    tifffile.imwrite(tmp_path / "L" / "a.tif", masks, **options)
+    checked = check(tmp_path / "I", tmp_path / "L")
+    np.testing.assert_array_equal(read(checked.pairs[0])[0], truth)
+    assert checked.class_names == ("background", "mask1", "mask2", "mask3")
+
+
+def test_overlapping_masks_are_counted_and_the_later_wins(tmp_path: Path):
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[:10] = 1
+    save(tmp_path / "I" / "a.tif", grey(0))
+    save(tmp_path / "L" / "a" / "a.png", mask)
+    save(tmp_path / "L" / "b" / "a.png", np.roll(mask, 5, axis=0))
+    checked = check(tmp_path / "I", tmp_path / "L")
+    assert checked.counts == (9 * 20, 5 * 20, 10 * 20)
+    assert any("100 pixels lie in several masks" in note for note in checked.notes)
+
+
+def test_a_mask_that_is_not_binary_is_refused(tmp_path: Path):
+    save(tmp_path / "I" / "a.tif", grey(0))
+    save(tmp_path / "L" / "a" / "a.png", classes(0))
+    save(tmp_path / "L" / "b" / "a.png", classes(1) * 0)
+    with pytest.raises(InputError, match=r"a\.png holds the values 0, 1, 2; a binary mask"):
+        check(tmp_path / "I", tmp_path / "L")
+
+
+def test_a_grey_map_saved_as_colour_is_a_map(tmp_path: Path):
+    truth = classes(0)
+    save(tmp_path / "a.tif", grey(0))
+    tifffile.imwrite(tmp_path / "l.tif", np.stack([truth] * 3, axis=-1), photometric="rgb")
+    np.testing.assert_array_equal(read(check(tmp_path / "a.tif", tmp_path / "l.tif").pairs[0])[0], truth)
+
+
+@pytest.mark.parametrize("value", [1, 255, 7])
+def test_binary_masks_become_classes_0_and_1(tmp_path: Path, value: int):
+    truth = classes(0, count=2)
+    save(tmp_path / "a.tif", grey(0))
+    save(tmp_path / "l.png", truth * np.uint8(value))
+    checked = check(tmp_path / "a.tif", tmp_path / "l.png")
+    np.testing.assert_array_equal(read(checked.pairs[0])[0], truth)
+    assert checked.class_names == ("class0", "class1")
+    assert checked.counts == tuple(np.bincount(truth.ravel()).tolist())
+    assert any("taken as classes" in note for note in checked.notes) == (value != 1)
+
+
+def test_the_ignore_label_is_no_class(tmp_path: Path):
+    labels = classes(0)
+    labels[:3] = 255
+    save(tmp_path / "a.tif", grey(0))
+    save(tmp_path / "l.png", labels)
+    checked = check(tmp_path / "a.tif", tmp_path / "l.png", ignore_label=255)
+    assert (len(checked.class_names), checked.ignored) == (3, 60)
+    np.testing.assert_array_equal(read(checked.pairs[0])[0], labels)
+    with pytest.raises(InputError, match="value 255: 60 pixels") as error:
+        check(tmp_path / "a.tif", tmp_path / "l.png")
+    assert "finetune.ignore_label=255" in error.value.hint
+
+
+def test_values_out_of_range_are_listed_for_all_files(tmp_path: Path):
+    for k in range(3):
+        save(tmp_path / "I" / f"{k}.tif", grey(k))
+        labels = classes(k)
+        labels[0, :k] = 7
+        save(tmp_path / "L" / f"{k}.tif", labels)
+    with pytest.raises(InputError, match=r"value 7: 3 pixels in .*1\.tif, .*2\.tif is no class \(0 to 2\)"):
+        check(tmp_path / "I", tmp_path / "L", class_names=("a", "b", "c"))
+    with pytest.raises(InputError, match="without a gap"):
+        check(tmp_path / "I", tmp_path / "L")
+    named = check(tmp_path / "I", tmp_path / "L", class_names=tuple("abcdefgh"))
+    assert any("no pixel is labelled d, e, f, g" in note for note in named.notes)
+
+
+def test_missing_partners_are_all_listed(tmp_path: Path):
+    for k in range(4):
+        save(tmp_path / "I" / f"a{k}.tif", grey(k))
+    for k in (1, 8, 9):
+        save(tmp_path / "L" / f"a{k}.png", classes(k))
+    with pytest.raises(InputError) as error:
+        check(tmp_path / "I", tmp_path / "L")
+    text = error.value.message
+    assert all(f"a{k}.tif: no labels" in text for k in (0, 2, 3))
+    assert all(f"a{k}.png: labels without an image" in text for k in (8, 9))
+    assert "5 problems" in text
+
+
+def test_shape_mismatches_are_all_listed(tmp_path: Path):
+    for k, shape in enumerate([SHAPE, (20, 24), (12, 10)]):
+        save(tmp_path / "I" / f"{k}.tif", grey(k))
+        save(tmp_path / "L" / f"{k}.tif", classes(k, shape))
+    with pytest.raises(InputError) as error:
+        check(tmp_path / "I", tmp_path / "L")
+    assert "1.tif is 24 x 20" in error.value.message
+    assert "2.tif are 12 x 10" in error.value.message
+    assert "0.tif" not in error.value.message
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path):
+    for suffix in ("tif", "tiff"):
+        save(tmp_path / "I" / f"a.{suffix}", grey(0))
+    save(tmp_path / "L" / "a.tif", classes(0))
+    with pytest.raises(InputError, match="several files are called a"):
+        pair_labels([tmp_path / "I"], [tmp_path / "L"])
+
+
+def test_nonsense_labels_are_refused_by_what_they_are(tmp_path: Path):
+    image = save(tmp_path / "I" / "copy.tif", grey(0))
+    save(tmp_path / "L" / "copy.tif", image)
+    save(tmp_path / "I" / "objects.tif", grey(1))
+    save(tmp_path / "L" / "objects.tif", np.arange(480, dtype=np.uint16).reshape(SHAPE))
+    save(tmp_path / "I" / "floats.tif", grey(2))
+    save(tmp_path / "L" / "floats.tif", np.full(SHAPE, 0.5, np.float32))
+    save(tmp_path / "I" / "negative.tif", grey(3))
+    save(tmp_path / "L" / "negative.tif", np.full(SHAPE, -1, np.int16))
+    save(tmp_path / "I" / "broken.tif", grey(4))
+    (tmp_path / "L" / "broken.tif").write_bytes(b"II*\x00 no more")
+    with pytest.raises(InputError, match=r"broken\.tif"):
+        check(tmp_path / "I", tmp_path / "L")
+    save(tmp_path / "L" / "broken.tif", classes(4))
+    with pytest.raises(InputError) as error:
+        check(tmp_path / "I", tmp_path / "L")
+    text = error.value.message
+    assert "copy.tif equals its image" in text
+    assert "objects.tif holds more than 64 different values" in text
+    assert "single objects" in text
+    assert "not whole numbers" in text
+    assert "negative numbers" in text
+    assert "4 problems" in text
+
+
+def test_whole_floats_are_labels(tmp_path: Path):
+    truth = classes(0)
+    save(tmp_path / "a.tif", grey(0))
+    save(tmp_path / "l.tif", truth.astype(np.float32))
+    np.testing.assert_array_equal(read(check(tmp_path / "a.tif", tmp_path / "l.tif").pairs[0])[0], truth)
+
+
+def test_one_value_only_is_refused(tmp_path: Path):
+    save(tmp_path / "a.tif", grey(0))
+    save(tmp_path / "l.tif", np.zeros(SHAPE, np.uint8))
+    with pytest.raises(InputError, match="all 480 pixels have the value 0"):
+        check(tmp_path / "a.tif", tmp_path / "l.tif")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path):
+    (tmp_path / "I").mkdir()
+    save(tmp_path / "l.tif", classes(0))
+    with pytest.raises(InputError, match="no images found"):
+        pair_labels([tmp_path / "I"], [tmp_path / "l.tif"])
+
+
+def test_training_and_validation_sets_are_numbered_together(tmp_path: Path):
+    for part, values in (("t", (0, 255)), ("v", (0, 0))):
+        save(tmp_path / f"{part}.tif", grey(0))
+        save(tmp_path / f"{part}l.tif", np.resize(np.array(values, np.uint8), SHAPE))
+    both = joined(*(pair_labels([tmp_path / f"{p}.tif"], [tmp_path / f"{p}l.tif"]) for p in "tv"))
+    checked = check_labels(both)
+    assert read(checked.pairs[0]).max() == 1
+    assert read(checked.pairs[1]).max() == 0
+
+
+def test_composed_sources_survive_pickling_and_partial_reads(tmp_path: Path):
+    truth = classes(0, (3, *SHAPE))
+    save(tmp_path / "I" / "a.tif", grey(0, (3, *SHAPE)))
+    for number in (1, 2):
+        save(tmp_path / "L" / f"m{number}" / "a.tif", (truth == number).astype(np.uint8))
+    labels = check(tmp_path / "I", tmp_path / "L").pairs[0].labels
+    copy = pickle.loads(pickle.dumps(labels))  # noqa: S301 (our own bytes: worker processes get sources this way)
+    np.testing.assert_array_equal(copy.read(slice(1, 2), slice(4, 9), slice(15, 99)), truth[1:2, 4:9, 15:])
+
+
+def test_real_labels_of_two_kinds(shared_data: Path):
+    vnc = check(shared_data / "em/vnc/stack1/image", shared_data / "em/vnc/stack1/label")
+    assert len(vnc.class_names) == 5
+    assert vnc.counts[4] / sum(vnc.counts) == pytest.approx(0.0056, abs=3e-4)
+    with pytest.raises(InputError, match="single objects"):
+        check(shared_data / "em/fib25/sample2/image", shared_data / "em/fib25/sample2/instances.tif")
