@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +134,7 @@ def set_aside_newer(run: RunDir, step: int) -> list[Path]:
             target = source.with_name(f"{source.name}.damaged")
             if target.exists():
                 shutil.rmtree(target)
-            os.rename(source, target)
+            source.rename(target)
             moved.append(target)
     return moved
 
@@ -152,7 +151,7 @@ def prune(run: RunDir, keep: int, best_step: int | None, warn: Callable[[str], N
         # that the next `sweep` removes.
         doomed = folder.with_name(f".{folder.name}{atomic.PARTIAL_SUFFIX}")
         try:
-            os.rename(folder, doomed)
+            folder.rename(doomed)
             shutil.rmtree(doomed)
         except OSError as error:
             warn(f"cannot delete the old checkpoint {folder}: {error.strerror or error}")
@@ -227,31 +226,26 @@ def _verify_file(file: Path, entry: Any) -> None:
     try:
         size = file.stat().st_size
         if size != expected.get("bytes"):
-            raise CorruptError(f"{file} has {size} bytes instead of {expected.get('bytes')}", _HINT)
+            raise CorruptError(f"{file} has {size} bytes instead of {expected.get('bytes')}", HINT)
         if _sha256(file) != expected.get("sha256"):
-            raise CorruptError(f"{file} does not match its checksum", _HINT)
+            raise CorruptError(f"{file} does not match its checksum", HINT)
     except OSError as error:
-        raise CorruptError(f"{file} cannot be read: {error.strerror or error}", _HINT) from error
+        raise CorruptError(f"{file} cannot be read: {error.strerror or error}", HINT) from error
 
 
-_HINT = "use another checkpoint of the run, or restore the file from a copy"
+HINT = "use another checkpoint of the run, or restore the file from a copy"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CorruptError(f"{path} cannot be read: {error}", _HINT) from error
+        raise CorruptError(f"{path} cannot be read: {error}", HINT) from error
     if not isinstance(value, dict):
-        raise CorruptError(f"{path} does not hold an object", _HINT)
+        raise CorruptError(f"{path} does not hold an object", HINT)
     return value
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tensors_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that the tensors take in a file."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

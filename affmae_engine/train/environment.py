@@ -1,0 +1,133 @@
+"""environment.json: with what a run was made, and the data that a resumed run must find again."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from affmae_kernels.dispatch import choose_backend
+
+from affmae_engine import atomic
+from affmae_engine.errors import ConfigError, CorruptError
+from affmae_engine.run_dir import RunDir
+from affmae_engine.train.device import DeviceChoice
+
+ENVIRONMENT_SCHEMA = 1
+_OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "point_attention")
+_PACKAGES = ("affmae", "torch", "numpy", "zarr", "safetensors", "triton")
+
+
+def kernel_backends(backend: str) -> dict[str, str]:
+    """The implementation of each operation that `kernels.backend` means here."""
+    return {operation: choose_backend(backend, operation).name for operation in _OPERATIONS}
+
+
+def write_environment(
+    run: RunDir, choice: DeviceChoice, *, data: Mapping[str, Any], command: Mapping[str, Any], backend: str
+) -> None:
+    """Write environment.json.
+
+    Args:
+        run: the run.
+        choice: device and precision.
+        data: "path", "fingerprint" and "images" ({name: hash}) of the store that is trained on.
+        command: what the command was given and a resumed run may need again.
+        backend: `kernels.backend`.
+    """
+    atomic.commit_json(
+        run.environment,
+        {
+            "schema": ENVIRONMENT_SCHEMA,
+            "data": dict(data),
+            "command": dict(command),
+            "device": choice.description,
+            "precision": choice.precision,
+            "backends": kernel_backends(backend),
+            "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "host": socket.gethostname(),
+            "cpus": os.cpu_count(),
+            "git": _git_state(),
+        },
+    )
+
+
+def data_record(run: RunDir) -> dict[str, Any]:
+    """The "data" entry of environment.json.
+
+    Raises:
+        CorruptError: it is missing, so the run's data cannot be found again.
+    """
+    data = run.read_json(run.environment).get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        raise CorruptError(f"{run.environment} does not say where the data is", "restore it from a copy")
+    return data
+
+
+def check_same_data(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Compare two "data" records.
+
+    Raises:
+        ConfigError: the data is not what the run was trained on; says which images came, went or changed.
+    """
+    if recorded.get("fingerprint") == found.get("fingerprint"):
+        return
+    raise ConfigError(
+        f"the data at {found.get('path')} is not what this run was trained on: {_data_changes(recorded, found)}",
+        "put the data back as it was, or begin a new run with --init-from",
+    )
+
+
+def _data_changes(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    before, now = recorded.get("images") or {}, found.get("images") or {}
+    changes = {
+        "added": sorted(now.keys() - before.keys()),
+        "missing": sorted(before.keys() - now.keys()),
+        "changed": sorted(name for name in before.keys() & now.keys() if before[name] != now[name]),
+    }
+    parts = [f"{len(names)} {word} ({_some(names)})" for word, names in changes.items() if names]
+    return ", ".join(parts) or "its statistics or order differ"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the checkout that this code runs from; None when it is not run from one."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "modified": bool(changed)} if commit else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def command_line() -> list[str]:
+    """The words that this process was started with."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

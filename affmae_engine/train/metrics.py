@@ -1,0 +1,224 @@
+"""What a run records: events to metrics.jsonl and to the sinks, sums on the device, time on the host.
+
+Nothing here reads the device except `Window.read`, which the loop calls when it logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from affmae_engine.events import Event, to_line
+
+Sink = Callable[[Event], None]
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """Append-only event lines, flushed one by one. A torn last line of a killed process is cut off on opening.
+
+    A failed write (full disk) does not end the training: the line is kept and written with the next one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+        self._size = _cut_torn_line(path)
+        self._pending = b""
+
+    def write(self, event: Event) -> str | None:
+        """Append one event; returns what went wrong, if anything."""
+        self._pending += (to_line(event) + "\n").encode("utf-8")
+        descriptor = self._file.fileno()
+        try:
+            os.ftruncate(descriptor, self._size)
+            written = os.write(descriptor, self._pending)
+        except OSError as error:
+            return f"metrics.jsonl cannot be written: {error.strerror}"
+        if written < len(self._pending):
+            return "metrics.jsonl cannot be written: the disk is full"
+        self._size += written
+        self._pending = b""
+        return None
+
+    def sync(self) -> None:
+        """Force what was written to the device."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Recorder:
+    """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on."""
+
+    def __init__(self, path: Path, sinks: Sequence[Sink]) -> None:
+        self._file = MetricsFile(path)
+        self._sinks = list(sinks)
+        self._failing = False
+
+    def emit(self, event: Event) -> None:
+        """Record one event."""
+        problem = self._file.write(event)
+        if problem and not self._failing:
+            _log.error("%s; training goes on and the lines are kept for later", problem)
+        self._failing = problem is not None
+        for sink in tuple(self._sinks):
+            try:
+                sink(event)
+            except Exception:
+                _log.exception("a viewer of the run failed and was left out from here on")
+                self._sinks.remove(sink)
+
+    def sync(self) -> None:
+        """Force the metrics to the device."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Close the metrics file."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Means:
+    """What `Window.read` returns: means over the finite steps (NaN where there was none) and counts of the others."""
+
+    losses: dict[str, float]
+    grad_norm: float
+    longest_streak: int
+    skipped: int
+    skipped_in_window: int
+
+
+class Window:
+    """Sums since the last log, in float64 on the device. Non-finite steps are counted and left out of the sums."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._names: list[str] = []
+        # [count of finite steps, current streak of others, longest streak, others so far, others before this window]
+        self._counts = torch.zeros(5, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor, bad: Tensor) -> None:
+        """Add one step: scalar losses, the gradient norm and whether the step was skipped, all on the device."""
+        if not self._names:
+            self._names = [*losses, "grad_norm"]
+            self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        values = torch.stack([*(losses[name].detach() for name in losses), grad_norm]).double()
+        self._sums += torch.where(bad, 0.0, values)
+        skipped = bad.double()
+        finite, streak, longest, total, before = self._counts.unbind()
+        streak = (streak + 1) * skipped
+        self._counts = torch.stack(
+            [finite + 1 - skipped, streak, torch.maximum(longest, streak), total + skipped, before]
+        )
+
+    def read(self) -> Means:
+        """Means of the window, which starts anew. This is the one place where the host waits for the device."""
+        finite, streak, longest, total, before, *sums = torch.cat([self._counts, self._sums]).tolist()
+        means = {
+            name: value / finite if finite else float("nan") for name, value in zip(self._names, sums, strict=True)
+        }
+        grad_norm = means.pop("grad_norm", float("nan"))
+        self._sums.zero_()
+        self._counts = torch.tensor([0, streak, streak, total, total], dtype=torch.float64, device=self._device)
+        return Means(means, grad_norm, int(longest), int(total), int(total - before))
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums as plain numbers, so that a resumed run logs the same means."""
+        return {"names": self._names, "counts": self._counts.tolist(), "sums": self._sums.tolist()}
+
+    def load_json(self, value: dict[str, Any]) -> None:
+        """Take over what `to_json` returned."""
+        self._names = list(value["names"])
+        self._counts = torch.tensor(value["counts"], dtype=torch.float64, device=self._device)
+        self._sums = torch.tensor(value["sums"], dtype=torch.float64, device=self._device)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds per step, images per second, share of the time spent waiting for data, seconds to the end."""
+
+    step_s: float
+    images_per_s: float
+    data_wait: float
+    eta_s: float
+
+
+class Stopwatch:
+    """Wall time of training steps, apart from the time in evaluations, previews and checkpoints. Monotonic clock."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.started = clock()
+        self._mark = self.started
+        self._steps = self._all_steps = 0
+        self._waited = self._aside = self._all_aside = 0.0
+        self._recent: deque[float] = deque(maxlen=9)
+
+    @property
+    def seconds(self) -> float:
+        """Since the stopwatch was made."""
+        return self._clock() - self.started
+
+    def waited(self, seconds: float) -> None:
+        """Count time that the device stood still for want of data."""
+        self._waited += seconds
+
+    def stepped(self) -> None:
+        """Count one optimizer step."""
+        self._steps += 1
+        self._all_steps += 1
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is not training: left out of the pace, part of the estimated time to the end."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._aside += self._clock() - start
+            self._all_aside += self._clock() - start
+
+    def lap(self, batch_size: int, steps_left: int) -> Pace:
+        """The pace since the last lap. Call it right after the device was read."""
+        now = self._clock()
+        elapsed = max(now - self._mark - self._aside, 1e-9)
+        step_s = elapsed / max(self._steps, 1)
+        self._recent.append(step_s)
+        eta_s = steps_left * (statistics.median(self._recent) + self._all_aside / max(self._all_steps, 1))
+        pace = Pace(step_s, self._steps * batch_size / elapsed, min(self._waited / elapsed, 1.0), eta_s)
+        self._mark, self._steps, self._waited, self._aside = now, 0, 0.0, 0.0
+        return pace
+
+
+def _cut_torn_line(path: Path) -> int:
+    """Truncate after the last line end; returns the size in bytes."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        position = end
+        while position > 0:
+            start = max(0, position - (1 << 16))
+            file.seek(start)
+            found = file.read(position - start).rfind(b"\n")
+            if found >= 0:
+                position = start + found + 1
+                break
+            position = start
+        if position < end:
+            file.truncate(position)
+        return position

@@ -1,0 +1,78 @@
+"""AdamW: its parameter groups, and its state as named tensors.
+
+The fused implementation is used on every device. It takes two device-side scalars, `grad_scale` (every gradient is
+divided by it) and `found_inf` (the update is left out when it is 1): clipping and the skipping of a non-finite step
+cost no extra pass over the gradients and no synchronisation with the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from affmae_engine.config import OptimConfig
+from affmae_engine.errors import CorruptError
+
+
+def decay_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, lr_scale: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Optimizer groups: no weight decay on parameters of fewer than two axes (biases, norms, temperatures).
+
+    Args:
+        named_parameters: of the model; frozen ones are left out.
+        weight_decay: of all others.
+        lr_scale: factor on the learning rate by parameter name; parameters of equal factor share a group.
+
+    Returns:
+        groups with "params", "weight_decay" and "lr_scale", in order of first appearance.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((decay, lr_scale(name)), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+
+
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over groups as `decay_groups` makes them."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group `rate` times its own `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors, "parameter.exp_avg", "parameter.exp_avg_sq", "parameter.step"."""
+    return {
+        f"{name}.{kind}": tensor
+        for name, parameter in model.named_parameters()
+        for kind, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give an optimizer the state that `optimizer_tensors` returned.
+
+    Raises:
+        CorruptError: the tensors do not belong to this model.
+    """
+    parameters = dict(model.named_parameters())
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        parameter = parameters.get(name)
+        if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
+            raise CorruptError(f"the optimizer state {key!r} does not belong to this model", "was the model changed?")
+        state.setdefault(parameter, {})[kind] = tensor.to(parameter.device, copy=True)
+    optimizer.state.update(state)

@@ -1,0 +1,236 @@
+"""One process's work on a run, apart from the steps themselves: log, evaluate, preview, save, and requests to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from affmae_engine.config import RunConfig
+from affmae_engine.errors import DivergedError, ResourceError
+from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, StepLogged, Warned
+from affmae_engine.run_dir import RunDir
+from affmae_engine.train import checkpoint
+from affmae_engine.train.device import DeviceChoice, memory_gib
+from affmae_engine.train.metrics import Means, Recorder, Stopwatch
+from affmae_engine.train.signals import StopRequest
+from affmae_engine.train.state import TrainState, save_state
+from affmae_engine.train.task import Evaluation, Task
+from affmae_engine.visualize import save_png
+
+MAX_FAILED_SAVES = 3
+"""Checkpoints in a row that may fail (disk full) before the run stops."""
+STOP_FILE, CHECKPOINT_FILE = "stop", "checkpoint"
+"""Names in control/: stop as after Ctrl-C; save a checkpoint now. Read when a step is logged, and removed."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """What the loop calls after a step. Every method works on `state.step`."""
+
+    run: RunDir
+    config: RunConfig
+    task: Task
+    choice: DeviceChoice
+    state: TrainState
+    recorder: Recorder
+    stop: StopRequest
+    watch: Stopwatch
+    failed_saves: int = 0
+    save_requested: bool = False
+
+    def log(self, rate: float) -> None:
+        """Read the device, record the means since the last log, obey requests in control/.
+
+        Raises:
+            DivergedError: too many steps in a row were not finite.
+        """
+        means = self.state.window.read()
+        train = self.config.train
+        pace = self.watch.lap(train.batch_size, train.steps - self.state.step)
+        now, peak = memory_gib(self.choice.device)
+        self.recorder.emit(
+            StepLogged(
+                step=self.state.step,
+                losses=means.losses,
+                lr=rate,
+                grad_norm=means.grad_norm,
+                images_per_s=pace.images_per_s,
+                data_wait=pace.data_wait,
+                step_s=pace.step_s,
+                memory_gib=now,
+                memory_peak_gib=peak,
+                eta_s=pace.eta_s,
+                skipped=means.skipped,
+            )
+        )
+        self._judge(means)
+        self._take_requests()
+
+    def evaluate(self) -> None:
+        """Held-out figures; a best one asks for a checkpoint."""
+        start = time.monotonic()
+        with self._evaluating():
+            found = self.task.evaluate(self.state.model, self.choice.device)
+        best = self._is_best(found)
+        if best:
+            self.state.best = (self.state.step, found.score)
+            self.save_requested = True
+        self.state.metrics = dict(found.metrics)
+        self.recorder.emit(
+            Evaluated(
+                step=self.state.step,
+                metrics=found.metrics,
+                per_class=found.per_class,
+                effective_rank=found.effective_rank,
+                best=best,
+                seconds=time.monotonic() - start,
+            )
+        )
+
+    def preview(self) -> None:
+        """Write the task's pictures. A full disk costs the picture, not the run."""
+        with self._evaluating():
+            pictures = self.task.preview(self.state.model, self.choice.device)
+        for name, rgb in pictures.items():
+            path = self.run.preview(self.state.step, name)
+            try:
+                save_png(path, rgb)
+            except ResourceError as error:
+                self.warn(error.message)
+                return
+            self.recorder.emit(PreviewSaved(step=self.state.step, path=str(path.relative_to(self.run.root))))
+
+    def save(self, *, final: bool) -> None:
+        """Write a checkpoint, note it if it is the best, and delete old ones.
+
+        Args:
+            final: nothing comes after this one, so failing to write it is an error.
+
+        Raises:
+            DivergedError: a weight is not finite.
+            ResourceError: the write failed, and this was the final one or the third failure in a row.
+        """
+        start = time.monotonic()
+        self.save_requested = False
+        self.recorder.sync()
+        with self._aside():
+            try:
+                folder = save_state(self.run, self.state, self.config, self.task)
+                if self.state.best is not None and self.state.best[0] == self.state.step:
+                    checkpoint.write_best(self.run, self.state.step, "score", self.state.best[1])
+            except ResourceError as error:
+                self._failed_save(error, final)
+                return
+            self.failed_saves = 0
+            checkpoint.prune(
+                self.run, self.config.train.keep_checkpoints, checkpoint.best_step(self.run), warn=self.warn
+            )
+        self.recorder.emit(
+            CheckpointSaved(
+                step=self.state.step,
+                path=str(folder.relative_to(self.run.root)),
+                seconds=time.monotonic() - start,
+            )
+        )
+
+    def warn(self, message: str) -> None:
+        """Record something that the user should know."""
+        self.recorder.emit(Warned(step=self.state.step, message=message))
+
+    def reconcile(self) -> None:
+        """After a restore: put aside what is newer than the state (damaged), and make best.json agree with it."""
+        for path in checkpoint.set_aside_newer(self.run, self.state.step):
+            self.warn(f"a damaged checkpoint was renamed to {path.name}; delete it when you no longer need it")
+        best = self.state.best
+        if best is None or not self.run.checkpoint(best[0]).is_dir():
+            self.run.best.unlink(missing_ok=True)
+            self.state.best = None
+        elif checkpoint.best_step(self.run) != best[0]:
+            checkpoint.write_best(self.run, best[0], "score", best[1])
+
+    def check_space(self) -> None:
+        """Raises ResourceError when the disk cannot hold the checkpoints of this run."""
+        tensors = self.state.model.state_dict().values()
+        one = 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # weights and two moments
+        have = len(self.run.checkpoint_steps())
+        needed = one * max(1, self.config.train.keep_checkpoints + 2 - have)
+        free = shutil.disk_usage(self.run.root).free
+        if free < needed:
+            raise ResourceError(
+                f"the checkpoints of this run need {needed / 2**30:.1f} GiB and {self.run.root} has {free / 2**30:.1f}",
+                "free some space, choose another -o/--out, or keep fewer with --set train.keep_checkpoints=1",
+            )
+
+    def clear_requests(self) -> None:
+        """Drop requests that an earlier process left behind."""
+        for name in (STOP_FILE, CHECKPOINT_FILE):
+            (self.run.control / name).unlink(missing_ok=True)
+
+    def _judge(self, means: Means) -> None:
+        if means.longest_streak >= self.config.train.max_nonfinite:
+            last = next(iter(self.run.checkpoint_steps()), None)
+            kept = f"the checkpoint of step {last} is untouched" if last is not None else "there is no checkpoint yet"
+            raise DivergedError(
+                f"{means.longest_streak} steps in a row had a non-finite loss or gradient, up to step "
+                f"{self.state.step}; {kept}",
+                "lower optim.lr, lengthen optim.warmup_steps, or check the data",
+            )
+        if means.skipped_in_window:
+            count = means.skipped_in_window
+            self.warn(
+                f"{count} step{'s' if count > 1 else ''} with a non-finite loss or gradient skipped "
+                f"(weights unchanged, {means.skipped} so far)"
+            )
+
+    def _take_requests(self) -> None:
+        if _taken(self.run, CHECKPOINT_FILE):
+            self.save_requested = True
+        if _taken(self.run, STOP_FILE):
+            self.stop.request()
+
+    def _is_best(self, found: Evaluation) -> bool:
+        finite = found.score == found.score and abs(found.score) != float("inf")
+        return finite and (self.state.best is None or found.score > self.state.best[1])
+
+    def _failed_save(self, error: ResourceError, final: bool) -> None:
+        self.failed_saves += 1
+        # The best one is what best.json says: a score without its checkpoint is of no use.
+        if self.state.best is not None and self.state.best[0] == self.state.step:
+            record = self.run.read_json(self.run.best)
+            self.state.best = (int(record["step"]), float(record["value"])) if "value" in record else None
+        if final or self.failed_saves >= MAX_FAILED_SAVES:
+            raise error
+        self.warn(f"no checkpoint of step {self.state.step}: {error.message}; {error.hint}")
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.state.model.eval()
+        try:
+            with self._aside(), torch.no_grad(), self.choice.autocast():
+                yield
+        finally:
+            self.state.model.train()
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        # Queued steps are finished first, or their time would be counted as evaluation.
+        if self.choice.device.type == "cuda":
+            torch.cuda.synchronize(self.choice.device)
+        with self.watch.aside():
+            yield
+
+
+def _taken(run: RunDir, name: str) -> bool:
+    try:
+        (run.control / name).unlink()
+    except OSError:
+        return False
+    return True
