@@ -13,7 +13,7 @@ uint8 and uint16 are exact (a histogram). Floats have exact moments and percenti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -236,6 +236,32 @@ class _Floats:
 
 
 _NOTHING = Statistics(0, 0.0, 0.0, 0.0, 0.0, {f"{p:g}": 0.0 for p in PERCENTILES}, 0.0, 0, True)
+
+
+def pool(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of several images together: moments are exact, percentiles are pixel-weighted means of the images'.
+
+    Blank images are left out as long as there are others.
+    """
+    chosen = [part for part in parts if not part.blank] or list(parts)
+    count = sum(part.count for part in chosen)
+    if not count:
+        return _NOTHING
+    weights = np.array([part.count for part in chosen], np.float64) / count
+    means = np.array([part.mean for part in chosen])
+    mean = float(weights @ means)
+    variance = float(weights @ (np.array([part.std for part in chosen]) ** 2 + (means - mean) ** 2))
+    return Statistics(
+        count=count,
+        mean=mean,
+        std=math.sqrt(variance),
+        minimum=min(part.minimum for part in chosen),
+        maximum=max(part.maximum for part in chosen),
+        percentiles={key: float(weights @ [p.percentiles[key] for p in chosen]) for key in _NOTHING.percentiles},
+        foreground=count / sum(part.count / part.foreground for part in chosen if part.foreground),
+        nonfinite=sum(part.nonfinite for part in chosen),
+        blank=all(part.blank for part in chosen),
+    )
 
 
 def measure(source: Source, *, limit_pixels: int = 1 << 24) -> Statistics:

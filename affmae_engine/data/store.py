@@ -1,0 +1,150 @@
+"""Reading a dataset store (layout: `store_layout.py`).
+
+A `Store` can be pickled and carried over a fork: it remembers the path and reopens arrays lazily in each process.
+Everything that is read was verified by checksum (crc32c of each chunk), and a shard file that is not there is an error,
+never a block of zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from affmae_engine.data.ledger import replay
+from affmae_engine.data.readers.source import one_line
+from affmae_engine.data.statistics import Statistics, pool
+from affmae_engine.data.store_layout import StoredImage, StorePaths
+from affmae_engine.errors import CorruptError, InputError, ResourceError
+
+
+class Store:
+    """A dataset on disk, read-only."""
+
+    def __init__(self, path: Path, images: list[StoredImage], attributes: Mapping[str, Any]) -> None:
+        self.path = path
+        self.images = images
+        """Finished images, in the order in which they were taken in."""
+        self._by_name = {image.name: image for image in images}
+        self._attributes = dict(attributes)
+        self._arrays: dict[tuple[str, bool], Any] = {}
+        self._owner = 0
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open a dataset made by `affmae ingest`.
+
+        Raises:
+            InputError: there is nothing, it is not a dataset of ours, or it has no finished image.
+            CorruptError: its metadata is damaged.
+        """
+        if not path.exists():
+            raise InputError(f"no such dataset: {path}", "make one with `affmae ingest SOURCE... -o " + f"{path}`")
+        state = replay(StorePaths(path).ledger)
+        try:
+            attributes = json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]["affmae"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(
+                f"{path}: zarr.json is missing or damaged", "run the same `affmae ingest` again: it repairs it"
+            ) from error
+        if not state.images:
+            raise InputError(f"{path} has no finished image", "run the same `affmae ingest` again")
+        return cls(path, list(state.images.values()), attributes)
+
+    def __getitem__(self, name: str) -> StoredImage:
+        """The image of that name; KeyError when there is none."""
+        return self._by_name[name]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the whole dataset (see `statistics.pool`)."""
+        return pool([image.statistics for image in self.images])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the label values 0, 1, 2, ...; empty when there are no labels."""
+        return tuple(self._attributes.get("class_names", ()))
+
+    def read(self, name: str, z: slice, y: slice, x: slice) -> np.ndarray:
+        """Grey values [z, y, x] in the stored dtype; slices are clipped to the image like numpy's.
+
+        Raises:
+            KeyError: no image of that name.
+            CorruptError: a chunk there is missing or damaged.
+        """
+        return self._read(name, (z, y, x), labels=False)
+
+    def read_labels(self, name: str, z: slice, y: slice, x: slice) -> np.ndarray:
+        """Label values [z, y, x] of an image, like `read`.
+
+        Raises:
+            KeyError: no image of that name, or it has no labels.
+            CorruptError: a chunk there is missing or damaged.
+        """
+        if not self._by_name[name].labelled:
+            raise KeyError(f"{name} has no labels")
+        return self._read(name, (z, y, x), labels=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what the dataset holds: contents, shapes and types, labels; not paths nor order of ingestion."""
+        lines = [
+            f"{i.sha256} {i.source_series} {i.channel} {i.shape_ZYX} {i.dtype} {i.pixel_nm} {i.labels_sha256}"
+            for i in self.images
+        ]
+        return sha256("\n".join([*sorted(lines), *self.class_names]).encode()).hexdigest()
+
+    def _read(self, name: str, selection: tuple[slice, slice, slice], *, labels: bool) -> np.ndarray:
+        shape = self._by_name[name].shape_ZYX
+        bounds = [s.indices(n) for s, n in zip(selection, shape, strict=True)]
+        ranges = [range(*bound) for bound in bounds]
+        if 0 in map(len, ranges):
+            image = self._by_name[name]
+            return np.empty([len(r) for r in ranges], image.labels_dtype if labels else image.dtype)
+        array = self._array(name, labels)
+        self._require_shards(array, name, ranges, labels)
+        try:
+            return np.asarray(array[selection])
+        except MemoryError as error:
+            raise ResourceError(f"not enough memory to read {name} of {self.path}") from error
+        except Exception as error:
+            raise CorruptError(
+                f"{self.path}: {'labels of ' if labels else ''}{name}: a chunk is damaged ({one_line(error, 80)})",
+                "delete the dataset and ingest it again",
+            ) from error
+
+    def _array(self, name: str, labels: bool) -> Any:
+        if self._owner != os.getpid():
+            self._arrays, self._owner = {}, os.getpid()
+        found = self._arrays.get((name, labels))
+        if found is None:
+            folder = StorePaths(self.path).array(name, labels=labels)
+            try:
+                found = zarr.open_array(folder, mode="r")
+            except Exception as error:
+                raise CorruptError(
+                    f"{self.path}: the array of {name} is missing or damaged", "delete the dataset and ingest it again"
+                ) from error
+            self._arrays[name, labels] = found
+        return found
+
+    def _require_shards(self, array: Any, name: str, ranges: list[range], labels: bool) -> None:
+        """Zarr takes an absent file for a block of zeros; here every shard of a finished image must exist."""
+        folder = StorePaths(self.path).array(name, labels=labels)
+        grid = [range(r.start // s, (r.stop - 1) // s + 1) for r, s in zip(ranges, array.shards, strict=True)]
+        for i in grid[0]:
+            for j in grid[1]:
+                for k in grid[2]:
+                    if not os.path.exists(f"{folder}/c/{i}/{j}/{k}"):  # noqa: PTH110 (a hot path)
+                        raise CorruptError(
+                            f"{self.path}: {'labels of ' if labels else ''}{name}: chunk file {i}/{j}/{k} is missing",
+                            "delete the dataset and ingest it again",
+                        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": {}, "_owner": 0}
