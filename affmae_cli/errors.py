@@ -6,9 +6,7 @@ code as a shell. Exceptions of other types are bugs of ours and keep their trace
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 import traceback
 from typing import Any
 
@@ -16,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from affmae_cli import output
-from affmae_engine.errors import AffmaeError, Interrupted, ResourceError
+from affmae_engine.errors import AffmaeError, Interrupted
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -33,7 +31,7 @@ class ErrorGroup(TyperGroup):
         """
         try:
             result = super().invoke(ctx)
-            _flush_results()
+            output.flush_results()
         except AffmaeError as error:
             report(error)
             raise typer.Exit(error.exit_code) from error
@@ -41,7 +39,6 @@ class ErrorGroup(TyperGroup):
             report(Interrupted("interrupted"))
             raise typer.Exit(_INTERRUPTED) from error
         except BrokenPipeError as error:
-            discard_results()
             raise typer.Exit(_BROKEN_PIPE) from error
         return result
 
@@ -54,24 +51,3 @@ def report(error: AffmaeError) -> None:
     output.say(error.message, label="stopped" if stopped else "error", style="bold yellow" if stopped else "bold red")
     if error.hint:
         output.say(error.hint, label="hint", style="bold cyan")
-
-
-def discard_results() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush into a closed pipe stays quiet."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, sys.stdout.fileno())
-    except (OSError, ValueError):  # a replaced stdout without a descriptor has nothing to flush
-        return
-    finally:
-        os.close(null)
-
-
-def _flush_results() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise BrokenPipeError from error
-        discard_results()
-        raise ResourceError(f"cannot write to standard output: {error.strerror}") from error

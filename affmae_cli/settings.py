@@ -207,14 +207,15 @@ def _flag_layer(flags: Mapping[str, Any]) -> Layer:
 
 def _environment_layer(environ: Mapping[str, str], problems: list[str]) -> Layer:
     layer: Layer = {}
-    known = {ENVIRONMENT_PREFIX + path.replace(".", "__").upper(): path for path in FIELDS}
+    known = {path.replace(".", "__").upper(): path for path in FIELDS}
     for name, text in sorted(environ.items()):
         if not name.startswith(ENVIRONMENT_PREFIX) or name in OTHER_ENVIRONMENT:
             continue
-        if name.upper() in known:
-            layer[known[name.upper()]] = Entry(_value(text), f"environment {name}")
+        key = name.removeprefix(ENVIRONMENT_PREFIX).upper()
+        if key in known:
+            layer[known[key]] = Entry(_value(text), f"environment {name}")
         else:
-            near = get_close_matches(name.upper(), known, n=1)
+            near = [ENVIRONMENT_PREFIX + match for match in get_close_matches(key, known, n=1)]
             problems.append(f"{name} = {output.toml_value(text)}: unknown setting{_did_you_mean(near)} [environment]")
     return layer
 
@@ -272,7 +273,8 @@ def _value_problems(error: ValidationError, layer: Layer) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_context=False):
         path = ".".join(str(part) for part in item["loc"][:2])
-        reason = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        reason = item["msg"].removeprefix("Value error, ").replace("Input should", "must").split(", unable to")[0]
+        reason = reason.replace("Field required", "is missing")
         if len(item["loc"]) > 2 and isinstance(item["loc"][2], int):
             reason = f"item {item['loc'][2] + 1} {reason}"
         reasons.setdefault(path, []).append(reason)

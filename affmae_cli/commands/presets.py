@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def presets(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Preset to show in full.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Preset to show in full.")] = None,
     task: TaskOption = None,
     json: JsonOption = False,
 ) -> None:
