@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and why: one plain function, so that the reason can be logged and shown."""
+"""Which implementation of an operation runs, and why: one plain function, so that the reason can be shown."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class MaskedAutoencoder(nn.Module):
         self, image_BCHW: Tensor, visible_BV: Tensor, masked_BQ: Tensor
     ) -> tuple[dict[str, Tensor], list[StageOutput]]:
         """Pixels [B, Q, P] of the masked patches by head, and the encoder's stages."""
-        canvas_hw = canvas_of(*image_BCHW.shape[-2:], self.patch)
+        canvas_hw = canvas_of(image_BCHW.shape[-2], image_BCHW.shape[-1], self.patch)
         stages: list[StageOutput] = self.encoder(pad_to_patches(image_BCHW, self.patch), visible_BV)
         steps = self.decoder(stages, cell_positions(masked_BQ, canvas_hw), canvas_hw)
         return {name: self.heads[name](steps[step]) for name, step in STEP_OF_HEAD.items()}, stages
@@ -114,7 +114,7 @@ class MaskedAutoencoder(nn.Module):
     def _check(self, image_BCHW: Tensor, visible_BV: Tensor, masked_BQ: Tensor) -> None:
         if image_BCHW.ndim != 4 or image_BCHW.shape[1] != self.channels:
             raise ValueError(f"image must be [B, {self.channels}, H, W]; got {list(image_BCHW.shape)}")
-        height, width = canvas_of(*image_BCHW.shape[-2:], self.patch)
+        height, width = canvas_of(image_BCHW.shape[-2], image_BCHW.shape[-1], self.patch)
         visible, masked = visible_BV.shape[-1], masked_BQ.shape[-1]
         if visible + masked != height * width or not len(visible_BV) == len(masked_BQ) == len(image_BCHW):
             raise ValueError(

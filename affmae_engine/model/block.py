@@ -77,5 +77,4 @@ class Block(nn.Module):
     def forward(self, feat_BNC: Tensor, neighbourhoods: Neighbourhoods) -> Tensor:
         """[B, N, C] -> [B, N, C], rows in the order of `neighbourhoods`."""
         feat_BNC = feat_BNC + self.drop_path(self.attention(self.norm1(feat_BNC), neighbourhoods))
-        feat_BNC = feat_BNC + self.drop_path(self.mlp(self.norm2(feat_BNC)))
-        return feat_BNC
+        return feat_BNC + self.drop_path(self.mlp(self.norm2(feat_BNC)))

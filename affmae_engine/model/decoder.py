@@ -31,9 +31,11 @@ def sine_embedding(pos_BN2: Tensor, canvas_hw: tuple[int, int], dim: int) -> Ten
     half = dim // 2
     channel = torch.arange(half, device=pos_BN2.device)
     frequency = 10000.0 ** (-2 * (channel // 2) / half)
-    extent_2 = torch.tensor([max(canvas_hw[1] - 1, 1), max(canvas_hw[0] - 1, 1)], device=pos_BN2.device)
-    angle_BN2F = (2 * math.pi * pos_BN2 / extent_2)[..., None] * frequency
-    return torch.cat([angle_BN2F[..., 0::2].sin(), angle_BN2F[..., 1::2].cos()], -1).flatten(2)
+    halves = []
+    for axis, cells in enumerate(reversed(canvas_hw)):
+        angle_BNF = (pos_BN2[..., axis, None] * (2 * math.pi / max(cells - 1, 1))) * frequency
+        halves += [angle_BNF[..., 0::2].sin(), angle_BNF[..., 1::2].cos()]
+    return torch.cat(halves, -1)
 
 
 class Points:
@@ -103,8 +105,8 @@ class DecoderStep(nn.Module):
         x_BQC = self.norm1(x_BQC + self.dropout(self.self_attention(x_BQC, queries, x_BQC, queries)))
         source_BNC = self.source_norm(self.source(stage_BNC)) + tokens.sine_BNC.to(x_BQC.dtype)
         x_BQC = self.norm2(x_BQC + self.dropout(self.cross_attention(x_BQC, queries, source_BNC, tokens)))
-        x_BQC = self.norm3(x_BQC + self.dropout(self.ffn(x_BQC)))
-        return x_BQC
+        out_BQC: Tensor = self.norm3(x_BQC + self.dropout(self.ffn(x_BQC)))
+        return out_BQC
 
 
 class Decoder(nn.Module):

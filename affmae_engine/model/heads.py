@@ -1,4 +1,4 @@
-"""Heads of the decoder: from query features to the pixels, or the class logits, of a patch (method sections 5 and 6)."""
+"""Heads of the decoder: from query features to the pixels, or class logits, of a patch (method sections 5 and 6)."""
 
 from __future__ import annotations
 

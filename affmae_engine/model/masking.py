@@ -25,9 +25,7 @@ def visible_count(canvas_hw: tuple[int, int], ratio: float) -> int:
     return math.floor(canvas_hw[0] * canvas_hw[1] * (1 - ratio) + 1e-9)
 
 
-def draw_mask(
-    canvas_hw: tuple[int, int], config: MaskConfig, *, seed: int, index: int
-) -> tuple[Tensor, Tensor]:
+def draw_mask(canvas_hw: tuple[int, int], config: MaskConfig, *, seed: int, index: int) -> tuple[Tensor, Tensor]:
     """The mask of sample `index`.
 
     Returns:

@@ -1,6 +1,7 @@
 """Between images and patches: the canvas, padding, and patchify / unpatchify as an inverse pair.
 
-Axes: B batch, C channels, H W image, h w canvas, T = h * w cells, P = p * p * C values of a patch (row, column, channel).
+Axes: B batch, C channels, H W image, h w canvas, T = h * w cells, P = p * p * C values of a patch, laid out as (row,
+column, channel).
 """
 
 from __future__ import annotations

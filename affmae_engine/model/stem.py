@@ -9,6 +9,7 @@ Axes: B batch, C channels, H W image, h w canvas, V visible tokens, I image chan
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,7 @@ class Stem(nn.Module):
         count = int(math.log2(patch))
         widths = [channels] + [dim // 2] * (count - 1) + [dim]
         self.patch = patch
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for width in widths[1:])
         for conv in self.convs:
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None

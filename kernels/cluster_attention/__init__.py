@@ -1,13 +1,12 @@
-"""Cluster attention: softmax attention of every token over its neighbourhood and one learned blank token (method 3.3)."""
+"""Cluster attention: softmax attention over a token's neighbourhood and one learned blank token (method 3.3)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from affmae_kernels.cluster_attention import reference
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import Neighbourhoods
+from torch import Tensor
 
 __all__ = ["cluster_attention"]
 

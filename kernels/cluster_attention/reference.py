@@ -7,18 +7,18 @@ Memory: two [B, A, N, N] matrices in fp32 while a tile of queries is worked on, 
 pass: 4 * B * A * N^2 bytes per block (base, 512 px, half masked, first stage: 67 MB an image). Above 1 GiB the queries
 are worked through in tiles that are recomputed in the backward pass and nothing of this size is kept.
 
-Axes: B batch, N tokens (n in a tile), A heads, D head width, M = C * m neighbours, P = K * m slots (N padded to whole clusters).
+Axes: B batch, N tokens (n in a tile), A heads, D head width, M = C * m neighbours, P = K * m slots (N padded to whole
+clusters).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.reference import neighbour_geometry
 from affmae_kernels.precision import compute_dtype, in_tiles
+from torch import Tensor
 
 
 def cluster_attention(
@@ -50,9 +50,7 @@ def cluster_attention(
         logit_BAnM = (query_BAnD @ key_BAPD.mT).gather(-1, index_BAnM) + bias_BAnM
         logit_BAnM = logit_BAnM.masked_fill(~valid_BnM[:, None], float("-inf"))
         blank_BAn1 = query_BAnD @ blank_key_AD[..., None]
-        share_BAnM, share_BAn1 = (
-            torch.cat([logit_BAnM, blank_BAn1], -1).softmax(-1).split([index_BnM.shape[-1], 1], -1)
-        )
+        share_BAnM, share_BAn1 = torch.cat([logit_BAnM, blank_BAn1], -1).softmax(-1).split([index_BnM.shape[-1], 1], -1)
         empty_BAnP = share_BAnM.new_zeros(batch, heads, query_BAnD.shape[2], slots)
         share_BAnP = empty_BAnP.scatter(-1, index_BAnM, share_BAnM)
         return share_BAnP @ value_BAPD + share_BAn1 * blank_value_AD[:, None]

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 from affmae_kernels.precision import TILE_ELEMENTS
+from torch import Tensor
 
 
 def fits_int64(tokens: int, canvas_hw: tuple[int, int], cluster_size: int) -> bool:
@@ -57,7 +56,7 @@ def cluster_order(pos_BN2: Tensor, canvas_hw: tuple[int, int], cluster_size: int
 
 
 def _ratio(pos_BN2: Tensor, walk_BN: Tensor, canvas_hw: tuple[int, int], rows: int, columns: int) -> Tensor:
-    """|p - prev|^2 / (|p - next|^2 + 1e-5) in units of 1 / (2 * rows * columns): exact integers, one float64 division."""
+    """|p - prev|^2 / (|p - next|^2 + 1e-5): whole numbers (unit 1 / (2 rows columns)), one float64 division."""
     height, width = canvas_hw
     unit = 2 * rows * columns
     walk_L = torch.arange(rows * columns, device=pos_BN2.device)

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from affmae_kernels.precision import TILE_ELEMENTS, compute_dtype
+from torch import Tensor
 
 NEAREST = 4
 """Tokens between which a location is interpolated."""

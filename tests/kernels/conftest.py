@@ -1,0 +1,22 @@
+"""Scattered points for the tests of the operations."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+Scatter = Callable[..., Tensor]
+
+
+@pytest.fixture
+def scatter() -> Scatter:
+    """scatter(batch, tokens, (h, w), seed=0): int32 [B, N, 2] distinct random cells in random order."""
+
+    def points(batch: int, tokens: int, canvas_hw: tuple[int, int], seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        cells = canvas_hw[0] * canvas_hw[1]
+        index_BN = torch.stack([torch.randperm(cells, generator=generator)[:tokens] for _ in range(batch)])
+        return torch.stack([index_BN % canvas_hw[1], index_BN // canvas_hw[1]], -1).int()
+
+    return points
