@@ -104,7 +104,7 @@ def resolve(
         ConfigError: unknown preset, unreadable file, or wrong settings; the message lists all of them.
     """
     problems: list[str] = []
-    given = merged(_set_layer(overrides or (), problems), _flag_layer(flags or {}))
+    given = {**_set_layer(overrides or (), problems), **_flag_layer(flags or {})}
     if all(path in given and given[path].value is not None for path in _LENGTHS):
         problems.append("train.steps and train.epochs are both given: choose one")
     environment = _environment_layer(environ, problems)

@@ -1,0 +1,83 @@
+"""The root command: its help, how quickly it answers, and what it must not import."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from affmae_cli.main import app
+
+HEAVY = ("torch", "numpy", "scipy", "zarr", "monai", "textual", "pydantic_settings", "PIL", "tifffile")
+ORDER = ["ingest", "pretrain", "finetune", "predict", "demo", "presets"]
+
+
+def commands() -> list[str]:
+    """Registered commands in the order of the help."""
+    return [info.name or info.callback.__name__ for info in app.registered_commands]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in commands())])
+def test_help_and_version_import_nothing_heavy(arguments):
+    code = (
+        "import sys, json; from affmae_cli.main import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        f"print(json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+    assert done.stdout
+
+
+def test_help_answers_in_under_300_ms():
+    """Measured as processor time, the best of a few, so that a busy machine does not decide."""
+
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "affmae_cli", "--help"], capture_output=True, check=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(once() for _ in range(5)) < 0.3
+
+
+def test_commands_are_listed_in_the_order_of_the_work():
+    listed = commands()
+    assert [name for name in ORDER if name in listed] == listed[: len(listed)]
+
+
+def test_help_tells_the_story():
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    story = [text.index(f"affmae {step}") for step in ("demo", "ingest", "pretrain", "finetune", "predict")]
+    assert story == sorted(story)
+
+
+def test_no_arguments_show_the_help():
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 2
+    assert "Usage" in result.stdout + result.stderr
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("affmae ")
+
+
+def test_unknown_commands_and_options_are_usage_errors():
+    assert CliRunner().invoke(app, ["presetz"]).exit_code == 2
+    assert CliRunner().invoke(app, ["presets", "--no-such"]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_option_has_a_help_text(name):
+    import typer
+
+    command = typer.main.get_command(app).commands[name]
+    assert command.help
+    assert [parameter.name for parameter in command.params if not getattr(parameter, "help", None)] == []
+    for parameter in command.params:
+        assert all(opt.startswith("--") or len(opt) == 2 for opt in parameter.opts if opt.startswith("-"))

@@ -1,0 +1,282 @@
+"""Merging of sources: precedence, task tables, chains, value parsing, and the list of all errors."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from affmae_cli import output, preset_files, settings
+from affmae_engine.config import RunConfig
+from affmae_engine.errors import ConfigError
+
+
+@pytest.fixture
+def preset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of presets of the test's own, with one preset `p` that sets nothing."""
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    (folder / "p.toml").write_text('about = "for a test"\n')
+    monkeypatch.setattr(preset_files, "preset_folder", lambda: folder)
+    return folder
+
+
+def resolve(task=None, **arguments) -> settings.Resolved:
+    """Resolve with the empty preset and an empty environment, unless told otherwise."""
+    return settings.resolve(task, **{"preset": "p", "environ": {}, **arguments})
+
+
+def problems(task=None, **arguments) -> list[str]:
+    """The lines of the error that a resolution ends in."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(task, **arguments)
+    lines = caught.value.message.splitlines()
+    return [line.strip() for line in (lines if len(lines) == 1 else lines[1:])]
+
+
+def test_nothing_given_is_the_defaults(preset_folder):
+    resolved = resolve()
+    assert resolved.config == RunConfig()
+    assert resolved.sources == {}
+    assert (resolved.preset, resolved.task) == ("p", None)
+
+
+SOURCES = ["default", "preset", "file", "environment", "set", "flag"]
+
+
+@pytest.mark.parametrize(("weaker", "stronger"), list(itertools.combinations(SOURCES[1:], 2)))
+def test_every_pair_of_sources_keeps_its_order(preset_folder, tmp_path, weaker, stronger):
+    user = tmp_path / "user.toml"
+    user.write_text("[train]\nseed = 2\n" if "file" in (weaker, stronger) else "")
+    if "preset" in (weaker, stronger):
+        (preset_folder / "p.toml").write_text("[train]\nseed = 1\n")
+    resolved = resolve(
+        config_file=user,
+        environ={"AFFMAE_TRAIN__SEED": "3"} if "environment" in (weaker, stronger) else {},
+        overrides=["train.seed=4"] if "set" in (weaker, stronger) else [],
+        flags={"seed": 5 if "flag" in (weaker, stronger) else None},
+    )
+    assert resolved.config.train.seed == SOURCES.index(stronger)
+    names = {
+        "file": str(user),
+        "environment": "environment AFFMAE_TRAIN__SEED",
+        "set": "--set",
+        "flag": "--seed",
+    }
+    assert resolved.sources == {"train.seed": names[stronger]}
+
+
+def test_sources_are_merged_field_by_field(preset_folder, tmp_path):
+    (preset_folder / "p.toml").write_text("[optim]\nlr = 1e-3\nweight_decay = 0.2\n")
+    user = tmp_path / "user.toml"
+    user.write_text("[optim]\nweight_decay = 0.3\n")
+    optim = resolve(config_file=user, overrides=["optim.clip_norm=1"]).config.optim
+    assert (optim.lr, optim.weight_decay, optim.clip_norm) == (1e-3, 0.3, 1.0)
+
+
+class TestTaskTables:
+    def test_overlay_of_the_same_file(self, preset_folder):
+        (preset_folder / "p.toml").write_text(
+            "[optim]\nlr = 1e-3\nclip_norm = 2\n[task.finetune.optim]\nlr = 1e-4\n[task.pretrain.mask]\nratio = 0.6\n"
+        )
+        assert resolve().config.optim.lr == 1e-3
+        assert resolve("pretrain").config.optim.lr == 1e-3
+        assert resolve("pretrain").config.mask.ratio == 0.6
+        tuned = resolve("finetune")
+        assert (tuned.config.optim.lr, tuned.config.optim.clip_norm, tuned.config.mask.ratio) == (1e-4, 2.0, 0.5)
+        assert tuned.sources["optim.lr"] == "preset p [task.finetune]"
+
+    def test_a_user_value_beats_the_table_of_a_preset(self, preset_folder, tmp_path):
+        (preset_folder / "p.toml").write_text("[task.finetune.optim]\nlr = 1e-4\n")
+        user = tmp_path / "user.toml"
+        user.write_text("[optim]\nlr = 5e-5\n")
+        assert resolve("finetune", config_file=user).config.optim.lr == 5e-5
+        user.write_text("[optim]\nlr = 5e-5\n[task.finetune.optim]\nlr = 6e-5\n")
+        assert resolve("finetune", config_file=user).config.optim.lr == 6e-5
+        assert resolve("pretrain", config_file=user).config.optim.lr == 5e-5
+
+    def test_a_child_s_base_value_does_not_hide_its_parent_s_table(self, preset_folder):
+        (preset_folder / "parent.toml").write_text("[optim]\nlr = 1e-3\n[task.finetune.optim]\nlr = 1e-4\n")
+        (preset_folder / "p.toml").write_text('extends = "parent"\n[optim]\nlr = 2e-3\n')
+        assert resolve("pretrain").config.optim.lr == 2e-3
+        assert resolve("finetune").config.optim.lr == 1e-4
+
+    def test_a_child_s_table_is_merged_over_its_parent_s(self, preset_folder):
+        (preset_folder / "parent.toml").write_text("[task.finetune.optim]\nlr = 1e-4\nclip_norm = 3\n")
+        (preset_folder / "p.toml").write_text('extends = "parent"\n[task.finetune.optim]\nlr = 2e-4\n')
+        optim = resolve("finetune").config.optim
+        assert (optim.lr, optim.clip_norm) == (2e-4, 3.0)
+
+    def test_not_from_the_command_line(self, preset_folder):
+        assert "task.finetune.optim.lr = 1: unknown field" in problems(overrides=["task.finetune.optim.lr=1"])[0]
+
+    def test_wrong_tables(self, preset_folder, tmp_path):
+        user = tmp_path / "user.toml"
+        user.write_text("[task.predict.optim]\nlr = 1\n[task.finetune.optim]\nlrr = 1\n")
+        first, second = problems(config_file=user)
+        assert "task.predict" in first and "[task.finetune.*]" in first
+        assert "optim.lrr = 1: unknown field (did you mean optim.lr?)" in second and "[task.finetune]" in second
+        user.write_text("task = 3\n")
+        assert len(problems(config_file=user)) == 1
+
+
+class TestChain:
+    def test_three_generations(self, preset_folder):
+        (preset_folder / "a.toml").write_text("[train]\nseed = 1\nsteps = 1\nbatch_size = 1\n")
+        (preset_folder / "b.toml").write_text('extends = "a"\n[train]\nsteps = 2\nbatch_size = 2\n')
+        (preset_folder / "p.toml").write_text('extends = "b"\n[train]\nbatch_size = 3\n')
+        resolved = resolve()
+        train = resolved.config.train
+        assert (train.seed, train.steps, train.batch_size) == (1, 2, 3)
+        assert [resolved.sources[f"train.{name}"] for name in ("seed", "steps", "batch_size")] == [
+            "preset a",
+            "preset b",
+            "preset p",
+        ]
+
+    def test_circle(self, preset_folder):
+        (preset_folder / "a.toml").write_text('extends = "p"\n')
+        (preset_folder / "p.toml").write_text('extends = "a"\n')
+        assert problems() == ["presets extend each other in a circle: p -> a -> p"]
+
+    def test_missing_parent(self, preset_folder):
+        (preset_folder / "p.toml").write_text('extends = "gone"\n')
+        assert problems() == ["unknown preset: gone (extended by preset p)"]
+
+    def test_unknown_field_of_a_parent(self, preset_folder):
+        (preset_folder / "a.toml").write_text("[optim]\nlrr = 1\n")
+        (preset_folder / "p.toml").write_text('extends = "a"\n')
+        assert problems() == ["optim.lrr = 1: unknown field (did you mean optim.lr?) [preset a]"]
+
+
+class TestLength:
+    """Of steps and epochs the stronger source wins, although the configuration has both."""
+
+    def test_steps_hide_the_epochs_of_a_preset(self, preset_folder):
+        (preset_folder / "p.toml").write_text("[train]\nepochs = 4\n")
+        assert resolve().config.train.epochs == 4
+        train = resolve(flags={"steps": 7}).config.train
+        assert (train.steps, train.epochs) == (7, None)
+        assert resolve(overrides=["train.steps=7"]).config.train.epochs is None
+
+    def test_epochs_win_over_the_steps_of_a_preset(self, preset_folder):
+        (preset_folder / "p.toml").write_text("[train]\nsteps = 4\n")
+        assert resolve(flags={"epochs": 2.0}).config.train.epochs == 2
+
+    def test_clearing_one_keeps_the_other(self, preset_folder):
+        (preset_folder / "p.toml").write_text("[train]\nsteps = 4\nepochs = 2\n")
+        train = resolve(overrides=["train.epochs=none"]).config.train
+        assert (train.steps, train.epochs) == (4, None)
+
+    def test_both_on_the_command_line(self, preset_folder):
+        assert "choose one" in problems(flags={"steps": 7}, overrides=["train.epochs=2"])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("optim.betas=[0.8, 0.9]", "optim.betas", (0.8, 0.9)),
+        ("model.size=base", "model.size", "base"),
+        ('model.size="base"', "model.size", "base"),
+        ("data.flips=false", "data.flips", False),
+        ("data.flips=False", "data.flips", False),
+        ("data.workers=3", "data.workers", 3),
+        ("data.workers=auto", "data.workers", "auto"),
+        ("train.micro_batch=none", "train.micro_batch", None),
+        ('finetune.class_names=["bg", "a=b"]', "finetune.class_names", ("bg", "a=b")),
+        (" train.seed = 3", "train.seed", 3),
+        ("optim={lr = 0.5}", "optim.lr", 0.5),
+    ],
+)
+def test_values_of_set(preset_folder, text, path, value):
+    config = resolve(overrides=[text]).config
+    section, name = path.split(".")
+    assert getattr(getattr(config, section), name) == value
+
+
+def test_the_last_set_wins(preset_folder):
+    assert resolve(overrides=["train.seed=1", "train.seed=2"]).config.train.seed == 2
+
+
+def test_environment_values_are_parsed_like_those_of_set(preset_folder):
+    environ = {"AFFMAE_OPTIM__BETAS": "[0.8, 0.9]", "AFFMAE_MODEL__SIZE": "base", "AFFMAE_TRAIN__MICRO_BATCH": "none"}
+    config = resolve(environ=environ).config
+    assert (config.optim.betas, config.model.size, config.train.micro_batch) == ((0.8, 0.9), "base", None)
+
+
+def test_other_environment_names_are_left_alone(preset_folder):
+    environ = {"AFFMAE_DEBUG": "1", "AFFMAE_TEST_DATA": "/somewhere", "PATH": "/bin", "MY_AFFMAE_X": "1"}
+    assert resolve(environ=environ).sources == {}
+
+
+class TestErrors:
+    def test_all_problems_at_once_with_source_value_and_nearest_name(self, preset_folder, tmp_path):
+        user = tmp_path / "user.toml"
+        user.write_text('extends = "x"\n[optim]\nlrr = 0.002\n[optimm]\nlr = 1\n[mask]\nratio = 1.5\n')
+        lines = problems(
+            config_file=user,
+            overrides=["a.b", "lr=1", "train.steps=abc", "optim=3"],
+            environ={"AFFMAE_OPTIM__LRR": "1", "AFFMAE_TRAIN__SEED": "-1"},
+        )
+        assert sorted(lines) == sorted(
+            [
+                "a.b: --set needs SECTION.FIELD=VALUE [--set]",
+                "lr = 1: unknown field (did you mean optim.lr?) [--set]",
+                "optim = 3: is a section; set one of its fields [--set]",
+                'AFFMAE_OPTIM__LRR = "1": unknown setting (did you mean AFFMAE_OPTIM__LR?) [environment]',
+                f"extends: belongs into presets only; choose the preset with --preset [{user}]",
+                f"optim.lrr = 0.002: unknown field (did you mean optim.lr?) [{user}]",
+                f"optimm.lr = 1: unknown field (did you mean optim.lr?) [{user}]",
+                f"mask.ratio = 1.5: must be less than 1 [{user}]",
+                "train.seed = -1: must be greater than or equal to 0 [environment AFFMAE_TRAIN__SEED]",
+                'train.steps = "abc": must be a valid integer [--set]',
+            ]
+        )
+
+    def test_a_single_problem_is_the_whole_message(self, preset_folder):
+        with pytest.raises(ConfigError) as caught:
+            resolve(overrides=["optim.lr=-1"])
+        assert caught.value.message == "optim.lr = -1: must be greater than 0 [--set]"
+        assert caught.value.exit_code == 2
+
+    def test_rules_over_several_fields_name_the_sources_of_all(self, preset_folder):
+        (preset_folder / "p.toml").write_text("[train]\nmicro_batch = 4\n")
+        line = problems(overrides=["train.batch_size=10"])[0]
+        assert line.startswith("train.batch_size (10) must be a multiple of train.micro_batch (4)")
+        assert "preset p" in line and "--set" in line
+        line = problems(overrides=["model.neighbours=63"])[0]
+        assert line == "model: neighbours (63) must be a multiple of cluster_size (8) [--set]"
+
+    def test_choices_and_items(self, preset_folder):
+        assert problems(overrides=["data.workers=many"]) == [
+            "data.workers = \"many\": must be a valid integer or must be 'auto' [--set]"
+        ]
+        assert problems(overrides=["optim.betas=[0.9]"]) == ["optim.betas = [0.9]: item 2 is missing [--set]"]
+        assert "optim.lr = inf: must be a finite number" in problems(overrides=["optim.lr=inf"])[0]
+
+    def test_missing_preset(self, preset_folder):
+        with pytest.raises(ConfigError, match="unknown preset: pp") as caught:
+            resolve(preset="pp")
+        assert caught.value.hint == "did you mean p? there are p, and auto"
+        with pytest.raises(ConfigError) as caught:
+            resolve(preset="my.toml")
+        assert "--config my.toml" in caught.value.hint
+
+    def test_files(self, preset_folder, tmp_path):
+        path = tmp_path / "user.toml"
+        assert problems(config_file=path) == [f"no such configuration file: {path}"]
+        assert "cannot read" in problems(config_file=tmp_path)[0]
+        path.write_text("[optim]\nlr = \n")
+        assert f"{path} is not valid TOML: Invalid value (at line 2" in problems(config_file=path)[0]
+        path.write_bytes(b"[optim]\n# caf\xe9\n")
+        assert "not UTF-8 text (at line 2)" in problems(config_file=path)[0]
+        path.write_bytes("\ufeff[train]\nseed = 9\n".encode())
+        assert resolve(config_file=path).config.train.seed == 9
+
+
+def test_a_written_configuration_can_be_given_back(preset_folder, tmp_path):
+    """What `--dry-run` prints resolves to the same configuration, also with both lengths in it."""
+    resolved = resolve(overrides=["train.epochs=3", "finetune.class_names=['a\"b', 'é']", "train.micro_batch=4"])
+    path = tmp_path / "again.toml"
+    path.write_text(output.config_toml(resolved.config.model_dump(), resolved.sources), "utf-8")
+    assert resolve(config_file=path).config == resolved.config
