@@ -79,10 +79,12 @@ class Encoder(nn.Module):
         size = SIZES[config.size]
         self.patch = config.patch_size
         self.stem = Stem(config.channels, size.dims[0], config.patch_size)
-        rates = torch.linspace(0, config.drop_path, sum(size.depths), dtype=torch.float64).split(list(size.depths))
-        self.stages = nn.ModuleList(
-            Stage(config, size, index, rate.tolist(), backend) for index, rate in enumerate(rates)
-        )
+        blocks = sum(size.depths)
+        rates = [config.drop_path * block / (blocks - 1) for block in range(blocks)]
+        self.stages = nn.ModuleList()
+        for index, depth in enumerate(size.depths):
+            self.stages.append(Stage(config, size, index, rates[:depth], backend))
+            rates = rates[depth:]
 
     def forward(self, image_BIHW: Tensor, visible_BV: Tensor | None) -> list[StageOutput]:
         """Encodes the visible patches.
