@@ -14,6 +14,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
@@ -33,7 +34,7 @@ from affmae_engine.train.schedule import due, learning_rate
 from affmae_engine.train.session import Session
 from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.state import TrainState, restore_state
-from affmae_engine.train.step import seed_step, train_step
+from affmae_engine.train.step import seed_forward, train_step
 from affmae_engine.train.task import Task
 
 _engine_log = logging.getLogger("affmae_engine")
@@ -120,7 +121,6 @@ def _train(session: Session) -> None:
     state.model.train()
     with contextlib.closing(stream):
         while state.step < total and not stop.requested:
-            seed_step(train.seed, state.step, rank)
             rate = learning_rate(
                 state.step, total_steps=total, warmup_steps=optim.warmup_steps, peak=optim.lr, minimum=optim.min_lr
             )
@@ -134,6 +134,7 @@ def _train(session: Session) -> None:
                 session.choice,
                 accumulate=train.batch_size // (micro * world),
                 clip_norm=optim.clip_norm,
+                seed=partial(seed_forward, train.seed, state.step, rank),
                 watch=session.watch,
             )
             state.window.add(result.losses, result.grad_norm, result.bad)

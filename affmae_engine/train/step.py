@@ -30,9 +30,12 @@ class StepResult:
     bad: Tensor
 
 
-def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch's generators (dropout, drop path) for one step, so that a resumed run repeats it exactly."""
-    words = np.random.SeedSequence([seed, step, rank]).generate_state(2, np.uint32)
+def seed_forward(seed: int, step: int, rank: int, part: int) -> None:
+    """Seed torch's generators (dropout, drop path) for one forward pass, so that a resumed run repeats it exactly.
+
+    Called after the batch is there: starting the data loader draws from the same generator.
+    """
+    words = np.random.SeedSequence([seed, step, rank, part]).generate_state(2, np.uint32)
     torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
@@ -46,6 +49,7 @@ def train_step(
     *,
     accumulate: int,
     clip_norm: float,
+    seed: Callable[[int], None],
     watch: Stopwatch,
 ) -> StepResult:
     """Take one optimizer step over `accumulate` micro-batches.
@@ -59,11 +63,13 @@ def train_step(
         choice: device and precision.
         accumulate: micro-batches per step.
         clip_norm: largest gradient norm; 0 turns clipping off.
+        seed: called before the forward pass of each micro-batch with its number.
         watch: told how long the device waited for data.
     """
     sums: dict[str, Tensor] = {}
-    for _ in range(accumulate):
+    for part in range(accumulate):
         batch = _to_device(_next_batch(batches, choice.device, watch), choice.device)
+        seed(part)
         with choice.autocast():
             named = losses(model, batch)
         scaler.scale(named["loss"] / accumulate).backward()

@@ -164,6 +164,6 @@ def test_a_restore_that_forgets_something_is_caught(
     elif forgotten == "window":
         monkeypatch.setattr(state.Window, "load_json", lambda *args: None)
     else:
-        monkeypatch.setattr("affmae_engine.train.loop.seed_step", lambda *args: None)
+        monkeypatch.setattr("affmae_engine.train.loop.seed_forward", lambda *args: None)
     fit(parts, config, make_toy().task, resume=True)
     assert not (same(tensors(whole, 6), tensors(parts, 6)) and logged(whole) == logged(parts))
