@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 
 from affmae_engine.data.ledger import replay
+from affmae_engine.data.readers.files import natural_key
 from affmae_engine.data.readers.source import one_line
 from affmae_engine.data.statistics import Statistics, pool
 from affmae_engine.data.store_layout import StoredImage, StorePaths
@@ -30,7 +31,7 @@ class Store:
     def __init__(self, path: Path, images: list[StoredImage], attributes: Mapping[str, Any]) -> None:
         self.path = path
         self.images = images
-        """Finished images, in the order in which they were taken in."""
+        """Finished images, in the natural order of their names, which does not depend on how they were taken in."""
         self._by_name = {image.name: image for image in images}
         self._attributes = dict(attributes)
         self._arrays: dict[tuple[str, bool], Any] = {}
@@ -55,7 +56,8 @@ class Store:
             ) from error
         if not state.images:
             raise InputError(f"{path} has no finished image", "run the same `affmae ingest` again")
-        return cls(path, list(state.images.values()), attributes)
+        images = sorted(state.images.values(), key=lambda image: natural_key(image.name))
+        return cls(path, images, attributes)
 
     def __getitem__(self, name: str) -> StoredImage:
         """The image of that name; KeyError when there is none."""

@@ -10,7 +10,7 @@ A store is one Zarr v3 group:
     em.zarr/affmae/overview.png   the contact sheet
 
 Chunks are one section thick and at most 256 x 256, because training cuts random two-dimensional crops. A shard, one
-file, holds whole rows of chunks and about 64 MiB, and is the unit in which a store is written, so that the ledger can
+file, holds whole rows of chunks and up to 32 MiB, and is the unit in which a store is written, so that the ledger can
 tell a missing chunk from an empty one. Legend: Z sections, Y rows, X columns.
 """
 
@@ -32,7 +32,7 @@ from affmae_engine.data.statistics import Statistics
 
 SCHEMA_VERSION = 1
 _CHUNK = 256
-_SHARD_BYTES = 64 << 20
+_SHARD_BYTES = 32 << 20
 _SHARD_CHUNKS = 1024  # the index of a shard is read with every crop: 16 bytes per chunk
 _LONGEST_NAME = 80
 
@@ -110,6 +110,23 @@ class StoredImage:
         path = Path(self.source_path)
         group = re.sub(r"[0-9]+", "#", path.stem)
         return f"{path.parent}/{group}" + (f"[{self.source_series}]" if self.source_series else "")
+
+    @property
+    def identity_key(self) -> tuple[str, str, int | None, str]:
+        """Equal for images with the same pixels and labels, wherever their files are."""
+        return self.sha256, self.source_series, self.channel, self.labels_sha256
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What half an image must have in common with a source to be continued from it; plain JSON values."""
+        return {
+            "path": self.source_path,
+            "key": list(self.identity_key),
+            "shape": list(self.shape_ZYX),
+            "dtype": self.dtype.name,
+            "labels_dtype": self.labels_dtype,
+            "pixel_nm": list(self.pixel_nm),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

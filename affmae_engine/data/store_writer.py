@@ -24,6 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from affmae_engine import atomic
 from affmae_engine.data import ledger as ledgers
+from affmae_engine.data.readers.source import PixelSize
 from affmae_engine.data.statistics import pool
 from affmae_engine.data.store_layout import (
     SCHEMA_VERSION,
@@ -92,9 +93,9 @@ class StoreWriter:
         """Name of an image that was begun with exactly this identity and not finished."""
         return next((name for name, one in self._state.begun.items() if one.identity == identity), None)
 
-    def unfinished(self) -> list[str]:
-        """Names of images that were begun and not finished."""
-        return list(self._state.begun)
+    def unfinished(self) -> dict[str, dict[str, Any]]:
+        """Identities of images that were begun and not finished, by name."""
+        return {name: one.identity for name, one in self._state.begun.items()}
 
     def free_name(self, wished: str) -> str:
         """A safe array name that is not yet used in this store."""
@@ -115,6 +116,13 @@ class StoreWriter:
         self.ledger.append("image", record=image.to_dict())
         self._state.begun.pop(image.name, None)
         self._state.images[image.name] = image
+
+    def set_pixel_size(self, name: str, pixel_nm: PixelSize) -> None:
+        """Correct the pixel size of a finished image."""
+        image = replace(self._state.images[name], pixel_nm=pixel_nm)
+        for labels in (False, True) if image.labelled else (False,):
+            _write_attributes(self.paths.node(name, labels=labels), name, pixel_nm, labels=labels)
+        self.finish(image)
 
     def drop(self, name: str) -> None:
         """Forget an image and delete its data."""
@@ -248,8 +256,7 @@ class ImageWriter:
         with atomic.translated_write_errors(paths.root):
             shutil.rmtree(folder.parent, ignore_errors=True)
             folder.parent.mkdir(parents=True)
-            attributes = (label_attributes if labels else image_attributes)(image.name, image.pixel_nm)
-            atomic.commit_json(folder.parent / "zarr.json", {**_GROUP, "attributes": attributes})
+            _write_attributes(folder.parent, image.name, image.pixel_nm, labels=labels)
             return zarr.create_array(
                 folder,
                 shape=image.shape_ZYX,
@@ -261,6 +268,11 @@ class ImageWriter:
                 dimension_names=["z", "y", "x"],
                 config=_WRITE_ALL,
             )
+
+
+def _write_attributes(node: Path, name: str, pixel_nm: PixelSize, *, labels: bool) -> None:
+    attributes = (label_attributes if labels else image_attributes)(name, pixel_nm)
+    atomic.commit_json(node / "zarr.json", {**_GROUP, "attributes": attributes})
 
 
 def _remove_partials(folder: Path) -> None:

@@ -39,6 +39,8 @@ _MODES: dict[str, tuple[str, Colour, int]] = {
 class PictureSource(Source):
     """One decoded picture."""
 
+    parallel = False  # a copy would decode the whole picture again
+
     def __init__(self, info: SourceInfo, channel: int | None, labels: bool) -> None:
         super().__init__(info)
         self._channel, self._labels = channel, labels

@@ -59,6 +59,8 @@ class SourceInfo:
 class Source(ABC):
     """One image or stack of a file. Safe to share between threads; reads are serialised, so copy it for parallelism."""
 
+    parallel = True
+    """Whether copies can read different parts at once without repeating work."""
     _transient: tuple[str, ...] = ("_handle", "_owner", "_lock")
 
     def __init__(self, info: SourceInfo) -> None:
