@@ -199,6 +199,8 @@ def _stream(items: _MicroBatches, first: int, workers: int, timeout: float) -> G
         except (RuntimeError, OSError, EOFError) as error:
             # A connection that breaks (OSError, EOFError) is a worker that died while it handed data over.
             died = "exited unexpectedly" in str(error) or not isinstance(error, RuntimeError)
+            if not died:
+                _kill(loader)  # hung, so not in the middle of handing over data; it would not answer `_end`
             if workers == 0 or not died or restarts >= MAX_RESTARTS:
                 raise _translated(error, died, items.sources(item), timeout) from error
             restarts += 1
@@ -259,9 +261,14 @@ def _end(loader: Any) -> None:
     shutdown = getattr(loader, "_shutdown_workers", None)
     if shutdown is not None:
         shutdown()  # asks them first: one killed while it writes would leave the queue locked
+    _kill(loader)
+
+
+def _kill(loader: Any) -> None:
     for process in getattr(loader, "_workers", ()):
         if process.is_alive():
             process.kill()
+            process.join(5)
 
 
 def _translated(error: Exception, died: bool, sources: str, timeout: float) -> AffmaeError:
