@@ -16,6 +16,8 @@ import torch
 from affmae_kernels.dispatch import choose_backend
 
 from affmae_engine import atomic
+from affmae_engine.config import Task
+from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.device import DeviceChoice
@@ -31,14 +33,15 @@ def kernel_backends(backend: str) -> dict[str, str]:
 
 
 def write_environment(
-    run: RunDir, choice: DeviceChoice, *, data: Mapping[str, Any], command: Mapping[str, Any], backend: str
+    run: RunDir, task: Task, choice: DeviceChoice, *, store: Store, command: Mapping[str, Any], backend: str
 ) -> None:
     """Write environment.json.
 
     Args:
         run: the run.
+        task: what it does.
         choice: device and precision.
-        data: "path", "fingerprint" and "images" ({name: hash}) of the store that is trained on.
+        store: what it is trained on.
         command: what the command was given and a resumed run may need again.
         backend: `kernels.backend`.
     """
@@ -46,7 +49,8 @@ def write_environment(
         run.environment,
         {
             "schema": ENVIRONMENT_SCHEMA,
-            "data": dict(data),
+            "task": task,
+            "data": store_record(store),
             "command": dict(command),
             "device": choice.description,
             "precision": choice.precision,
@@ -62,7 +66,21 @@ def write_environment(
     )
 
 
-def data_record(run: RunDir) -> dict[str, Any]:
+def store_record(store: Store) -> dict[str, Any]:
+    """What identifies a dataset, and its images one by one so that a change can be named."""
+    return {
+        "path": str(store.path.absolute()),
+        "fingerprint": store.fingerprint(),
+        "images": {image.name: image.sha256[:16] for image in store.images},
+    }
+
+
+def recorded_task(run: RunDir) -> str:
+    """The task of a run; "" when environment.json is missing."""
+    return str(run.read_json(run.environment).get("task", ""))
+
+
+def recorded_data(run: RunDir) -> dict[str, Any]:
     """The "data" entry of environment.json.
 
     Raises:
@@ -74,16 +92,17 @@ def data_record(run: RunDir) -> dict[str, Any]:
     return data
 
 
-def check_same_data(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Compare two "data" records.
+def check_same_data(recorded: Mapping[str, Any], store: Store) -> None:
+    """Compare the "data" entry of environment.json with a dataset.
 
     Raises:
         ConfigError: the data is not what the run was trained on; says which images came, went or changed.
     """
-    if recorded.get("fingerprint") == found.get("fingerprint"):
+    if recorded.get("fingerprint") == store.fingerprint():
         return
+    found = store_record(store)
     raise ConfigError(
-        f"the data at {found.get('path')} is not what this run was trained on: {_data_changes(recorded, found)}",
+        f"the data at {store.path} is not what this run was trained on: {_data_changes(recorded, found)}",
         "put the data back as it was, or begin a new run with --init-from",
     )
 
@@ -96,7 +115,7 @@ def _data_changes(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         "changed": sorted(name for name in before.keys() & now.keys() if before[name] != now[name]),
     }
     parts = [f"{len(names)} {word} ({_some(names)})" for word, names in changes.items() if names]
-    return ", ".join(parts) or "its statistics or order differ"
+    return ", ".join(parts) or "its labels or pixel sizes differ"
 
 
 def _some(names: list[str]) -> str:

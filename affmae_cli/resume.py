@@ -1,0 +1,55 @@
+"""Settings of a resumed run: its own, with what the user asks for over them, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from affmae_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from affmae_engine.config import RunConfig, Task
+    from affmae_engine.run_dir import RunDir
+
+
+def resolve_continuation(
+    run: RunDir, task: Task, *, overrides: Sequence[str] | None, flags: Mapping[str, Any]
+) -> RunConfig:
+    """The run's settings with `--set`, flags and the environment over them.
+
+    Raises:
+        ConfigError: a setting differs that a resumed run must keep; all of them are listed with both values.
+    """
+    from affmae_cli.preset_files import preset_names
+    from affmae_cli.settings import FIELDS, resolve
+    from affmae_engine.train.resume import check_continuation
+
+    own = run.read_config().model_dump()
+    unset = [path for path in FIELDS if own[path.partition(".")[0]][path.partition(".")[2]] is None]
+    # config.toml holds every field but those that are None, so no preset shines through.
+    resolved = resolve(
+        task,
+        preset=preset_names()[0],
+        config_file=run.config,
+        overrides=[*(f"{path}=none" for path in unset), *(overrides or ())],
+        flags=flags,
+    )
+    check_continuation(run, resolved.config)
+    return resolved.config
+
+
+def refuse_with_resume(**given: object) -> None:
+    """Options that belong to new runs only.
+
+    Args:
+        given: option name (underscores for dashes) and its value; None, False and empty mean "not given".
+
+    Raises:
+        ConfigError: one was given.
+    """
+    names = ["--" + name.replace("_", "-") for name, value in given.items() if value]
+    if names:
+        raise ConfigError(
+            f"{' and '.join(names)} cannot go with --resume, which continues a run as it is",
+            "to begin a new run from its weights, use --init-from instead of --resume",
+        )
