@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import secrets
@@ -33,6 +34,8 @@ _REASONS = {
     errno.EACCES: "permission was denied",
     errno.EPERM: "permission was denied",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "a folder of that name exists",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.EIO: "the device reported an input/output error",
 }
 
@@ -55,7 +58,8 @@ def commit_file(path: Path, writer: Callable[[Path], None]) -> None:
             partial.replace(path)
             fsync_folder(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # would hide the error that brought us here
+            partial.unlink()
 
 
 def commit_bytes(path: Path, data: bytes) -> None:
@@ -74,7 +78,9 @@ def commit_text(path: Path, text: str) -> None:
 
 def commit_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON (see `commit_file`). NaN and infinity are refused with ValueError."""
-    commit_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # File names that are not UTF-8 hold lone surrogates; as an escape (JSON has the same one) they come back unchanged.
+    commit_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextlib.contextmanager
@@ -105,16 +111,13 @@ def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for folder in sorted((p for p in partial.rglob("*") if p.is_dir()), reverse=True):
                 fsync_folder(folder)
             fsync_folder(partial)
-            if path.exists():
+            if replace and path.exists():
                 path.rename(previous)
-            try:
-                partial.rename(path)
-            except OSError:
-                if previous.exists():
-                    previous.rename(path)
-                raise
+            partial.rename(path)
             fsync_folder(path.parent)
     finally:
+        if previous.exists() and not path.exists():
+            previous.rename(path)
         for leftover in (partial, previous):
             if leftover.exists():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -127,6 +130,8 @@ def translated_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0)
+        if error.errno == errno.ENOENT and not path.parent.is_dir():
+            reason = "its folder does not exist"
         if reason is None:
             raise
         raise ResourceError(f"cannot write {path}: {reason}", _hint(path, error.errno)) from error
@@ -160,10 +165,14 @@ def ensure_folder(path: Path) -> Path:
     return path
 
 
-def sweep(folder: Path) -> int:
-    """Delete what killed writers left in `folder` (not in its subfolders); returns how many entries were removed."""
+def sweep(folder: Path, name: str = "") -> int:
+    """Delete what killed writers left in `folder` (not in its subfolders); returns how many entries were removed.
+
+    Args:
+        name: only leftovers of this final name, where several processes may be writing side by side.
+    """
     count = 0
-    for entry in folder.glob(f".*{PARTIAL_SUFFIX}"):
+    for entry in folder.glob(f".{glob.escape(_stem(name)) + '.' if name else ''}*{PARTIAL_SUFFIX}"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -195,9 +204,12 @@ def fsync_folder(path: Path) -> None:
 
 
 def _partial_name(path: Path) -> Path:
-    # The name is cut so that a 255-byte final name still has a legal temporary one.
-    stem = path.name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
-    return path.with_name(f".{stem}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    return path.with_name(f".{_stem(path.name)}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+
+
+def _stem(name: str) -> str:
+    # Cut so that a 255-byte final name still has a legal temporary one.
+    return name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
 
 
 def _free_bytes(path: Path) -> int:

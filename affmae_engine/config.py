@@ -167,6 +167,8 @@ class FinetuneConfig(Section):
     """Loss weight per class; empty: from the class frequencies of the training labels."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the labelled data used for validation, when none is given."""
+    val_images: tuple[str, ...] = ()
+    """Names of the validation images in the run's store, as `--val-images` sets them; empty: split automatically."""
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0
     """Focusing exponent of the focal loss."""
     focal_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -189,6 +191,9 @@ class FinetuneConfig(Section):
                 f"class_weights ({len(self.class_weights)} values) and class_names ({len(self.class_names)} names) "
                 "must have the same length"
             )
+        twice = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
+        if twice:
+            raise ValueError(f"class_names must differ from each other: {', '.join(twice)}")
         if self.focal_weight == 0 and self.dice_weight == 0:
             raise ValueError("focal_weight and dice_weight must not both be 0")
         return self

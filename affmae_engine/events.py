@@ -129,8 +129,11 @@ EVENTS: dict[str, type[Event]] = {
 
 
 def to_line(event: Event) -> str:
-    """One event as a line of JSON with its `kind` first, without the line end. Non-finite numbers become null."""
-    return json.dumps({"kind": event.kind, **finite(asdict(event))}, ensure_ascii=False, allow_nan=False)
+    """One event as a line of JSON with its `kind` first, without the line end. Non-finite numbers become null.
+
+    ASCII only: a message may hold any text (line separators, undecodable file names) and must stay one line.
+    """
+    return json.dumps({"kind": event.kind, **finite(asdict(event))}, allow_nan=False)
 
 
 def from_line(line: str) -> Event | None:
@@ -150,7 +153,7 @@ def finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return value
 

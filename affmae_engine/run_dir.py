@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from affmae_engine import atomic
 from affmae_engine.config import RunConfig
-from affmae_engine.errors import BusyError, ConfigError, CorruptError, InputError
+from affmae_engine.errors import BusyError, ConfigError, CorruptError, InputError, ResourceError
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
@@ -126,14 +126,15 @@ class RunDir:
             raise InputError(f"{self.root} is not a run directory: it has no config.toml", _nearest_runs(self.root))
         try:
             return RunConfig.model_validate(tomllib.loads(self.config.read_text("utf-8")))
+        except OSError as error:
+            raise InputError(f"cannot read {self.config}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise CorruptError(f"{self.config} is not valid TOML: {error}", "restore it from a copy") from error
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise CorruptError(
-                f"{self.config}: {where}: {problem['msg']}", "was the run made by another version?"
-            ) from error
+            where = "".join(f"{part}." for part in problem["loc"]).rstrip(".")
+            text = f"{where}: {problem['msg']}" if where else problem["msg"]
+            raise CorruptError(f"{self.config}: {text}", "was the run made by another version?") from error
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """A JSON file of the run as a dict; empty when it is absent or unreadable."""
@@ -149,8 +150,11 @@ class RunDir:
 
         Raises:
             BusyError: another process trains in this run directory.
+            ResourceError: the folder cannot be written to, or its file system has no locks.
         """
-        with self.lock.open("a+", encoding="utf-8") as handle:
+        with contextlib.ExitStack() as stack:
+            with atomic.translated_write_errors(self.lock):
+                handle = stack.enter_context(self.lock.open("a+", encoding="utf-8"))
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -159,9 +163,13 @@ class RunDir:
                 raise BusyError(
                     f"{self.root} is in use by {holder}", "wait for it, stop it, or choose another run directory"
                 ) from error
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-            handle.flush()
+            except OSError as error:
+                raise ResourceError(
+                    f"cannot lock {self.lock}: {error.strerror}", "choose a run directory on another file system"
+                ) from error
+            with contextlib.suppress(OSError):  # only tells others who holds it; a full disk is reported elsewhere
+                os.ftruncate(handle.fileno(), 0)
+                os.write(handle.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
 
 
@@ -173,7 +181,7 @@ def create(root: Path, *, overwrite: bool = False) -> RunDir:
         ResourceError: it cannot be created or written to.
     """
     run = RunDir(root)
-    if root.is_dir() and any(root.iterdir()):
+    if root.is_dir() and not _is_bare(root):
         if not run.exists():
             raise ConfigError(f"{root} exists and is not a run directory", "choose another -o/--out")
         if not overwrite:
@@ -181,11 +189,12 @@ def create(root: Path, *, overwrite: bool = False) -> RunDir:
                 f"the run {root} exists already",
                 f"continue it with --resume {root}, choose another -o/--out, or replace it with --overwrite",
             )
-        with run.locked():
+        with run.locked(), atomic.translated_write_errors(root):
             _remove_contents(root)
     atomic.ensure_folder(root)
-    for folder in (run.checkpoints, run.previews, run.control):
-        folder.mkdir(exist_ok=True)
+    with atomic.translated_write_errors(root):
+        for folder in (run.checkpoints, run.previews, run.control):
+            folder.mkdir(exist_ok=True)
     return run
 
 
@@ -225,8 +234,18 @@ def _nearest_runs(root: Path) -> str:
     return f"runs there: {', '.join(near)}" if near else "a run is made by `affmae pretrain` or `affmae finetune`"
 
 
+def _is_bare(root: Path) -> bool:
+    """Whether nothing is in it, or only what `create` makes: a run that failed before it had a configuration."""
+    run = RunDir(root)
+    made = (run.checkpoints, run.previews, run.control)
+    return all(
+        entry == run.lock or (entry in made and entry.is_dir() and not any(entry.iterdir())) for entry in root.iterdir()
+    )
+
+
 def _remove_contents(root: Path) -> None:
-    for entry in root.iterdir():
+    # The configuration goes last: what is left of an interrupted removal is still known as a run.
+    for entry in sorted(root.iterdir(), key=lambda entry: entry.name == "config.toml"):
         if entry.name == "run.lock":
             continue
         if entry.is_dir() and not entry.is_symlink():

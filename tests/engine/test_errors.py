@@ -1,0 +1,29 @@
+"""The error classes: distinct exit codes, message and hint."""
+
+import pytest
+
+from affmae_engine import errors
+
+
+def test_exit_codes_are_those_of_the_documentation():
+    codes = {
+        errors.AffmaeError: 1,
+        errors.ConfigError: 2,
+        errors.InputError: 3,
+        errors.ResourceError: 4,
+        errors.BusyError: 5,
+        errors.CorruptError: 6,
+        errors.DivergedError: 7,
+    }
+    assert {kind: kind("x").exit_code for kind in codes} == codes
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(1, 129), (2, 130), (15, 143)])
+def test_a_clean_stop_has_the_code_of_its_signal(signal_number, code):
+    assert errors.Interrupted("stopped", signal_number=signal_number).exit_code == code
+
+
+def test_message_and_hint():
+    error = errors.InputError("it broke", "mend it")
+    assert (str(error), error.message, error.hint) == ("it broke", "it broke", "mend it")
+    assert errors.InputError("it broke").hint == ""
