@@ -70,6 +70,8 @@ class IngestReport:
     taken: list[StoredImage] = field(default_factory=list)
     present: list[Present] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    corrected: int = 0
+    """Images among `present` that got another pixel size."""
     statistics: Statistics | None = None
     """Of the whole dataset; None when it has no image."""
     images: int = 0
@@ -212,6 +214,7 @@ class _Run:
                     and writer.images[name].pixel_nm != plan.pixel_nm
                 ):
                     writer.set_pixel_size(name, plan.pixel_nm)
+                    self.report.corrected += 1
                 self._advance(info.nbytes, info.path.name, images=1)
                 continue
             job = Job(writer, candidate, plan, wished)

@@ -3,8 +3,8 @@
 Foreground rule: padding is the darkest or the brightest value of an image, wherever it fills horizontal runs of at
 least 32 pixels, provided that such runs of that value make up at least 1 % of the image. Padding is left out of mean,
 deviation and percentiles, unless less than 5 % of the image would remain. Values that are not finite are left out and
-counted. An image is blank when its middle 99 % of pixels have one value, or when it varies by less than half a grey
-level (integers) or one part in a million (floats).
+counted. An image is blank when its middle 99 % of pixels have one value, or when it hardly varies: by at
+most half a grey level and 0.5 % of its largest value (integers), or one part in a million (floats).
 
 uint8 and uint16 are exact (a histogram). Floats have exact moments and percentiles from a systematic sample of at most
 2**18 pixels.
@@ -131,7 +131,7 @@ class _Integers:
             percentiles=_named(_of_histogram(kept, np.array(PERCENTILES))),
             foreground=count / total,
             nonfinite=0,
-            blank=bool(low == high or std < 0.5),
+            blank=bool(low == high or std <= min(0.5, 0.005 * float(present[-1]))),
         )
 
 

@@ -8,12 +8,13 @@ so it is switched off and the size in the header is compared with the size of th
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from affmae_engine.data.readers.axes import check_channel
 from affmae_engine.data.readers.grey import Colour, grey_rule
@@ -21,6 +22,7 @@ from affmae_engine.data.readers.source import PixelSize, Refused, Source, Source
 from affmae_engine.data.readers.units import from_resolution
 
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged EXIF and the like
 _FORMATS = ("PNG", "JPEG", "JPEG2000")
 _NAMES = {"PNG": "PNG", "JPEG": "JPEG", "MPO": "JPEG", "JPEG2000": "JPEG 2000"}
 _LARGEST = 8 << 30
@@ -89,7 +91,10 @@ def open_picture(path: Path, *, channel: int | None, labels: bool) -> list[Sourc
 
 
 def _opened(path: Path) -> Image.Image:
-    return Image.open(path, formats=_FORMATS)
+    try:
+        return Image.open(path, formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise Refused("its header is damaged", "copy it again from its origin") from error
 
 
 def _rule(path: Path, picture: Image.Image, channel: int | None, labels: bool) -> tuple[Any, int | None, Any]:

@@ -152,8 +152,11 @@ def reading(path: Path, series: str = "") -> Iterator[None]:
         raise InputError(f"cannot read {where}: no such file", "check the path") from error
     except PermissionError as error:
         raise InputError(f"cannot read {where}: permission was denied", "check who may read it") from error
-    except Exception as error:
+    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"cannot read {where}: {one_line(error)}", "is the file complete and undamaged?") from error
+    except Exception as error:  # a decoder stumbled: its message says nothing to a user
+        what = f"its structure is damaged ({type(error).__name__}: {one_line(error, 60)})"
+        raise InputError(f"cannot read {where}: {what}", "is the file complete and undamaged?") from error
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

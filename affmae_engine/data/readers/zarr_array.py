@@ -25,7 +25,7 @@ from zarr.storage import LocalStore
 from affmae_engine.data.readers.axes import Sections, arrange, check_channel
 from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
 from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading, refuse_inflated
-from affmae_engine.data.readers.zarr_metadata import ArrayFound, check_array, find_arrays
+from affmae_engine.data.readers.zarr_metadata import ArrayFound, OneDimensional, check_array, find_arrays
 from affmae_engine.errors import InputError
 
 
@@ -51,6 +51,8 @@ class CheckedBloscCodec(BloscCodec):
 
 numcodecs.register_codec(_CheckedBlosc, "blosc")
 register_codec("blosc", CheckedBloscCodec)
+# The library's remarks concern metadata that `check_array` has looked at.
+warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
 zarr.config.set({"codecs.blosc": f"{CheckedBloscCodec.__module__}.{CheckedBloscCodec.__qualname__}"})
 
 
@@ -143,7 +145,8 @@ def open_zarr(root: Path, *, channel: int | None, labels: bool) -> tuple[list[So
             refused.append(error)
     if not sources:
         raise refused[0] if refused else InputError(f"cannot read {root}: it holds no arrays")
-    return sources, refused
+    # Coordinates and tables beside images are no images that were refused.
+    return sources, [error for error in refused if not isinstance(error.__cause__, OneDimensional)]
 
 
 def _describe(root: Path, found: ArrayFound, series: str, channel: int | None, labels: bool) -> ZarrSource:
@@ -191,9 +194,7 @@ def _series_name(series: str) -> str:
 
 
 def _open_array(root: Path, name: str) -> Any:
-    with warnings.catch_warnings():  # remarks of the library about metadata that `check_array` has looked at
-        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
-        return zarr.open_array(_ConfinedStore(root, read_only=True), path="" if name == "." else name, mode="r")
+    return zarr.open_array(_ConfinedStore(root, read_only=True), path="" if name == "." else name, mode="r")
 
 
 def _stored_bytes(folder: Path, enough: int) -> int:

@@ -43,6 +43,10 @@ class ArrayFound:
     notes: tuple[str, ...] = ()
 
 
+class OneDimensional(Refused):
+    """An array that cannot be an image, as coordinates and tables beside images are."""
+
+
 def is_zarr(folder: Path) -> bool:
     """Whether a folder is a node of a Zarr hierarchy."""
     return any((folder / marker).is_file() for marker in _MARKERS)
@@ -156,7 +160,9 @@ def _children(folder: Path) -> list[Path]:
 
 def _plain_array(folder: Path, metadata: dict[str, Any]) -> ArrayFound:
     shape = metadata.get("shape") or []
-    if not 2 <= len(shape) <= 5:
+    if len(shape) < 2:
+        raise OneDimensional("it is one-dimensional: not an image")
+    if len(shape) > 5:
         raise Refused(f"it has {len(shape)} axes; images and stacks have 2 to 5")
     names = metadata.get("dimension_names") or metadata["attributes"].get("_ARRAY_DIMENSIONS")
     if isinstance(names, list) and len(names) == len(shape) and all(isinstance(n, str) for n in names):
