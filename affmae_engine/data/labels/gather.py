@@ -1,0 +1,132 @@
+"""From what the user named (images, labels, perhaps a validation set) to a labelled store that a run carries along.
+
+Everything is paired and checked before anything is written. The store then holds images and class maps side by side, so
+that training and resuming need neither the original files nor the form they were in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from affmae_engine.data.ingest import IngestProgress, ingest, source_key
+from affmae_engine.data.labels.checks import CheckedLabels, check_labels
+from affmae_engine.data.labels.pairing import joined, pair_labels
+from affmae_engine.data.labels.problems import listed, refusal
+from affmae_engine.data.readers import PixelSize
+from affmae_engine.data.store import Store
+from affmae_engine.errors import ConfigError, InputError, Interrupted
+
+Paths = Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Checked labels, and how many of the last pairs are for validation (0: to be split off automatically)."""
+
+    checked: CheckedLabels
+    validation: int = 0
+
+    @property
+    def summary(self) -> str:
+        """One line: images, classes with their shares."""
+        checked = self.checked
+        total = sum(checked.counts) + checked.ignored
+        shares = [
+            f"{name} {count / total:.1%}" for name, count in zip(checked.class_names, checked.counts, strict=True)
+        ]
+        unlabelled = [f"ignored {checked.ignored / total:.1%}"] if checked.ignored else []
+        count = len(checked.pairs)
+        return f"{count} labelled image{'s' if count > 1 else ''}: {', '.join([*shares, *unlabelled])}"
+
+
+def gather_labels(
+    images: Paths,
+    labels: Paths,
+    *,
+    val_images: Paths = (),
+    val_labels: Paths = (),
+    class_names: Sequence[str] = (),
+    ignore_label: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LabelledSet:
+    """Pair and check images and labels; nothing is written.
+
+    Args:
+        images, labels: see `pair_labels`.
+        val_images, val_labels: a validation set of the same kind; both or none.
+        class_names, ignore_label, on_progress: see `check_labels`.
+
+    Raises:
+        ConfigError: only one of `val_images` and `val_labels`, or names that do not fit.
+        InputError: lists everything that is wrong; or an image is in both sets.
+    """
+    if bool(val_images) != bool(val_labels):
+        raise ConfigError("--val-images and --val-labels go together", "give both, or none for an automatic split")
+    pairing = pair_labels(images, labels)
+    held_out = 0
+    if val_images:
+        validation = pair_labels(val_images, val_labels)
+        training = {source_key(pair.image) for pair in pairing.pairs}
+        twice = [pair.name for pair in validation.pairs if source_key(pair.image) in training]
+        if twice:
+            raise refusal(
+                [f"{name} is in both the training and the validation set" for name in twice],
+                "what is trained on cannot be used for validation",
+            )
+        held_out = len(validation.pairs)
+        pairing = joined(pairing, validation)
+    checked = check_labels(pairing, class_names=class_names, ignore_label=ignore_label, on_progress=on_progress)
+    return LabelledSet(checked, held_out)
+
+
+def write_labelled_store(
+    labelled: LabelledSet,
+    path: Path,
+    *,
+    pixel_nm: PixelSize | None = None,
+    on_progress: Callable[[IngestProgress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[Store, tuple[str, ...]]:
+    """Write a labelled set into a new store.
+
+    Returns:
+        the store, and the names in it of the images of the validation set (empty without one).
+
+    Raises:
+        InputError: an image could not be taken, or a validation image has the content of a training image.
+        Interrupted: `should_stop` said so.
+        ResourceError: the store cannot be written.
+    """
+    pairs = labelled.checked.pairs
+    report = ingest(
+        [pair.image for pair in pairs],
+        path,
+        labels={source_key(pair.image): pair.labels for pair in pairs},
+        class_names=labelled.checked.class_names,
+        pixel_nm=pixel_nm,
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+    if report.interrupted:
+        raise Interrupted("stopped while the labelled images were collected", "nothing was trained yet; start again")
+    if report.skipped:
+        raise InputError(
+            "some images could not be taken:\n  " + "\n  ".join(f"{s.path}: {s.reason}" for s in report.skipped),
+            report.skipped[0].hint,
+        )
+    store = Store.open(path)
+    by_origin = {(image.source_path, image.source_series): image.name for image in store.images}
+    by_origin |= {(os.path.abspath(p.path), p.series): p.name for p in report.present}  # noqa: PTH100 (as the store)
+    names = [by_origin[os.path.abspath(p.image.info.path), p.image.info.series] for p in pairs]  # noqa: PTH100
+    first = len(pairs) - labelled.validation
+    contents = {(store[name].sha256, store[name].source_series) for name in names[:first]}
+    copies = [name for name in names[first:] if (store[name].sha256, store[name].source_series) in contents]
+    if copies:
+        raise InputError(
+            f"validation images have the content of training images: {listed(copies)}",
+            "what is trained on cannot be used for validation",
+        )
+    return store, tuple(dict.fromkeys(names[first:]))

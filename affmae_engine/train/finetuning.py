@@ -1,0 +1,168 @@
+"""Finetuning for segmentation as a `Task` of the training loop (method section 6).
+
+What is found from the data (class names, class weights, number of steps) is written into the configuration that is
+returned, so that a run's config.toml says what was used and resuming needs nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from affmae_engine.config import OptimConfig, RunConfig
+from affmae_engine.data.normalise import Normalisation
+from affmae_engine.data.segmentation import SegmentationDataset, sections_of
+from affmae_engine.data.split import Region, Split, split
+from affmae_engine.data.store import Store
+from affmae_engine.errors import ConfigError, InputError
+from affmae_engine.model.segmenter import Segmenter, encoder_depth, encoder_depths
+from affmae_engine.model.sizes import SIZES, Size
+from affmae_engine.train.losses import SegmentationLoss, weights_from_counts
+from affmae_engine.train.optim import decay_groups
+from affmae_engine.train.segmentation_evaluation import SegmentationEvaluation, chosen_sections
+from affmae_engine.train.task import Task
+from affmae_engine.train.transfer import TransferReport, load_pretrained
+from affmae_engine.train.weights import WeightsMetadata
+
+
+def finetune_task(
+    config: RunConfig, store: Store, *, init_from: Path | None = None
+) -> tuple[RunConfig, Task, TransferReport | None]:
+    """Everything that the loop needs to train a segmenter on a labelled store.
+
+    Args:
+        config: resolved; its model section fits `init_from` (see `transfer.follow_origin`).
+        store: made by `labels.gather.write_labelled_store`.
+        init_from: run, checkpoint or weights to start from; None starts from random weights. When a run is resumed
+            its checkpoint replaces whatever the model starts with, so nothing is loaded then.
+
+    Returns:
+        the configuration with classes, class weights and steps filled in; the task; what became of the weights.
+
+    Raises:
+        ConfigError: settings that do not fit the labels or the weights.
+        InputError: labels that are no classes, nothing labelled, too little data for a validation set.
+    """
+    names = _class_names(config, store)
+    parts = _split(config, store)
+    normalisation = Normalisation.from_store(config.data, store)
+    dataset = SegmentationDataset(
+        store, parts.train, config, classes=len(names), normalisation=normalisation, seed=config.train.seed
+    )
+    config = _filled_in(config, names, dataset)
+    loss = SegmentationLoss(config.finetune, config.loss, config.finetune.class_weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = Segmenter(config.model, len(names), backend=config.kernels.backend)
+    report = None
+    if init_from is not None:
+        report = load_pretrained(model, init_from, config=config, class_names=names, seed=config.train.seed)
+    sections = chosen_sections(sections_of(store, parts.val))
+    evaluation = SegmentationEvaluation(store, sections, normalisation, names, config)
+    size = SIZES[config.model.size]
+
+    def losses(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return loss(module(batch["image"]), batch["labels"])
+
+    def parameter_groups(optim: OptimConfig) -> list[dict[str, Any]]:
+        return layer_decay_groups(model, optim, size)
+
+    task = Task(
+        name="finetune",
+        model=model,
+        dataset=dataset,
+        losses=losses,
+        evaluate=evaluation.evaluate,
+        preview=evaluation.preview,
+        parameter_groups=parameter_groups,
+        metadata=WeightsMetadata(
+            task="finetune",
+            model=config.model.model_dump(mode="json"),
+            image_size=config.image_size,
+            normalisation=normalisation.to_dict(),
+            pixel_nm=pixel_size(store),
+            class_names=names,
+            ignore_label=config.finetune.ignore_label,
+        ),
+        fingerprint=store.fingerprint(),
+    )
+    return config, task, report
+
+
+def layer_decay_groups(model: nn.Module, optim: OptimConfig, size: Size) -> list[dict[str, Any]]:
+    """Optimizer groups whose learning rate falls by `layer_decay` per encoder layer, counted from the decoder.
+
+    The last encoder block has `layer_decay` times the rate of decoder and heads, the stem the smallest one.
+    Parameters of fewer than two axes have no weight decay.
+    """
+    depths = encoder_depths(size)
+
+    def lr_scale(name: str) -> float:
+        depth = encoder_depth(name, size)
+        return 1.0 if depth is None else optim.layer_decay ** (depths - depth)
+
+    return decay_groups(model.named_parameters(), optim.weight_decay, lr_scale)
+
+
+def pixel_size(store: Store) -> float | None:
+    """Median edge of a pixel in nanometres over the images that know theirs; None when none does."""
+    known = sorted(nm for image in store.images for nm in image.pixel_nm[1:] if nm is not None)
+    return known[len(known) // 2] if known else None
+
+
+def _class_names(config: RunConfig, store: Store) -> tuple[str, ...]:
+    wanted, found = config.finetune.class_names, store.class_names
+    if not found:
+        raise InputError(f"{store.path} has no labels", "finetuning needs --images and --labels")
+    if wanted and len(wanted) != len(found):
+        raise ConfigError(
+            f"finetune.class_names has {len(wanted)} names, the labels have {len(found)} classes: {', '.join(found)}"
+        )
+    if config.model.channels != 1:
+        raise ConfigError(f"model.channels = {config.model.channels}: images are grey, so it must be 1")
+    return wanted or found
+
+
+def _split(config: RunConfig, store: Store) -> Split:
+    """The given validation images, or a part of the data that has no neighbours in the training part."""
+    labelled = [image for image in store.images if image.labelled]
+    chosen = config.finetune.val_images
+    unknown = [name for name in chosen if name not in {image.name for image in labelled}]
+    if unknown:
+        raise ConfigError(f"finetune.val_images: not in {store.path}: {', '.join(unknown)}")
+    if chosen:
+        whole = [Region(image.name, 0, image.shape_ZYX[0]) for image in labelled]
+        parts = Split(
+            [region for region in whole if region.name not in chosen],
+            [region for region in whole if region.name in chosen],
+        )
+    else:
+        parts = split(labelled, config.finetune.val_fraction, seed=config.train.seed)
+    if not parts.val or not parts.train:
+        raise InputError(
+            "there is too little labelled data to set some aside for validation",
+            "label more, or name a validation set with --val-images and --val-labels",
+        )
+    return parts
+
+
+def _filled_in(config: RunConfig, names: Sequence[str], dataset: SegmentationDataset) -> RunConfig:
+    """The configuration with class names, class weights and steps as they are used."""
+    finetune, train = config.finetune, config.train
+    weights = finetune.class_weights or weights_from_counts(dataset.index.counts)
+    if len(weights) != len(names):
+        raise ConfigError(f"finetune.class_weights has {len(weights)} values, there are {len(names)} classes")
+    steps = train.steps
+    if train.epochs is not None:
+        steps = max(1, math.ceil(train.epochs * dataset.samples_per_epoch / train.batch_size))
+    return config.model_copy(
+        update={
+            "finetune": finetune.model_copy(update={"class_names": tuple(names), "class_weights": tuple(weights)}),
+            "train": train.model_copy(update={"steps": steps}),
+        }
+    )
