@@ -1,7 +1,11 @@
 """A resumed run is the uninterrupted one, bit for bit; what cannot be resumed says why."""
 
+import contextlib
 import json
+import os
 import random
+import signal
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +15,7 @@ import torch
 from affmae_engine import events
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import ConfigError, CorruptError, Interrupted
-from affmae_engine.run_dir import RunDir
+from affmae_engine.run_dir import RunDir, create
 from affmae_engine.train import checkpoint, state
 from affmae_engine.train.loop import fit
 from affmae_engine.train.signals import StopRequest
@@ -167,3 +171,28 @@ def test_a_restore_that_forgets_something_is_caught(
         monkeypatch.setattr("affmae_engine.train.loop.seed_forward", lambda *args: None)
     fit(parts, config, make_toy().task, resume=True)
     assert not (same(tensors(whole, 6), tensors(parts, 6)) and logged(whole) == logged(parts))
+
+
+def test_killed_again_and_again_still_ends_bit_equal(make_toy: Make, make_config: Make, make_run: Make) -> None:
+    config = make_config(steps=100, checkpoint_every=1, eval_every=5)
+    whole = make_run(config, "whole")
+    fit(whole, config, make_toy().task)
+    killed, kills = make_run(config, "killed"), 0
+    chance = random.Random(0)
+    while killed.read_json(killed.summary).get("status") != "finished":
+        process = os.fork()
+        if process == 0:
+            with contextlib.suppress(BaseException):
+                if not killed.checkpoint_steps():
+                    create(killed.root, overwrite=True).write_config(config, "pretrain")
+                fit(killed, config, make_toy().task, resume=bool(killed.checkpoint_steps()))
+            os._exit(0)
+        time.sleep(chance.uniform(0.0, 0.15))
+        if kills < 15:
+            os.kill(process, signal.SIGKILL)
+            kills += 1
+        os.waitpid(process, 0)
+    assert kills > 2
+    assert same(tensors(whole, 100), tensors(killed, 100))
+    assert logged(whole) == logged(killed)
+    assert list(killed.checkpoints.glob(".*")) == []
