@@ -173,14 +173,21 @@ def _show(report: IngestReport) -> None:
 
     rows = _rows(report.taken)
     if rows:
-        table = Table(box=box.SIMPLE_HEAD)
-        for title in ("name", "z × y × x", "type", "nm/px z, y, x", "mean ± std", "notes"):
-            table.add_column(title, no_wrap=title not in ("name", "notes"), overflow="fold")
-        for row in rows[:_MOST_ROWS]:
-            table.add_row(*map(Text, row))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("name", overflow="fold", min_width=16)
+        for title in ("z × y × x", "type", "nm/px z, y, x", "mean ± std", "notes"):
+            table.add_column(title, no_wrap=True)
+        # The same few notes come up again and again: they are numbered and explained once below the table.
+        numbers: dict[str, int] = {}
+        for *cells, notes in rows[:_MOST_ROWS]:
+            marks = " ".join(str(numbers.setdefault(note, len(numbers) + 1)) for note in notes)
+            table.add_row(*map(Text, [*cells, marks]))
         output.show(table)
+        for note, number in numbers.items():
+            output.show(output.printable(f"{number:>3}  {note}"))
         if len(rows) > _MOST_ROWS:
-            output.show(f"... and {len(rows) - _MOST_ROWS} rows more, all in {report.store}/affmae/manifest.json\n")
+            output.show(f"\n{len(rows) - _MOST_ROWS} rows more are in {report.store}/affmae/manifest.json")
+        output.show("")
     if report.skipped:
         output.show(f"skipped {len(report.skipped)}:")
         for entry in report.skipped[:_MOST_SKIPPED]:
@@ -208,16 +215,16 @@ def _show_totals(report: IngestReport) -> None:
     output.show(f"overview  {report.overview}")
 
 
-def _rows(images: Sequence[StoredImage]) -> list[tuple[str, ...]]:
-    """One row per image; images of a numbered series that agree in everything else share a row."""
+def _rows(images: Sequence[StoredImage]) -> list[tuple[Any, ...]]:
+    """One row per image, the notes last; images of a numbered series that agree in everything else share a row."""
     from affmae_engine.data.readers.files import natural_key
     from affmae_engine.data.statistics import pool
 
     groups: dict[Any, list[StoredImage]] = {}
     for image in sorted(images, key=lambda image: natural_key(image.name)):
-        key = (image.series_group, image.shape_ZYX, image.dtype.name, image.pixel_nm, image.statistics.blank)
+        key = (image.series_group, image.shape_ZYX, image.dtype.name, image.pixel_nm, image.notes)
         groups.setdefault(key, []).append(image)
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[Any, ...]] = []
     for group in groups.values():
         parts = [group] if len(group) >= _SMALLEST_SERIES else [[image] for image in group]
         for part in parts:
@@ -226,19 +233,8 @@ def _rows(images: Sequence[StoredImage]) -> list[tuple[str, ...]]:
             name = first.name if len(part) == 1 else f"{first.name} .. {part[-1].name} ({len(part)})"
             shape = "×".join(map(str, first.shape_ZYX))
             values = f"{statistics.mean:.4g} ± {statistics.std:.3g}"
-            rows.append((name, shape, first.dtype.name, _nm(first.pixel_nm), values, _notes(part)))
+            rows.append((name, shape, first.dtype.name, _nm(first.pixel_nm), values, first.notes))
     return rows
-
-
-def _notes(images: Sequence[StoredImage]) -> str:
-    counts: dict[str, int] = {}
-    for image in images:
-        for note in image.notes:
-            counts[note] = counts.get(note, 0) + 1
-    shown = [note if n == len(images) else f"{note} ({n})" for note, n in counts.items()]
-    if len(shown) > 4:
-        shown = [*shown[:3], f"{len(shown) - 3} other notes"]
-    return "; ".join(shown)
 
 
 def _nm(pixel_nm: _PixelSize) -> str:

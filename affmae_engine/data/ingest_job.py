@@ -232,9 +232,9 @@ def _remarks(image: StoredImage) -> tuple[str, ...]:
     if image.statistics.blank:
         notes.append("blank")
     if image.statistics.nonfinite:
-        notes.append(f"{image.statistics.nonfinite} values are not finite")
+        notes.append("values that are not finite left out of the statistics")
     if image.statistics.foreground < 0.995:
-        notes.append(f"{1 - image.statistics.foreground:.0%} padding left out of the statistics")
+        notes.append("padding left out of the statistics")
     return tuple(notes)
 
 
