@@ -174,7 +174,7 @@ def _show(report: IngestReport) -> None:
     rows = _rows(report.taken)
     if rows:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("name", overflow="fold", min_width=16)
+        table.add_column("name", overflow="fold", min_width=14)
         for title in ("z × y × x", "type", "nm/px z, y, x", "mean ± std", "notes"):
             table.add_column(title, no_wrap=True)
         # The same few notes come up again and again: they are numbered and explained once below the table.
@@ -232,7 +232,7 @@ def _rows(images: Sequence[StoredImage]) -> list[tuple[Any, ...]]:
             statistics = pool([image.statistics for image in part])
             name = first.name if len(part) == 1 else f"{first.name} .. {part[-1].name} ({len(part)})"
             shape = "×".join(map(str, first.shape_ZYX))
-            values = f"{statistics.mean:.4g} ± {statistics.std:.3g}"
+            values = f"{_number(statistics.mean)} ± {_number(statistics.std)}"
             rows.append((name, shape, first.dtype.name, _nm(first.pixel_nm), values, first.notes))
     return rows
 
@@ -240,7 +240,7 @@ def _rows(images: Sequence[StoredImage]) -> list[tuple[Any, ...]]:
 def _nm(pixel_nm: _PixelSize) -> str:
     if all(size is None for size in pixel_nm):
         return "unknown"
-    return ", ".join("?" if size is None else f"{size:g}" for size in pixel_nm)
+    return ", ".join("?" if size is None else _number(size) for size in pixel_nm)
 
 
 def _as_json(report: IngestReport) -> dict[str, Any]:
@@ -255,6 +255,10 @@ def _as_json(report: IngestReport) -> dict[str, Any]:
         "present": [vars(entry) for entry in report.present],
         "skipped": [vars(entry) for entry in report.skipped],
     }
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 or abs(value) >= 1e6 else f"{value:.0f}"
 
 
 def _count(number: int, noun: str) -> str:
