@@ -93,7 +93,7 @@ def fit(
                 if saved is not None:
                     restore_state(saved, state, task)
                 recorder.emit(_started(session, resumed=saved is not None))
-                for message in warnings:
+                for message in (*warnings, *task.notes):
                     session.warn(message)
                 session.clear_requests()
                 session.reconcile()

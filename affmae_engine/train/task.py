@@ -52,7 +52,7 @@ class Task:
     without gradients and under the run's autocast; preview returns RGB uint8 [H, W, 3] pictures by name ("" is the
     main one). parameter_groups: optimizer groups, each with "params", "weight_decay" and "lr_scale". metadata goes
     into every weights file (the loop adds step and config). fingerprint identifies the data: a resumed run must find
-    the same.
+    the same. notes: what the user should know of the data; the loop reports them as warnings when it starts.
     """
 
     name: Literal["pretrain", "finetune"]
@@ -64,3 +64,4 @@ class Task:
     parameter_groups: Callable[[OptimConfig], list[dict[str, Any]]]
     metadata: WeightsMetadata
     fingerprint: str
+    notes: tuple[str, ...] = ()

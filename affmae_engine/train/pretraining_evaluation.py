@@ -1,0 +1,143 @@
+"""Held-out loss and preview of pretraining: fixed crops with fixed masks, so that two figures can be compared.
+
+Unusual: at most `MOST_CROPS` crops, spread evenly over the held-out sections and read once. Their masks come from a
+seed of their own: they are the same in every run on the same data, whatever its seed.
+
+Axes: B crops, C H W image, V visible and Q masked tokens, N tokens of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from affmae_engine.config import RunConfig
+from affmae_engine.data.augment import Crop
+from affmae_engine.data.dataset import UNIFORM_STD, Plane, as_channels, load_crop
+from affmae_engine.data.store import Store
+from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.model.collapse import effective_rank
+from affmae_engine.model.masking import draw_mask
+from affmae_engine.model.patches import canvas_of
+from affmae_engine.train.task import Evaluation
+from affmae_engine.visualize import ReconstructionRow, Rgb, reconstruction_picture
+
+MOST_CROPS = 64
+"""Crops in the held-out set."""
+
+PREVIEW_ROWS = 3
+
+_MASK_SEED = 20_260_216
+_LARGEST_BATCH = 32
+_TITLES = {"step1": "from stage 4", "step2": "from stages 4 and 3", "last": "from all stages"}
+
+
+@dataclass(frozen=True)
+class FixedCrop:
+    """A window of one section."""
+
+    plane: Plane
+    z: int
+    crop: Crop
+
+
+def choose_crops(planes: Sequence[Plane], size: int, limit: int = MOST_CROPS) -> list[FixedCrop]:
+    """Windows without overlap, at most `limit`, spread evenly over all sections and, within a section, over its tiles.
+
+    Args:
+        planes: what may be cropped.
+        size: edge of a training image; smaller sections give the largest square that fits.
+    """
+    sections = [(plane, z) for plane in planes for z in range(plane.z0, plane.z1)]
+    chosen = [sections[i] for i in _evenly(len(sections), limit)]
+    each = max(1, limit // max(1, len(chosen)))
+    crops = []
+    for plane, z in chosen:
+        edge = min(size, *plane.shape_YX)
+        rows, columns = plane.shape_YX[0] // edge, plane.shape_YX[1] // edge
+        top, left = ((length % edge) // 2 for length in plane.shape_YX)
+        for tile in _evenly(rows * columns, each):
+            row, column = divmod(tile, columns)
+            crops.append(FixedCrop(plane, z, Crop(top + row * edge, left + column * edge, edge)))
+    return crops
+
+
+class PretrainingEvaluation:
+    """`evaluate` and `preview` of the pretraining task. Crops are read when they are first needed.
+
+    Args:
+        store: the images.
+        crops: see `choose_crops`; at least one.
+        config: of the run.
+    """
+
+    def __init__(self, store: Store, crops: Sequence[FixedCrop], config: RunConfig) -> None:
+        self.store, self.crops, self.config = store, list(crops), config
+        self._batch: dict[str, Tensor] = {}
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> Evaluation:
+        """Mean losses over the crops and the effective rank of each stage; the score is minus the loss."""
+        batch = self._crops()
+        count = len(batch["image"])
+        train = self.config.train
+        step = min(train.micro_batch or train.batch_size, _LARGEST_BATCH)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, count, step):
+            part = {name: tensor[start : start + step].to(device) for name, tensor in batch.items()}
+            for name, value in model(part["image"], part["visible"], part["masked"]).items():
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.float() * len(part["image"])
+        metrics = {name: float(value) / count for name, value in sums.items()}
+        part = {name: tensor[:step].to(device) for name, tensor in batch.items()}
+        stages = cast(MaskedAutoencoder, model).reconstruct(part["image"], part["visible"], part["masked"]).stage_feat
+        ranks = [float(effective_rank(feat_BNC).mean()) for feat_BNC in stages]
+        return Evaluation(score=-metrics["loss"], metrics=metrics, effective_rank=ranks)
+
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Rgb]:
+        """One picture: a few crops with what every supervised step makes of them, and the tokens of every stage."""
+        batch = self._crops()
+        chosen = _evenly(len(batch["image"]), PREVIEW_ROWS)
+        part = {name: tensor[chosen].to(device) for name, tensor in batch.items()}
+        made = cast(MaskedAutoencoder, model).reconstruct(part["image"], part["visible"], part["masked"])
+        rows = [
+            ReconstructionRow(
+                image_YX=part["image"][i, 0].cpu().numpy(),
+                masked_YX=self._masked_pixels(part["masked"][i]),
+                images={title: made.images[name][i, 0].float().cpu().numpy() for name, title in _TITLES.items()},
+                stage_positions=[pos_BN2[i].cpu().numpy() for pos_BN2 in made.stage_pos],
+            )
+            for i in range(len(chosen))
+        ]
+        return {"": reconstruction_picture(rows, patch=self.config.model.patch_size)}
+
+    def _crops(self) -> dict[str, Tensor]:
+        """Images and masks of all crops, stacked, on the host. Uniform ones are dropped unless all of them are."""
+        if not self._batch:
+            size = self.config.image_size
+            squares = [load_crop(self.store, c.plane, c.z, c.crop, size) for c in self.crops]
+            squares = [square for square in squares if square.std() >= UNIFORM_STD] or squares
+            canvas_hw = canvas_of(size, size, self.config.model.patch_size)
+            masks = [draw_mask(canvas_hw, self.config.mask, seed=_MASK_SEED, index=i) for i in range(len(squares))]
+            self._batch = {
+                "image": torch.stack([as_channels(square, self.config.model.channels) for square in squares]),
+                "visible": torch.stack([visible_V for visible_V, _ in masks]),
+                "masked": torch.stack([masked_Q for _, masked_Q in masks]),
+            }
+        return self._batch
+
+    def _masked_pixels(self, masked_Q: Tensor) -> np.ndarray:
+        """True where a pixel was hidden, [Y, X]."""
+        patch, size = self.config.model.patch_size, self.config.image_size
+        cells_hw = np.zeros(canvas_of(size, size, patch), bool)
+        cells_hw.reshape(-1)[masked_Q.cpu().numpy()] = True
+        return cells_hw.repeat(patch, axis=0).repeat(patch, axis=1)
+
+
+def _evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` of the numbers 0 to count - 1, spread evenly and centred."""
+    taken = min(count, limit)
+    return [(2 * i + 1) * count // (2 * taken) for i in range(taken)]
