@@ -18,6 +18,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from affmae_engine.data.readers import PixelSize
+from affmae_engine.data.store_layout import image_attributes
 
 CHUNK = 512
 SHARD_ROWS = 2
@@ -26,7 +27,9 @@ SHARD_COLUMNS = 16
 """Chunks of a shard along x."""
 SLAB_PIXELS = 1 << 24
 SLAB_SECTIONS = 32
-NANOMETRE = "nanometer"
+
+ATTRIBUTE = "affmae_prediction"
+"""Key of our own record in the attributes of an output; dataset stores have another one."""
 
 
 class ZarrRows:
@@ -115,8 +118,8 @@ def labels_attributes(
         ],
         "properties": [{"label-value": value, "class": text} for value, text in enumerate(class_names)],
     }
-    ome = {"version": "0.5", "multiscales": [_multiscale(name, pixel_nm, ())], "image-label": label}
-    return {"ome": ome, "affmae": record}
+    ome = image_attributes(name, pixel_nm)["ome"] | {"image-label": label}
+    return {"ome": ome, ATTRIBUTE: record}
 
 
 def probabilities_attributes(
@@ -132,21 +135,11 @@ def probabilities_attributes(
         }
         for index, text in enumerate(class_names)
     ]
-    ome = {
-        "version": "0.5",
-        "multiscales": [_multiscale(name, pixel_nm, ({"name": "c", "type": "channel"},))],
-        "omero": {"channels": channels},
-    }
-    return {"ome": ome, "affmae": {**record, "probability": "value / 255"}}
-
-
-def _multiscale(name: str, pixel_nm: PixelSize, leading: tuple[dict[str, str], ...]) -> dict[str, Any]:
-    axes = [*leading]
-    for axis, size in zip("zyx", pixel_nm, strict=True):
-        axes.append({"name": axis, "type": "space"} | ({"unit": NANOMETRE} if size is not None else {}))
-    scale = [*(1.0 for _ in leading), *(1.0 if size is None else float(size) for size in pixel_nm)]
-    transform = {"type": "scale", "scale": scale}
-    return {"name": name, "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": [transform]}]}
+    ome = image_attributes(name, pixel_nm)["ome"] | {"omero": {"channels": channels}}
+    (image,) = ome["multiscales"]
+    image["axes"].insert(0, {"name": "c", "type": "channel"})
+    image["datasets"][0]["coordinateTransformations"][0]["scale"].insert(0, 1.0)
+    return {"ome": ome, ATTRIBUTE: {**record, "probability": "value / 255"}}
 
 
 def _up_to(length: int, chunk: int, count: int) -> int:

@@ -113,7 +113,7 @@ def test_ome_zarr_is_valid_and_complete(tmp_path: Path, shape: tuple[int, int, i
     assert source.info.pixel_nm == (40.0, None, 4.6)
     attributes = json.loads((tmp_path / "a.ome.zarr" / "zarr.json").read_text())["attributes"]
     assert attributes["ome"]["image-label"]["properties"][2] == {"label-value": 2, "class": "mitochondria"}
-    assert attributes["affmae"]["weights"] == "runs/a"
+    assert attributes["affmae_prediction"]["weights"] == "runs/a"
 
 
 def test_probabilities_have_a_channel_per_class(tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""From what a user typed to a list of predictions with their output names, and running that list.
+
+One file in gives one file out; anything else (a folder, a pattern, several names) gives a folder with one TIFF per
+image, subfolders kept. All names are decided, and clashes refused, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from affmae_engine.data.readers import Source, find_files, scan_sources
+from affmae_engine.data.store_layout import safe_name
+from affmae_engine.errors import ConfigError, InputError
+from affmae_engine.predict import outputs
+from affmae_engine.predict.outputs import Outputs
+from affmae_engine.predict.predictor import Predictor
+from affmae_engine.predict.stream import PredictOptions, PredictProgress, PredictReport, predict
+from affmae_engine.train.signals import StopRequest
+
+DEFAULT_FOLDER = Path("predictions")
+"""Where results go when no output is named, in the working directory: inputs may lie on read-only microscope shares."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An input that was passed over, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every image to predict with its outputs; `out` is the file or folder that all of them are in."""
+
+    jobs: list[tuple[Source, Outputs]]
+    refused: list[Refused]
+    out: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a plan."""
+
+    reports: list[PredictReport]
+    refused: list[Refused]
+
+
+def plan(
+    inputs: Sequence[Path],
+    out: Path | None,
+    *,
+    probabilities: bool = False,
+    overlay: bool = True,
+    overwrite: bool = False,
+    protect: Sequence[Path] = (),
+) -> Plan:
+    """Find the images and decide every output's name.
+
+    Args:
+        inputs: files, folders, patterns.
+        out: a .tif, .tiff or .zarr for one image, or a folder; None is `predictions/NAME-labels.tif` for a file and
+            `predictions/FOLDER/` for a folder, in the working directory.
+        protect: further paths that no output may touch (the weights).
+
+    Raises:
+        InputError: nothing was found, or nothing of it can be read.
+        ConfigError: outputs clash with one another, with an input, or with what is there.
+        ResourceError: the output folder cannot be written to.
+    """
+    single = len(inputs) == 1 and find_files(inputs) == [Path(inputs[0]).expanduser()]
+    named_file = out is not None and outputs.is_label_file(out)
+    if out is not None and out.suffix and not named_file and not out.is_dir():
+        raise ConfigError(
+            f"{out}: labels are written as .tif, .tiff or .zarr (OME-Zarr)",
+            "name the output with one of these extensions, or name a folder without one",
+        )
+    if named_file and not single:
+        raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
+    if out is None:
+        folder = DEFAULT_FOLDER if single or len(inputs) > 1 else DEFAULT_FOLDER / Path(inputs[0]).resolve().name
+    else:
+        folder = out.parent if named_file else out
+    ending = "-labels" if single else ""
+    jobs: list[tuple[Source, Outputs]] = []
+    refused: list[Refused] = []
+    for file, relative in _found(inputs, folder):
+        try:
+            sources, problems = scan_sources(file)
+        except InputError as error:
+            if single:
+                raise
+            refused.append(Refused(file, error.message))
+            continue
+        refused += [Refused(file, problem.message) for problem in problems]
+        if named_file and len(sources) > 1:
+            raise ConfigError(f"{file} holds {len(sources)} images, which need a folder", "name one with -o/--out")
+        names: set[str] = set()
+        for source in sources:
+            name = outputs.stem(file)
+            if len(sources) > 1:
+                series = safe_name(source.info.series, names)
+                names.add(series.lower())
+                name = f"{name}-{series}"
+            labels = out if named_file and out is not None else folder / relative / f"{name}{ending}.tif"
+            jobs.append((source, Outputs(labels, probabilities, overlay)))
+    if not jobs:
+        raise InputError(f"none of the {len(refused)} files could be read; the first: {refused[0].reason}")
+    _check_all(jobs, overwrite, protect)
+    return Plan(jobs, refused, jobs[0][1].labels if len(jobs) == 1 and single else folder)
+
+
+def run(
+    planned: Plan,
+    predictor: Predictor,
+    options: PredictOptions,
+    *,
+    on_progress: Callable[[PredictProgress], None] = lambda _: None,
+    on_report: Callable[[PredictReport], None] = lambda _: None,
+    on_refused: Callable[[Refused], None] = lambda _: None,
+    stop: StopRequest | None = None,
+) -> Outcome:
+    """Predict everything that was planned. A file that turns out to be damaged is passed over when there are others.
+
+    Raises:
+        InputError: not one image could be read.
+        ConfigError, ResourceError, Interrupted: see `stream.predict`; finished outputs stay.
+    """
+    reports: list[PredictReport] = []
+    refused = list(planned.refused)
+    for problem in refused:
+        on_refused(problem)
+    for source, targets in planned.jobs:
+        try:
+            with source:
+                report = predict(source, predictor, targets, options, on_progress=on_progress, stop=stop)
+        except InputError as error:
+            if len(planned.jobs) == 1 and not planned.refused:
+                raise
+            refused.append(Refused(source.info.path, error.message))
+            on_refused(refused[-1])
+            continue
+        reports.append(report)
+        on_report(report)
+    if not reports:
+        raise InputError(f"none of the {len(refused)} images could be read; the first: {refused[0].reason}")
+    return Outcome(reports, refused)
+
+
+def _found(inputs: Sequence[Path], folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Files with their folder relative to the input they came from; earlier results in `folder` are passed over."""
+    seen: set[str] = set()
+    found_any = False
+    results = folder.resolve()
+    for source in inputs:
+        base = Path(source).expanduser()
+        files = find_files([source])
+        below = base.is_dir() and files != [base]
+        for file in files:
+            real = os.path.realpath(file)
+            if real in seen or (below and results in Path(real).parents):
+                continue
+            seen.add(real)
+            found_any = True
+            yield file, file.parent.relative_to(base) if below else Path()
+    if not found_any:
+        raise InputError(f"there are only results of predictions in {', '.join(map(str, inputs))}")
+
+
+def _check_all(jobs: Sequence[tuple[Source, Outputs]], overwrite: bool, protect: Sequence[Path]) -> None:
+    sources = list(dict.fromkeys(source.info.path for source, _ in jobs))
+    taken: dict[str, Source] = {}
+    for source, targets in jobs:
+        for path in targets.all:
+            # Compared without case: many file systems of labs are case-insensitive.
+            other = taken.setdefault(str(path).casefold(), source)
+            if other is not source:
+                raise ConfigError(
+                    f"{other.info.path} and {source.info.path} would both be written to {path}",
+                    "rename one, or predict them into different folders",
+                )
+    for _, targets in jobs:
+        outputs.check(targets, [*sources, *protect], overwrite=overwrite)

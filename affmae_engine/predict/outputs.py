@@ -1,0 +1,131 @@
+"""Where predictions go, and what is checked before any work is done: names, overwriting, input safety, disk space."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from affmae_engine import atomic
+from affmae_engine.errors import ConfigError, ResourceError
+from affmae_engine.predict.ome_zarr import ATTRIBUTE
+
+TIFF_SUFFIXES = (".tif", ".tiff")
+ZARR_SUFFIX = ".zarr"
+COMPRESSION = 8
+"""Labels compress at least this well in practice; used to ask for disk space before starting."""
+SLACK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of one prediction. Probabilities and overlay lie beside the labels and share their stem."""
+
+    labels: Path
+    with_probabilities: bool = False
+    with_overlay: bool = True
+
+    @property
+    def probabilities(self) -> Path | None:
+        """OME-Zarr of class probabilities, when wanted."""
+        return self._beside("-probabilities.ome.zarr") if self.with_probabilities else None
+
+    @property
+    def overlay(self) -> Path | None:
+        """Picture of a few sections with their labels, when wanted."""
+        return self._beside("-overlay.png") if self.with_overlay else None
+
+    @property
+    def is_zarr(self) -> bool:
+        """Whether the labels are an OME-Zarr."""
+        return self.labels.suffix.lower() == ZARR_SUFFIX
+
+    @property
+    def all(self) -> list[Path]:
+        """Every path that will be written."""
+        return [path for path in (self.labels, self.probabilities, self.overlay) if path is not None]
+
+    def _beside(self, ending: str) -> Path:
+        return self.labels.with_name(stem(self.labels) + ending)
+
+
+def stem(path: Path) -> str:
+    """A file's name without its extension; `.ome.tif` and `.ome.zarr` count as one."""
+    base = path.stem if path.suffix else path.name
+    return base[:-4] if base.lower().endswith(".ome") else base
+
+
+def is_label_file(path: Path) -> bool:
+    """Whether the name asks for a single output file (TIFF or Zarr) rather than a folder."""
+    return path.suffix.lower() in (*TIFF_SUFFIXES, ZARR_SUFFIX)
+
+
+def check(outputs: Outputs, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse what must not be written, before anything is computed.
+
+    Raises:
+        ConfigError: an unknown extension, an output that is or touches an input, or one that exists.
+        ResourceError: the folder cannot be written to.
+    """
+    if not is_label_file(outputs.labels):
+        raise ConfigError(
+            f"{outputs.labels}: labels are written as .tif, .tiff or .zarr (OME-Zarr)",
+            "name the output with one of these extensions, or name a folder",
+        )
+    for path in outputs.all:
+        _check_apart(path, inputs)
+        if path.exists():
+            _check_replaceable(path, overwrite)
+    atomic.ensure_folder(outputs.labels.parent)
+    for path in outputs.all:
+        atomic.sweep(path.parent, path.name)
+
+
+def check_space(outputs: Outputs, label_bytes: int, classes: int, pixels: int) -> None:
+    """Refuse to start when the disk can hardly hold the result.
+
+    Raises:
+        ResourceError: too little space is left; the message has both numbers.
+    """
+    needed = label_bytes // COMPRESSION + SLACK_BYTES
+    if outputs.with_probabilities:
+        needed += classes * pixels // 2
+    free = shutil.disk_usage(outputs.labels.parent).free
+    if free < needed:
+        raise ResourceError(
+            f"{outputs.labels.parent} has {free / 2**30:.2f} GiB left and this prediction needs about "
+            f"{needed / 2**30:.2f} GiB",
+            "free some space or choose another -o/--out"
+            + (", or leave out --probabilities" if outputs.with_probabilities else ""),
+        )
+
+
+def _check_apart(path: Path, inputs: Sequence[Path]) -> None:
+    target = path.resolve()
+    for source in inputs:
+        origin = source.resolve()
+        if target == origin or target in origin.parents:
+            raise ConfigError(f"the output {path} would replace the input {source}", "choose another -o/--out")
+        if origin in target.parents:
+            raise ConfigError(f"the output {path} would lie inside the input {source}", "choose another -o/--out")
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise ConfigError(f"{path} exists already", "replace it with --overwrite, or choose another -o/--out")
+    if path.is_dir() != (path.suffix.lower() == ZARR_SUFFIX):
+        kind = "folder" if path.is_dir() else "file"
+        raise ConfigError(f"{path} exists and is a {kind}, which is not replaced", "choose another -o/--out")
+    if path.is_dir() and not _is_ours(path):
+        raise ConfigError(
+            f"{path} exists and was not written by affmae predict, so it is not replaced", "choose another -o/--out"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return ATTRIBUTE in json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

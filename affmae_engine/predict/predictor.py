@@ -1,0 +1,138 @@
+"""A finetuned network ready to predict: rebuilt from a weights file alone, on a device, in the right precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+from torch import nn
+
+from affmae_engine.config import ModelConfig, TrainConfig
+from affmae_engine.data.normalise import Normalisation
+from affmae_engine.errors import CorruptError, InputError
+from affmae_engine.model.segmenter import Segmenter
+from affmae_engine.predict.label_rows import label_dtype
+from affmae_engine.run_dir import list_runs
+from affmae_engine.train.checkpoint import weights_file
+from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
+from affmae_engine.train.weights import WeightsMetadata, read_metadata, read_tensors
+
+Which = Literal["best", "last"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A segmenter in eval mode on its device.
+
+    weights: the file it came from. patch: pixels that a tile must be a multiple of.
+    """
+
+    weights: Path
+    metadata: WeightsMetadata
+    model: nn.Module
+    choice: DeviceChoice
+    normalisation: Normalisation
+    patch: int
+
+    @classmethod
+    def from_weights(
+        cls, path: Path, *, which: Which = "best", device: Device = "auto", backend: str = "auto"
+    ) -> Predictor:
+        """Rebuild a finetuned network.
+
+        Args:
+            path: a run directory, a checkpoint folder or a .safetensors file.
+            which: of a run directory, the best or the newest checkpoint.
+            device: `auto` takes a CUDA card if there is one. On a card the autocast is the one of training (bf16
+                where the card has it), on a CPU it is off.
+            backend: of the operations (`kernels.backend`).
+
+        Raises:
+            InputError: nothing there, not a weights file of ours, or weights of a pretraining run.
+            CorruptError: damaged, or weights that do not fit their own description.
+            ResourceError: no CUDA where it was asked for.
+        """
+        file = weights_file(path, which=which)
+        metadata = read_metadata(file)
+        if metadata.task != "finetune" or not metadata.class_names:
+            raise InputError(
+                f"{path} was pretrained and knows no classes yet",
+                f"finetune it first: affmae finetune --images I --labels L --init-from {path}",
+            )
+        try:
+            config = ModelConfig.model_validate(metadata.model)
+            model = Segmenter(config, len(metadata.class_names), backend=backend)
+            model.load_state_dict(read_tensors(file))
+        except ValidationError as error:
+            raise CorruptError(
+                f"{file}: the model's description is not valid: {error.errors()[0]['msg']}", "was it edited?"
+            ) from error
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise CorruptError(f"{file} does not fit its own description: {reason}", "was it edited?") from error
+        if config.channels != 1:
+            raise InputError(f"{path} was trained on {config.channels} channels; prediction reads grey images")
+        choice = _device(metadata, device)
+        exact_fp32()
+        model.requires_grad_(False).eval().to(choice.device)
+        normalisation = Normalisation.from_dict(metadata.normalisation)
+        return cls(file, metadata, model, choice, normalisation, config.patch_size)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, the values 0..classes-1 of the labels."""
+        return len(self.metadata.class_names)
+
+    @property
+    def excluded(self) -> tuple[int, ...]:
+        """Values that are never predicted: the ignored label, where it is one of the class values."""
+        ignored = self.metadata.ignore_label
+        return (ignored,) if ignored is not None and ignored < self.classes else ()
+
+    def tile(self, asked: int | None) -> int:
+        """Edge of a tile: `asked`, or the training image's, rounded up to whole patches."""
+        return -(-(asked or self.metadata.image_size) // self.patch) * self.patch
+
+    def describe(self) -> dict[str, object]:
+        """What made an output, as plain JSON values."""
+        return {
+            "weights": str(self.weights),
+            "step": self.metadata.step,
+            "dtype": str(label_dtype(self.classes)),
+            "training_pixel_nm": self.metadata.pixel_nm,
+        }
+
+
+def newest_finetune_run(folder: Path = Path("runs")) -> Path:
+    """The newest finished finetune run directly under `folder`.
+
+    Raises:
+        InputError: there is none; the hint says what there is instead.
+    """
+    unfinished: list[str] = []
+    for run in reversed(list_runs(folder)):
+        try:
+            task = read_metadata(weights_file(run.root)).task
+        except (InputError, CorruptError):
+            continue
+        if task != "finetune":
+            continue
+        if run.read_json(run.summary).get("status") == "finished":
+            return run.root
+        unfinished.append(run.root.name)
+    if unfinished:
+        hint = f"unfinished there: {', '.join(unfinished[:3])}; name one with -m to use its checkpoints so far"
+    else:
+        hint = "name a run with -m, or make one: affmae finetune --images I --labels L"
+    raise InputError(f"no finished finetune run in {folder}", hint)
+
+
+def _device(metadata: WeightsMetadata, device: Device) -> DeviceChoice:
+    chosen = pick_device(TrainConfig(device=device))
+    trained = metadata.config.get("train", {}).get("precision")
+    if chosen.device.type == "cuda" and trained == "fp32":
+        return pick_device(TrainConfig(device=device, precision="fp32"))
+    return chosen

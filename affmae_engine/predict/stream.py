@@ -1,0 +1,271 @@
+"""Prediction of one image or stack: read, tile, blend, label, write, all in one pass and in bounded memory.
+
+The chain is pulled by the writer: it asks for label rows, which pull finished bands, which pull tiles, which pull
+image rows. Only bands exist in between, so memory does not depend on the number of sections nor on their height.
+Everything is written under hidden names; the final names appear when the last row is done.
+
+Axes: C classes, R rows of a band, Z Y X volume.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from affmae_engine import atomic
+from affmae_engine.data.readers import PixelSize, Source
+from affmae_engine.data.statistics import Statistics, measure
+from affmae_engine.errors import Interrupted
+from affmae_engine.predict import outputs
+from affmae_engine.predict.infer import Band, TileRunner, Tiling, blend
+from affmae_engine.predict.label_rows import LabelRows, OutputInfo, label_dtype
+from affmae_engine.predict.ome_zarr import ZarrRows, labels_attributes, probabilities_attributes
+from affmae_engine.predict.outputs import Outputs
+from affmae_engine.predict.overlay import OverlayPicture
+from affmae_engine.predict.predictor import Predictor
+from affmae_engine.predict.rescale import ResampledPlane, map_back
+from affmae_engine.predict.scale import choose_scale
+from affmae_engine.predict.sections import sections
+from affmae_engine.predict.tiff_labels import write_tiff
+from affmae_engine.train.signals import StopRequest
+from affmae_engine.visualize import class_colours
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How to predict.
+
+    tile: edge of a tile in pixels; None takes the training image's. overlap: share of a tile that its neighbour
+    covers too. batch_size: tiles per forward pass. rescale: bring the input to the training pixel size for inference.
+    pixel_nm: overrides what the input says; None along an axis keeps the input's value. overwrite: replace outputs.
+    """
+
+    tile: int | None = None
+    overlap: float = 0.5
+    batch_size: int = 4
+    rescale: bool = False
+    pixel_nm: PixelSize = (None, None, None)
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class PredictProgress:
+    """How far one input is; tiles count over all its sections."""
+
+    name: str
+    sections_done: int
+    sections: int
+    tiles_done: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """What was made. class_fractions: share of the pixels by class name. megapixels_per_s: of the input."""
+
+    source: Path
+    series: str
+    labels: Path
+    format: str
+    shape_ZYX: tuple[int, int, int]
+    dtype: str
+    pixel_nm: PixelSize
+    class_fractions: dict[str, float]
+    seconds: float
+    megapixels_per_s: float
+    tile: int
+    rescaled_to: tuple[int, int] | None
+    probabilities: Path | None = None
+    overlay: Path | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class _Run:
+    """What one prediction knows and counts on its way."""
+
+    source: Source
+    predictor: Predictor
+    options: PredictOptions
+    targets: Outputs
+    statistics: Statistics
+    stop: StopRequest
+    on_progress: Callable[[PredictProgress], None]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    sections_done: int = 0
+    tiles_done: int = 0
+    counts: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(self.predictor.classes, np.int64)
+        self.tiling = Tiling(self.predictor.tile(self.options.tile), self.options.overlap)
+        self.scale = choose_scale(
+            self.source.info, self.options.pixel_nm, self.predictor.metadata.pixel_nm, rescale=self.options.rescale
+        )
+        self.notes += [*self.source.info.notes, *self.scale.notes]
+        self.warnings += self.scale.warnings
+        self.picture = OverlayPicture(self.source.info.shape_ZYX) if self.targets.with_overlay else None
+        self.tiles = self.tiling.count(self.scale.shape) * self.source.info.shape_ZYX[0]
+
+    def tell(self) -> None:
+        """Pass on how far it is."""
+        info = self.source.info
+        self.on_progress(PredictProgress(info.name, self.sections_done, info.shape_ZYX[0], self.tiles_done, self.tiles))
+
+
+def predict(
+    source: Source,
+    predictor: Predictor,
+    targets: Outputs,
+    options: PredictOptions,
+    *,
+    on_progress: Callable[[PredictProgress], None] = lambda _: None,
+    stop: StopRequest | None = None,
+) -> PredictReport:
+    """Segment every section of `source` and write the labels.
+
+    Args:
+        targets: what to write; checked here again, just before the work.
+        on_progress: called after every batch of tiles.
+        stop: read after every batch.
+
+    Raises:
+        InputError: the input cannot be read.
+        ConfigError: an output exists, touches an input, or --rescale lacks a pixel size.
+        ResourceError: disk or memory.
+        Interrupted: stopped on request; nothing was written.
+    """
+    outputs.check(targets, [source.info.path, predictor.weights], overwrite=options.overwrite)
+    started = time.perf_counter()
+    info = source.info
+    dtype = label_dtype(predictor.classes)
+    pixels = int(np.prod(info.shape_ZYX, dtype=np.int64))
+    outputs.check_space(targets, pixels * dtype.itemsize, predictor.classes, pixels)
+    run = _Run(source, predictor, options, targets, measure(source), stop or StopRequest(), on_progress)
+    if run.statistics.blank:
+        run.warnings.append(f"{info.name} is blank: there is nothing to see in it")
+    about = OutputInfo(
+        outputs.stem(targets.labels), info.shape_ZYX, dtype, run.scale.pixel_nm, predictor.metadata.class_names,
+        {"source": info.path.name, "series": info.series, **predictor.describe()},
+    )  # fmt: skip
+    dialect = _write(run, about)
+    run.tell()
+    if run.picture is not None and targets.overlay is not None:
+        run.picture.save(targets.overlay, source, run.statistics, about.class_names)
+    seconds = time.perf_counter() - started
+    return PredictReport(
+        source=info.path,
+        series=info.series,
+        labels=targets.labels,
+        format=dialect,
+        shape_ZYX=info.shape_ZYX,
+        dtype=str(dtype),
+        pixel_nm=about.pixel_nm,
+        class_fractions=dict(zip(about.class_names, (run.counts / pixels).tolist(), strict=True)),
+        seconds=seconds,
+        megapixels_per_s=pixels / 1e6 / seconds,
+        tile=run.tiling.tile,
+        rescaled_to=run.scale.shape if run.scale.resampled else None,
+        probabilities=targets.probabilities,
+        overlay=targets.overlay,
+        notes=tuple(run.notes),
+        warnings=tuple(run.warnings),
+    )
+
+
+def _write(run: _Run, about: OutputInfo) -> str:
+    """Write labels, and probabilities where wanted; both appear when complete, the labels last."""
+    names, record = about.class_names, about.record()
+    replace = run.options.overwrite
+
+    def rows(probabilities: ZarrRows | None) -> Iterator[LabelRows]:
+        return _label_rows(run, _bands(run), about.dtype, probabilities)
+
+    def probability_rows(stack: ExitStack) -> ZarrRows | None:
+        if run.targets.probabilities is None:
+            return None
+        folder = stack.enter_context(atomic.committed_folder(run.targets.probabilities, replace=replace))
+        attributes = probabilities_attributes(about.name, about.pixel_nm, names, record)
+        return ZarrRows(
+            folder, shape_ZYX=about.shape_ZYX, dtype=np.dtype("u1"), lead=(len(names),), attributes=attributes,
+            dimension_names=("c", "z", "y", "x"),
+        )  # fmt: skip
+
+    if run.targets.is_zarr:
+        attributes = labels_attributes(about.name, about.pixel_nm, names, class_colours(len(names)), record)
+        with atomic.committed_folder(run.targets.labels, replace=replace) as folder, ExitStack() as stack:
+            writer = ZarrRows(
+                folder, shape_ZYX=about.shape_ZYX, dtype=about.dtype, attributes=attributes,
+                dimension_names=("z", "y", "x"),
+            )  # fmt: skip
+            for piece in rows(probability_rows(stack)):
+                writer.add(piece.z, piece.first_row, piece.labels_RX)
+        return "OME-Zarr 0.5"
+
+    dialects: list[str] = []
+
+    def write(partial: Path) -> None:
+        with ExitStack() as stack:
+            dialects.append(write_tiff(partial, about, rows(probability_rows(stack))))
+
+    atomic.commit_file(run.targets.labels, write)
+    return dialects[0]
+
+
+def _bands(run: _Run) -> Iterator[Band]:
+    """Finished probabilities on the input's own grid."""
+    intensity = run.predictor.normalisation.for_image(run.statistics)
+    runner = TileRunner(
+        run.predictor.model,
+        classes=run.predictor.classes,
+        batch_size=run.options.batch_size,
+        device=run.predictor.choice.device,
+        autocast=run.predictor.choice.dtype if run.predictor.choice.precision != "fp32" else None,
+        excluded=run.predictor.excluded,
+        on_smaller_batch=lambda size: run.warnings.append(f"out of device memory: went on with {size} tiles at a time"),
+    )
+
+    def after_batch(count: int) -> None:
+        run.tiles_done += count
+        run.tell()
+        if run.stop.requested:
+            done = f"{run.tiles_done} of {run.tiles} tiles"
+            raise Interrupted(
+                f"prediction of {run.source.info.name} was stopped at {done}; nothing was written",
+                "start it again for the whole",
+                signal_number=run.stop.signal_number or 2,
+            )
+
+    planes: Iterable = sections(run.source, intensity.standardise)
+    inner, outer = run.scale.shape, run.source.info.shape_ZYX[1:]
+    if run.scale.resampled:
+        planes = (ResampledPlane(plane, inner) for plane in planes)
+    bands = blend(planes, runner, run.tiling, prepare=intensity.equalise, on_tiles=after_batch)
+    return map_back(bands, inner, outer) if run.scale.resampled else bands
+
+
+def _label_rows(
+    run: _Run, bands: Iterator[Band], dtype: np.dtype, probabilities: ZarrRows | None
+) -> Iterator[LabelRows]:
+    """Labels of finished bands; counts classes, feeds the picture and the probabilities as they pass."""
+    height = run.source.info.shape_ZYX[1]
+    for band in bands:
+        values_CRX = band.probabilities_CRX
+        labels_RX = values_CRX.argmax(dim=0).cpu().numpy().astype(dtype)
+        piece = LabelRows(band.plane, band.first_row, labels_RX)
+        run.counts += np.bincount(labels_RX.ravel(), minlength=len(run.counts))
+        if run.picture is not None:
+            run.picture.add(piece)
+        if probabilities is not None:
+            scaled = (values_CRX * 255).round().clamp(0, 255).byte()
+            probabilities.add(band.plane, band.first_row, scaled.cpu().numpy())
+        if band.first_row + len(labels_RX) == height:
+            run.sections_done = band.plane + 1
+        yield piece
