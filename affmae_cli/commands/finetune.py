@@ -1,0 +1,300 @@
+"""`affmae finetune`: segmentation from labelled images, from pretrained weights or from scratch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from affmae_cli import output
+from affmae_cli.options import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    EpochsOption,
+    InitFromOption,
+    JsonOption,
+    OutOption,
+    OverwriteOption,
+    PresetOption,
+    QuietOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    StepsOption,
+)
+from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
+from affmae_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from affmae_cli.settings import Resolved
+    from affmae_engine.config import RunConfig
+    from affmae_engine.data.labels.gather import LabelledSet
+    from affmae_engine.data.store import Store
+    from affmae_engine.events import Evaluated
+    from affmae_engine.run_dir import RunDir
+    from affmae_engine.train.loop import Summary
+    from affmae_engine.train.task import Task
+    from affmae_engine.train.transfer import TransferReport
+
+_LABELS_HELP = "Label maps named like their images, one stack, or a folder with a folder of binary masks per class."
+
+
+def finetune(
+    images: Annotated[
+        list[str] | None, typer.Option("--images", metavar="PATH", help="Files, folder or pattern. May be repeated.")
+    ] = None,
+    labels: Annotated[list[str] | None, typer.Option("--labels", metavar="PATH", help=_LABELS_HELP)] = None,
+    val_images: Annotated[
+        list[str] | None, typer.Option("--val-images", metavar="PATH", help="Validate on these; by default a split.")
+    ] = None,
+    val_labels: Annotated[
+        list[str] | None, typer.Option("--val-labels", metavar="PATH", help="Labels of --val-images.")
+    ] = None,
+    init_from: InitFromOption = None,
+    pixel_size: PixelSizeOption = None,
+    preset: PresetOption = "auto",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Learn to segment from labelled images.
+
+    Classes, class weights and the validation part are found from the labels. The result is a run directory that holds
+    its data; `affmae predict STACK -m RUN` uses it. Ctrl-C saves a checkpoint and ends; `affmae finetune --resume RUN`
+    goes on from there.
+    """
+    flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
+    sources = _Sources(images or [], labels or [], val_images or [], val_labels or [], pixel_size)
+    if resume is not None:
+        from affmae_cli.resume import refuse_with_resume
+
+        refuse_with_resume(
+            images=images,
+            labels=labels,
+            val_images=val_images,
+            val_labels=val_labels,
+            pixel_size=pixel_size,
+            preset=preset != "auto",
+            config=config,
+            out=out,
+            init_from=init_from,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+        run, summary, report = *_continue(resume, set_, flags, quiet=quiet), None
+    else:
+        from affmae_cli.settings import resolve
+
+        resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags)
+        resolved, note = _follow(resolved, init_from)
+        if dry_run:
+            output.show_dry_run(resolved, as_json=json)
+            return
+        if note and not quiet:
+            output.say(note)
+        run, summary, report = _begin(resolved, sources, out, init_from, overwrite=overwrite, quiet=quiet)
+    _show(run, summary, report, as_json=json)
+
+
+class _Sources:
+    """What the user named."""
+
+    def __init__(
+        self,
+        images: Sequence[str],
+        labels: Sequence[str],
+        val_images: Sequence[str],
+        val_labels: Sequence[str],
+        pixel_size: str | None,
+    ) -> None:
+        self.images, self.labels, self.val_images, self.val_labels = images, labels, val_images, val_labels
+        self.pixel_nm = parse_pixel_size(pixel_size)
+
+    def gather(self, config: RunConfig) -> LabelledSet:
+        """Pair and check everything."""
+        from affmae_engine.data.labels.gather import gather_labels
+
+        missing = [name for name, given in (("--images", self.images), ("--labels", self.labels)) if not given]
+        if missing:
+            raise ConfigError(
+                f"finetuning needs {' and '.join(missing)}",
+                "affmae finetune --images IMAGES --labels LABELS [--init-from RUN], or --resume RUN",
+            )
+        return gather_labels(
+            self.images,
+            self.labels,
+            val_images=self.val_images,
+            val_labels=self.val_labels,
+            class_names=config.finetune.class_names,
+            ignore_label=config.finetune.ignore_label,
+        )
+
+
+def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
+    """The settings with the model section of the run that gives the weights, and a note on what changed."""
+    if init_from is None:
+        return resolved, ""
+    from affmae_engine.train.transfer import follow_origin, read_origin
+
+    chosen = [path for path, source in resolved.sources.items() if not source.startswith("preset")]
+    config, note = follow_origin(resolved.config, read_origin(init_from), init_from, chosen=chosen)
+    changed = {
+        f"model.{name}": f"{init_from}"
+        for name, value in config.model.model_dump().items()
+        if value != getattr(resolved.config.model, name)
+    }
+    return replace(resolved, config=config, sources={**resolved.sources, **changed}), note
+
+
+def _begin(
+    resolved: Resolved, sources: _Sources, out: Path | None, init_from: Path | None, *, overwrite: bool, quiet: bool
+) -> tuple[RunDir, Summary, TransferReport | None]:
+    from affmae_cli.progress import watched_fit
+    from affmae_engine.run_dir import create, free_name
+    from affmae_engine.train.device import pick_device
+    from affmae_engine.train.environment import command_line, write_environment
+
+    choice = pick_device(resolved.config.train)
+    if out is not None and out.exists() and not overwrite:
+        create(out)  # refuses now, not after the labels were read
+    if out is not None and init_from is not None and init_from.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
+    labelled = sources.gather(resolved.config)
+    if not quiet:
+        for line in (labelled.summary, *labelled.checked.notes):
+            output.say(line)
+    run = create(out or free_name(Path("runs"), f"finetune-{Path(sources.images[0]).stem}"), overwrite=overwrite)
+    try:
+        config, task, report, store = _prepare(run, resolved.config, labelled, sources, init_from)
+    except BaseException:
+        shutil.rmtree(run.data, ignore_errors=True)  # it is not a run yet, and the next attempt starts afresh
+        raise
+    if report is not None and not quiet:
+        output.console().print(_transfer_table(report))
+    command = {
+        "line": command_line(),
+        "preset": resolved.preset,
+        "init_from": init_from and str(init_from.absolute()),
+        "transfer": [vars(group) for group in report.groups()] if report is not None else None,
+    }
+    # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
+    write_environment(run, "finetune", choice, store=store, command=command, backend=config.kernels.backend)
+    run.write_config(config, "finetune")
+    return run, watched_fit(run, config, task, quiet=quiet), report
+
+
+def _prepare(
+    run: RunDir, config: RunConfig, labelled: LabelledSet, sources: _Sources, init_from: Path | None
+) -> tuple[RunConfig, Task, TransferReport | None, Store]:
+    """Collect the labelled images into the run, and make the task of it."""
+    from affmae_engine.data.labels.gather import write_labelled_store
+    from affmae_engine.train.finetuning import finetune_task
+    from affmae_engine.train.signals import StopRequest
+
+    with StopRequest().installed() as stop:
+        store, val_names = write_labelled_store(
+            labelled, run.data, pixel_nm=sources.pixel_nm, should_stop=lambda: stop.requested
+        )
+    if val_names:
+        config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"val_images": val_names})})
+    config, task, report = finetune_task(config, store, init_from=init_from)
+    return config, task, report, store
+
+
+def _continue(root: Path, set_: list[str] | None, flags: dict[str, Any], *, quiet: bool) -> tuple[RunDir, Summary]:
+    from affmae_cli.progress import watched_fit
+    from affmae_cli.resume import resolve_continuation
+    from affmae_engine.data.store import Store
+    from affmae_engine.run_dir import open_run
+    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_task
+    from affmae_engine.train.finetuning import finetune_task
+    from affmae_engine.train.resume import check_length
+
+    run = open_run(root)
+    if recorded_task(run) == "pretrain":
+        raise ConfigError(f"{root} is not a finetune run", f"continue it with: affmae pretrain --resume {root}")
+    asked = resolve_continuation(run, "finetune", overrides=set_, flags=flags)
+    store = Store.open(run.data)
+    check_same_data(recorded_data(run), store)
+    config, task, _ = finetune_task(asked, store)
+    check_length(run, config.train.steps)
+    return run, watched_fit(run, config, task, resume=True, quiet=quiet)
+
+
+def _transfer_table(report: TransferReport) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"weights from {report.source} ({report.task}, step {report.step})"
+    table = Table(box=box.SIMPLE_HEAD, title=Text(output.printable(title)), title_justify="left", title_style="")
+    for column in ("part", "outcome", "tensors", "numbers", "why"):
+        table.add_column(column, justify="right" if column in ("tensors", "numbers") else "left")
+    styles = {"loaded": "green", "adapted": "cyan", "skipped": "yellow", "missing": "yellow"}
+    for group in report.groups():
+        outcome = Text(group.outcome, style=styles[group.outcome])
+        table.add_row(Text(group.part), outcome, f"{group.tensors}", f"{group.parameters:,}", Text(group.reason))
+    return table
+
+
+def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from affmae_engine.train.report import duration, number
+
+    best = _best_evaluation(run)
+    if as_json:
+        transfer = [vars(group) for group in report.groups()] if report is not None else None
+        per_class = best.per_class if best is not None else {}
+        output.print_json({"run": run.root, **asdict(summary), "per_class": per_class, "transfer": transfer})
+        return
+    if best is not None:
+        output.show(_class_table(best))
+    score = f", best mean IoU {number(best.metrics['iou'])} at step {best.step}" if best is not None else ""
+    output.show(f"{run.root}: {summary.step} steps in {duration(summary.seconds)}{score}")
+    output.say(f"affmae predict STACK -m {run.root}", label="next", style="bold cyan")
+
+
+def _best_evaluation(run: RunDir) -> Evaluated | None:
+    """The last evaluation that was the best so far."""
+    from affmae_engine.events import Evaluated, from_line
+
+    best = None
+    with run.metrics.open(encoding="utf-8") as lines:
+        for line in lines:
+            event = from_line(line)
+            if isinstance(event, Evaluated) and event.best:
+                best = event
+    return best
+
+
+def _class_table(evaluated: Evaluated) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("class", "IoU", "Dice", "pixels"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for name, scores in evaluated.per_class.items():
+        iou, dice = (f"{scores[key]:.3f}" if scores[key] == scores[key] else "none" for key in ("iou", "dice"))
+        table.add_row(Text(output.printable(name)), iou, dice, f"{scores['pixels']:,.0f}")
+    means = [f"{evaluated.metrics[key]:.3f}" for key in ("iou", "dice")]
+    table.add_row("mean", *means, "", style="bold")
+    return table
