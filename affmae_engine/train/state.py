@@ -119,7 +119,7 @@ def _generators() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the global generator is meant)
     return {
         "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
         "python": [version, list(words), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
     }
@@ -127,7 +127,7 @@ def _generators() -> dict[str, Any]:
 
 def _set_generators(value: dict[str, Any]) -> None:
     torch.set_rng_state(_decode(value["torch"]))
-    if value["cuda"] and torch.cuda.device_count() == len(value["cuda"]):
+    if torch.cuda.is_initialized() and torch.cuda.device_count() == len(value["cuda"]):
         torch.cuda.set_rng_state_all([_decode(text) for text in value["cuda"]])
     version, words, gauss = value["python"]
     random.setstate((version, tuple(words), gauss))

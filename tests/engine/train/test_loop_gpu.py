@@ -1,0 +1,83 @@
+"""The loop on a card: no synchronisation inside a step, skipping and resuming as on the CPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from affmae_engine.config import TrainConfig
+from affmae_engine.train import checkpoint
+from affmae_engine.train.device import pick_device
+from affmae_engine.train.loop import fit
+from affmae_engine.train.metrics import Stopwatch, Window
+from affmae_engine.train.optim import build_adamw
+from affmae_engine.train.step import train_step
+
+pytestmark = pytest.mark.gpu
+Make = Callable[..., object]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_card(precision: str, make_toy: Make, make_config: Make) -> None:
+    choice = pick_device(TrainConfig(device="cuda", precision=precision))
+    config, task = make_config(), make_toy().task
+    model = task.model.to(choice.device)
+    optimizer = build_adamw(task.parameter_groups(config.optim), config.optim)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    window = Window(choice.device)
+    batches = iter([{"x": torch.randn(4, 6).pin_memory()} for _ in range(8)])
+
+    def step() -> None:
+        result = train_step(
+            model,
+            task.losses,
+            batches,
+            optimizer,
+            scaler,
+            choice,
+            accumulate=2,
+            clip_norm=1.0,
+            seed=torch.manual_seed,
+            watch=Stopwatch(),
+        )
+        window.add(result.losses, result.grad_norm, result.bad)
+
+    step()  # lazy initialisation may synchronise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert window.read().skipped == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_poisoned_batch_changes_nothing_on_the_card(
+    precision: str, make_toy: Make, make_config: Make, make_run: Make
+) -> None:
+    config = make_config(device="cuda", steps=4, precision=precision, checkpoint_every=1, keep_checkpoints=9)
+    run = make_run(config)
+    fit(run, config, make_toy(poisoned={2 * 4 + 1}).task)
+    before, after, later = (checkpoint.Checkpoint(run.checkpoint(step), step) for step in (2, 3, 4))
+    for kind in ("weights", "optimizer"):
+        a, b = getattr(before, kind)(), getattr(after, kind)()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(tensor, later.weights()[name]) for name, tensor in after.weights().items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resumed_equals_uninterrupted_on_the_card(
+    precision: str, make_toy: Make, make_config: Make, make_run: Make
+) -> None:
+    whole, parts = (make_run(make_config(device="cuda", precision=precision), name) for name in ("whole", "parts"))
+    fit(whole, make_config(device="cuda", precision=precision), make_toy().task)
+    short = make_config(device="cuda", precision=precision)
+    sinks = [lambda event: (parts.control / "stop").touch() if event.kind == "step" and event.step == 2 else None]
+    with pytest.raises(Exception, match="stopped"):
+        fit(parts, short, make_toy().task, sinks=sinks)
+    fit(parts, short, make_toy().task, resume=True)
+    a, b = (checkpoint.Checkpoint(run.checkpoint(6), 6) for run in (whole, parts))
+    for kind in ("weights", "optimizer"):
+        x, y = getattr(a, kind)(), getattr(b, kind)()
+        assert all(torch.equal(x[name], y[name]) for name in x)
