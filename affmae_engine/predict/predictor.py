@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,8 @@ from affmae_engine.data.normalise import Normalisation
 from affmae_engine.errors import CorruptError, InputError
 from affmae_engine.model.segmenter import Segmenter
 from affmae_engine.predict.label_rows import label_dtype
-from affmae_engine.run_dir import list_runs
-from affmae_engine.train.checkpoint import weights_file
+from affmae_engine.run_dir import RunDir, list_runs
+from affmae_engine.train.checkpoint import WEIGHTS, weights_file
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.weights import WeightsMetadata, read_metadata, read_tensors
 
@@ -114,11 +115,7 @@ def newest_finetune_run(folder: Path = Path("runs")) -> Path:
     """
     unfinished: list[str] = []
     for run in reversed(list_runs(folder)):
-        try:
-            task = read_metadata(weights_file(run.root)).task
-        except (InputError, CorruptError):
-            continue
-        if task != "finetune":
+        if _task(run) != "finetune":
             continue
         if run.read_json(run.summary).get("status") == "finished":
             return run.root
@@ -128,6 +125,14 @@ def newest_finetune_run(folder: Path = Path("runs")) -> Path:
     else:
         hint = "name a run with -m, or make one: affmae finetune --images I --labels L"
     raise InputError(f"no finished finetune run in {folder}", hint)
+
+
+def _task(run: RunDir) -> str | None:
+    """What a run was for, by its newest readable checkpoint (not verified: that costs reading all of it)."""
+    for step in run.checkpoint_steps():
+        with contextlib.suppress(InputError, CorruptError):
+            return read_metadata(run.checkpoint(step) / WEIGHTS).task
+    return None
 
 
 def _device(metadata: WeightsMetadata, device: Device) -> DeviceChoice:

@@ -1,0 +1,229 @@
+"""`affmae predict` on real files with a small random network: results, choices, refusals with their exit codes."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from typer.testing import CliRunner, Result
+
+from affmae_cli.main import app
+from affmae_engine import run_dir
+from affmae_engine.config import RunConfig
+from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.model.segmenter import Segmenter
+from affmae_engine.train import checkpoint
+from affmae_engine.train.weights import WeightsMetadata
+
+CONFIG = RunConfig.model_validate({"model": {"size": "tiny"}, "data": {"crop_size": 64}})
+NAMES = ("background", "membrane", "mitochondria")
+
+
+def make_run(root: Path, *, task: str = "finetune", status: str = "finished", step: int = 3) -> Path:
+    torch.manual_seed(0)
+    run = run_dir.create(root)
+    run.write_config(CONFIG, task)
+    model = Segmenter(CONFIG.model, 3) if task == "finetune" else MaskedAutoencoder(CONFIG.model, CONFIG.loss)
+    about = WeightsMetadata(
+        task=task, step=step, model=CONFIG.model.model_dump(mode="json"), image_size=64, pixel_nm=4.0,
+        normalisation={"mode": "image", "mean": 0.0, "std": 1.0, "clahe": False},
+        class_names=NAMES if task == "finetune" else (), config=CONFIG.model_dump(mode="json"),
+    )  # fmt: skip
+    checkpoint.save(run, weights=model.state_dict(), optimizer={}, state={}, metadata=about)
+    run.summary.write_text(json.dumps({"status": status}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "seg")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: Path, shape: Sequence[int] = (2, 80, 70), pixel_nm: float = 4.0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+    scale = (1000 / pixel_nm, 1000 / pixel_nm)
+    axes = "ZYX"[-len(shape) :]
+    tifffile.imwrite(path, image, imagej=True, resolution=scale, metadata={"axes": axes, "unit": "um", "spacing": 0.04})
+    return path
+
+
+def affmae(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["predict", "--device", "cpu", *map(str, arguments)])
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_labels_table_and_overlay_in_their_default_places(here: Path, trained: Path) -> None:
+    result = affmae(write(here / "in" / "cells.tif"), "-m", trained)
+    assert result.exit_code == 0, result.output
+    labels = tifffile.imread(here / "predictions" / "cells-labels.tif")
+    assert labels.shape == (2, 80, 70) and labels.dtype == np.uint8 and labels.max() < 3
+    assert (here / "predictions" / "cells-labels-overlay.png").is_file()
+    for text in ("predictions/cells-labels.tif", "ImageJ TIFF", "2 x 80 x 70", "40, 4, 4 nm", "membrane", "Mpx/s"):
+        assert text in one_line(result.stdout)
+    assert str(trained) in result.stderr and "CPU" in result.stderr
+
+
+def test_json_names_everything(here: Path, trained: Path) -> None:
+    weights = checkpoint.weights_file(trained)
+    result = affmae(
+        write(here / "a.tif"), "-m", weights, "-o", here / "out.ome.zarr", "--probabilities", "--no-overlay", "--json",
+        "--tile", 40, "--overlap", 0.25, "--batch", 3,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    (report,) = document["predictions"]
+    assert document["class_names"] == list(NAMES) and document["step"] == 3
+    assert report["labels"] == str(here / "out.ome.zarr") and report["format"] == "OME-Zarr 0.5"
+    assert report["overlay"] is None and report["tile"] == 40
+    assert sum(report["class_fractions"].values()) == pytest.approx(1)
+    assert (here / "out-probabilities.ome.zarr" / "zarr.json").is_file()
+
+
+def test_the_model_defaults_to_the_newest_finished_finetune_run(here: Path) -> None:
+    for age, (name, more) in enumerate(
+        [("new-but-stopped", {"status": "stopped"}), ("pre", {"task": "pretrain"}), ("good", {}), ("old", {})]
+    ):
+        root = make_run(here / "runs" / name, **more)
+        os.utime(root / "config.toml", (1e9 - age, 1e9 - age))
+    result = affmae(write(here / "a.tif"), "--no-overlay", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"] == "runs/good"
+    assert "runs/good" in result.stderr
+
+
+def test_no_run_to_use(here: Path) -> None:
+    result = affmae(write(here / "a.tif"))
+    assert result.exit_code == 3 and "no finished finetune run in runs" in one_line(result.stderr)
+    make_run(here / "runs" / "half", status="stopped")
+    result = affmae(here / "a.tif")
+    assert result.exit_code == 3 and "half" in result.stderr and "-m" in result.stderr
+
+
+def test_a_folder_keeps_its_names_and_passes_over_what_cannot_be_read(here: Path, trained: Path) -> None:
+    folder = here / "scans"
+    write(folder / "a.tif")
+    write(folder / "day2" / "b.tif", (60, 50))
+    broken = write(folder / "broken.tif")
+    broken.write_bytes(broken.read_bytes()[:3000])
+    result = affmae(folder, "-m", trained, "-o", here / "out", "--no-overlay")
+    assert result.exit_code == 0, result.output
+    written = sorted(str(path.relative_to(here / "out")) for path in (here / "out").rglob("*") if path.is_file())
+    assert written == ["a.tif", "day2/b.tif"]
+    assert "broken.tif" in result.stderr and "passed over" in result.stderr
+    assert "2 predicted, 1 passed over" in result.stdout
+    again = affmae(folder, "-m", trained, "-o", here / "out", "--no-overlay")
+    assert again.exit_code == 2 and "exists already" in again.stderr
+    inside = affmae(folder, "-m", trained, "-o", folder / "labels", "--no-overlay")
+    assert inside.exit_code == 0, inside.output
+    once_more = affmae(folder, "-m", trained, "-o", folder / "labels", "--no-overlay", "--overwrite")
+    assert once_more.exit_code == 0 and "2 predicted" in once_more.stdout  # earlier results are not inputs
+
+
+def test_names_that_clash_are_refused_before_any_work(here: Path, trained: Path) -> None:
+    write(here / "scans" / "a.tif")
+    write(here / "scans" / "a.tiff")
+    result = affmae(here / "scans", "-m", trained)
+    assert result.exit_code == 2 and "would both be written to" in one_line(result.stderr)
+    assert not any((here / "predictions").rglob("*.tif"))
+
+
+def test_a_file_of_several_images_gives_a_file_each(here: Path, trained: Path) -> None:
+    with tifffile.TiffWriter(here / "two.tif") as tiff:
+        for edge in (40, 56):
+            tiff.write(
+                np.random.default_rng(edge).integers(0, 255, (edge, edge)).astype(np.uint8), photometric="minisblack"
+            )
+    result = affmae(here / "two.tif", "-m", trained, "--no-overlay", "--json")
+    assert result.exit_code == 0, result.output
+    paths = [Path(report["labels"]) for report in json.loads(result.stdout)["predictions"]]
+    assert len(set(paths)) == 2 and sorted(tifffile.imread(path).shape for path in paths) == [(40, 40), (56, 56)]
+    one_file = affmae(here / "two.tif", "-m", trained, "-o", here / "x.tif")
+    assert one_file.exit_code == 2 and "holds 2 images" in one_file.stderr
+
+
+def test_a_mismatch_of_pixel_sizes_is_warned_about(here: Path, trained: Path) -> None:
+    path = write(here / "a.tif", pixel_nm=8.0)
+    result = affmae(path, "-m", trained, "--no-overlay")
+    assert "8 nm" in result.stderr and "4 nm" in result.stderr and "--rescale" in result.stderr
+    result = affmae(path, "-m", trained, "--no-overlay", "--overwrite", "--rescale", "--json")
+    assert json.loads(result.stdout)["predictions"][0]["rescaled_to"] == [160, 140]
+    assert tifffile.imread(here / "predictions" / "a-labels.tif").shape == (2, 80, 70)
+    result = affmae(path, "-m", trained, "--no-overlay", "--overwrite", "--pixel-size", "30,4,4", "--json")
+    assert json.loads(result.stdout)["predictions"][0]["pixel_nm"] == [30, 4, 4]
+    assert "--rescale" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["nothing.tif"], 3, "no such file or folder: nothing.tif"),
+        (["notes.txt"], 3, "notes.txt"),
+        (["cut.tif"], 3, "cut.tif"),
+        (["empty"], 3, "no images found in empty"),
+        (["a.tif", "-o", "out.png"], 2, "out.png: labels are written as .tif, .tiff or .zarr"),
+        (["a.tif", "-o", "a.tif", "--overwrite"], 2, "would replace the input"),
+        (["a.tif", "-o", "notes.txt/out.tif"], 4, "notes.txt"),
+        (["a.tif", "b.tif", "-o", "out.tif"], 2, "several inputs cannot go into the one file"),
+        (["a.tif", "--pixel-size", "1,2"], 2, "--pixel-size '1,2' is not three positive numbers"),
+        (["a.tif", "--pixel-size", "0,4,4"], 2, "is not three positive numbers"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    here: Path, trained: Path, arguments: list[str], code: int, text: str
+) -> None:
+    write(here / "a.tif")
+    write(here / "b.tif")
+    (here / "empty").mkdir()
+    (here / "notes.txt").write_text("no image")
+    cut = write(here / "cut.tif")
+    cut.write_bytes(cut.read_bytes()[:4000])
+    result = affmae(*arguments, "-m", trained)
+    assert result.exit_code == code, result.output
+    assert text in one_line(result.stderr) and "Traceback" not in result.output
+    assert not list(here.glob("**/*labels*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "text"),
+    [
+        ("missing", 3, "no such run, checkpoint or weights file: missing"),
+        ("empty", 3, "empty is neither a run directory nor a checkpoint"),
+        ("a.tif", 3, "is not an affmae weights file"),
+        ("pre", 3, "pre was pretrained and knows no classes yet"),
+    ],
+)
+def test_models_that_cannot_be_used(here: Path, model: str, code: int, text: str) -> None:
+    write(here / "a.tif")
+    (here / "empty").mkdir()
+    make_run(here / "pre", task="pretrain")
+    result = affmae("a.tif", "-m", model)
+    assert result.exit_code == code, result.output
+    assert text in one_line(result.stderr)
+    if model == "pre":
+        assert "affmae finetune" in result.stderr
+
+
+def test_weights_that_do_not_fit_their_description_are_corrupt(here: Path, trained: Path) -> None:
+    from affmae_engine.train.weights import read_metadata, read_tensors, write_weights
+
+    file = checkpoint.weights_file(trained)
+    tensors = read_tensors(file)
+    tensors.pop(next(iter(tensors)))
+    write_weights(here / "w.safetensors", tensors, read_metadata(file))
+    write(here / "a.tif")
+    result = affmae("a.tif", "-m", "w.safetensors")
+    assert result.exit_code == 6 and "does not fit its own description" in one_line(result.stderr)
