@@ -28,6 +28,7 @@ _PADDING_SHARE = 0.01
 _SMALLEST_FOREGROUND = 0.05
 _SAMPLE = 1 << 18
 _RUN_VALUES = 256
+_AT_ONCE = 1 << 19  # pixels; numpy's counting needs 8 bytes for each
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,12 @@ class StatisticsBuilder:
 
     def add(self, block: np.ndarray) -> None:
         """Take in the pixels of a block of any shape."""
-        if block.size:
-            self._gather.add(block.reshape(-1, block.shape[-1]))
+        if not block.size:
+            return
+        rows = block.reshape(-1, block.shape[-1])
+        step = max(1, _AT_ONCE // rows.shape[1])
+        for start in range(0, len(rows), step):
+            self._gather.add(rows[start : start + step])
 
     def merge(self, other: StatisticsBuilder) -> None:
         """Take in everything that `other` gathered."""

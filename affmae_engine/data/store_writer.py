@@ -251,7 +251,7 @@ class ImageWriter:
         image, paths = self.image, self._store.paths
         folder = paths.array(image.name, labels=labels)
         if self._begun.chunks and (folder / "zarr.json").is_file():
-            return zarr.open_array(folder, mode="r+", config=_WRITE_ALL)
+            return zarr.open_array(folder, mode="r+").with_config(_WRITE_ALL)
         chunk, shard = chunk_shapes(image.shape_ZYX, image.dtype.itemsize)
         with atomic.translated_write_errors(paths.root):
             shutil.rmtree(folder.parent, ignore_errors=True)

@@ -127,6 +127,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 def test_half_an_image_is_invisible_and_can_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("affmae_engine.data.store_layout._SHARD_BYTES", 256 * 20)
     block = picture((4, 600, 20))
+    block[2:] = 0  # black sections must become chunks, also after continuing
     write(tmp_path / "em.zarr", "first", picture((1, 20, 20)))
     with pytest.raises(RuntimeError), StoreWriter(tmp_path / "em.zarr") as writer:
         one = begin(writer, "second", block)

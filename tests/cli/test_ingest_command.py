@@ -1,0 +1,132 @@
+"""`affmae ingest` as a user types it: table, JSON, refusals, exit codes, interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from typer.testing import CliRunner
+
+from affmae_cli.main import app
+from affmae_engine.data.store import Store
+
+RUN = CliRunner()
+
+
+def picture(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(20, 200, shape).astype(np.uint8)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for number in range(6):
+        Image.fromarray(picture((40, 50), number)).save(folder / f"slice_{number:02}.png")
+    tifffile.imwrite(folder / "stack.tif", picture((5, 40, 30), 9), photometric="minisblack")
+    return folder
+
+
+def test_table_and_totals(scans: Path, tmp_path: Path) -> None:
+    (scans / "broken.tif").write_bytes(b"II*\0nothing")
+    result = RUN.invoke(app, ["ingest", str(scans), "-o", str(tmp_path / "em.zarr"), "--pixel-size", "40,4,4"])
+    assert result.exit_code == 0, result.output
+    assert "slice_00 .." in result.stdout
+    assert "(6)" in result.stdout
+    assert "5×40×30" in result.stdout
+    assert "40, 4, 4" in result.stdout
+    assert "broken.tif" in result.stdout
+    assert "7 images taken, 1 skipped" in result.stdout
+    assert "overview.png" in result.stdout
+    assert (tmp_path / "em.zarr" / "affmae" / "overview.png").is_file()
+    again = RUN.invoke(app, ["ingest", str(scans), "-o", str(tmp_path / "em.zarr")])
+    assert again.exit_code == 0
+    assert "0 images taken, 7 there already, 1 skipped" in again.stdout
+
+
+def test_unknown_pixel_size_is_said(scans: Path, tmp_path: Path) -> None:
+    result = RUN.invoke(app, ["ingest", str(scans / "stack.tif"), "-o", str(tmp_path / "em.zarr")])
+    assert "unknown" in result.stdout
+
+
+def test_json(scans: Path, tmp_path: Path) -> None:
+    result = RUN.invoke(app, ["ingest", str(scans), "-o", str(tmp_path / "em.zarr"), "--json", "-q"])
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["images"] == 7
+    assert report["taken"][0]["shape_ZYX"]
+    assert report["taken"][0]["sha256"]
+    assert report["skipped"] == []
+    assert report["interrupted"] is False
+
+
+def test_default_place(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RUN.invoke(app, ["ingest", "scans/*.png"]).exit_code == 0
+    assert len(Store.open(tmp_path / "data" / "em.zarr").images) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["absent"], 3, "no such file or folder: absent"),
+        (["nothing*.tif"], 3, "nothing matches"),
+        (["text.tif"], 3, "nothing could be taken"),
+        (["scans", "--pixel-size", "big"], 2, "40,4,4"),
+        (["scans", "--pixel-size", "-1,2,3"], 2, "40,4,4"),
+        (["scans", "--channel", "3"], 3, "nothing could be taken"),
+        (["scans", "-o", "text.tif/em.zarr"], 4, "cannot"),
+        (["scans", "-o", "scans"], 2, "not a dataset"),
+        ([], 2, "SOURCE"),
+    ],
+)
+def test_wrong_use(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "text.tif").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    result = RUN.invoke(app, ["ingest", *arguments])
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_interrupted_by_a_signal_and_continued(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(4):
+        tifffile.imwrite(
+            folder / f"{number}.tif", np.full((12, 1500, 1500), number, np.uint8), photometric="minisblack"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "affmae_cli",
+        "ingest",
+        str(folder),
+        "-o",
+        str(tmp_path / "em.zarr"),
+        "--workers",
+        "1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "em.zarr").glob("images/*/0/c/*/*/*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(Store.open(tmp_path / "em.zarr").images) == 4
