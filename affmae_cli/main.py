@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import finetune, ingest, predict, presets
+from affmae_cli.commands import finetune, ingest, predict, presets, pretrain
 from affmae_cli.errors import ErrorGroup
 
 STORY = """
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 # In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, presets.
 app.command()(ingest.ingest)
+app.command()(pretrain.pretrain)
 app.command()(finetune.finetune)
 app.command()(predict.predict)
 app.command()(presets.presets)

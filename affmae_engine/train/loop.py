@@ -92,6 +92,8 @@ def fit(
             with _ending(session):
                 if saved is not None:
                     restore_state(saved, state, task)
+                    if config != run.read_config():  # a longer run, for example
+                        run.write_config(config, task.name)
                 recorder.emit(_started(session, resumed=saved is not None))
                 for message in (*warnings, *task.notes):
                     session.warn(message)

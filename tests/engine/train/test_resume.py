@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from affmae_engine.errors import ConfigError, CorruptError, Interrupted
 from affmae_engine.run_dir import RunDir, create
 from affmae_engine.train import checkpoint, state
 from affmae_engine.train.loop import fit
+from affmae_engine.train.pretraining import pretrain_task
 from affmae_engine.train.signals import StopRequest
 
 Make = Callable[..., object]
@@ -104,6 +106,7 @@ def test_more_steps_continue_on_the_longer_cosine(make_toy: Make, make_config: M
     assert run.checkpoint_steps()[0] == 8
     rates = {step: value[1] for step, value in logged(run).items() if step > 0}
     assert rates[8] == pytest.approx(1e-6) and len(rates) == 4
+    assert run.read_config().train.steps == 8
 
 
 def test_resuming_a_complete_run_trains_nothing(make_toy: Make, make_config: Make, make_run: Make) -> None:
@@ -199,3 +202,36 @@ def test_killed_again_and_again_still_ends_bit_equal(make_toy: Make, make_config
     assert same(tensors(whole, 100), tensors(killed, 100))
     assert logged(whole) == logged(killed)
     assert list(killed.checkpoints.glob(".*")) == []
+
+
+def test_the_real_model_resumes_bit_equal_whatever_the_number_of_workers(make_store: Make, make_run: Make) -> None:
+    blob = np.random.default_rng(0).integers(0, 255, (6, 96, 96), dtype=np.uint8)
+    store = make_store({"a": blob})
+
+    def config_with(workers: int) -> RunConfig:
+        return RunConfig.model_validate(
+            {
+                "model": {"size": "tiny", "patch_size": 8},
+                "data": {"crop_size": 64, "workers": workers, "holdout": 0.3},
+                "mask": {"lattices": [4, 8]},
+                "optim": {"lr": 1e-3},
+                "train": {"steps": 6, "batch_size": 2, "micro_batch": 1, "device": "cpu", "log_every": 2},
+            }
+        )
+
+    whole, parts = make_run(config_with(2), "whole"), make_run(config_with(0), "parts")
+    fit(whole, *pretrain_task(config_with(2), store))
+    stop, calls = StopRequest(), []
+    config, task = pretrain_task(config_with(0), store)
+
+    def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(batch)
+        if len(calls) == 3 * 2:
+            stop.request()
+        return task.losses(model, batch)
+
+    with pytest.raises(Interrupted):
+        fit(parts, config, replace(task, losses=losses), stop=stop)
+    fit(parts, *pretrain_task(config_with(0), store), resume=True)
+    assert same(tensors(whole, 6), tensors(parts, 6))
+    assert logged(whole) == logged(parts)

@@ -1,0 +1,164 @@
+"""`affmae pretrain`: masked-autoencoder pretraining, from new or continuing a run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from affmae_cli import output
+from affmae_cli.options import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    EpochsOption,
+    InitFromOption,
+    JsonOption,
+    OutOption,
+    OverwriteOption,
+    PresetOption,
+    QuietOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    StepsOption,
+)
+from affmae_engine.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from affmae_cli.settings import Resolved
+    from affmae_engine.data.store import Store
+    from affmae_engine.run_dir import RunDir
+    from affmae_engine.train.loop import Summary
+
+DEFAULT_DATA = Path("data/em.zarr")
+
+
+def pretrain(
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DATA]", help="Dataset made by `affmae ingest`.", show_default=str(DEFAULT_DATA)),
+    ] = None,
+    preset: PresetOption = "auto",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    init_from: InitFromOption = None,
+    resume: ResumeOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Learn from images without labels.
+
+    The result is a run directory; `affmae finetune --init-from RUN` builds on it. Ctrl-C saves a checkpoint and
+    ends; `affmae pretrain --resume RUN` goes on from there.
+    """
+    flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
+    if resume is not None:
+        from affmae_cli.resume import refuse_with_resume
+
+        refuse_with_resume(
+            preset=preset != "auto", config=config, out=out, init_from=init_from, overwrite=overwrite, dry_run=dry_run
+        )
+        run, summary = _continue(resume, data, set_, flags, quiet=quiet)
+    else:
+        from affmae_cli.settings import resolve
+
+        resolved = resolve("pretrain", preset=preset, config_file=config, overrides=set_, flags=flags)
+        if dry_run:
+            output.show_dry_run(resolved, as_json=json)
+            return
+        run, summary = _begin(resolved, data, out, init_from, overwrite=overwrite, quiet=quiet)
+    _show(run, summary, as_json=json)
+
+
+def _begin(
+    resolved: Resolved,
+    data: list[Path] | None,
+    out: Path | None,
+    init_from: Path | None,
+    *,
+    overwrite: bool,
+    quiet: bool,
+) -> tuple[RunDir, Summary]:
+    from affmae_cli.progress import watched_fit
+    from affmae_engine.run_dir import create, free_name
+    from affmae_engine.train.device import pick_device
+    from affmae_engine.train.environment import command_line, write_environment
+    from affmae_engine.train.pretraining import pretrain_task
+
+    choice = pick_device(resolved.config.train)
+    if out is not None and out.exists() and not overwrite:
+        create(out)  # refuses now, not after the data was read
+    if out is not None and init_from is not None and init_from.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
+    store = _open_store(data)
+    config, task = pretrain_task(resolved.config, store, init_from=init_from)
+    run = create(out or free_name(Path("runs"), f"pretrain-{store.path.stem}"), overwrite=overwrite)
+    command = {"line": command_line(), "preset": resolved.preset, "init_from": init_from and str(init_from.absolute())}
+    # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
+    write_environment(run, "pretrain", choice, store=store, command=command, backend=config.kernels.backend)
+    run.write_config(config, "pretrain")
+    return run, watched_fit(run, config, task, quiet=quiet)
+
+
+def _continue(
+    root: Path, data: list[Path] | None, set_: list[str] | None, flags: dict[str, Any], *, quiet: bool
+) -> tuple[RunDir, Summary]:
+    from affmae_cli.progress import watched_fit
+    from affmae_cli.resume import resolve_continuation
+    from affmae_engine.run_dir import open_run
+    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_task
+    from affmae_engine.train.pretraining import pretrain_task
+    from affmae_engine.train.resume import check_length
+
+    run = open_run(root)
+    if recorded_task(run) == "finetune":
+        raise ConfigError(f"{root} is not a pretraining run", f"continue it with: affmae finetune --resume {root}")
+    recorded = recorded_data(run)
+    asked = resolve_continuation(run, "pretrain", overrides=set_, flags=flags)
+    store = _open_store(data or [Path(recorded["path"])])
+    check_same_data(recorded, store)
+    config, task = pretrain_task(asked, store, init_from=None)
+    check_length(run, config.train.steps)
+    return run, watched_fit(run, config, task, resume=True, quiet=quiet)
+
+
+def _open_store(data: list[Path] | None) -> Store:
+    from affmae_engine.data.store import Store
+    from affmae_engine.data.store_layout import StorePaths
+
+    paths = data or [DEFAULT_DATA]
+    raw = [path for path in paths if path.exists() and not StorePaths(path).ledger.is_file()]
+    if raw or len(paths) > 1:
+        what = f"{raw[0]} is not a dataset" if raw else "pretraining takes one dataset"
+        raise InputError(
+            f"{what}; images are collected into one first",
+            f"run `affmae ingest {shlex.join(map(str, paths))}`, then `affmae pretrain`",
+        )
+    return Store.open(paths[0])
+
+
+def _show(run: RunDir, summary: Summary, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from affmae_engine.train.report import number
+
+    if as_json:
+        output.print_json({"run": run.root, **asdict(summary)})
+        return
+    best = (
+        f", best held-out loss {number(-summary.best_score)} at step {summary.best_step}" if summary.best_score else ""
+    )
+    output.show(f"{run.root}: {summary.step} steps{best}")
+    output.say(
+        f"affmae finetune --images IMAGES --labels LABELS --init-from {run.root}", label="next", style="bold cyan"
+    )
