@@ -218,10 +218,10 @@ class LiveView:
     def _held_out_text(self, held_out: Evaluated) -> Text:
         from affmae_engine.train.report import number
 
-        figures = "   ".join(f"{name} {number(value)}" for name, value in held_out.metrics.items())
+        figures = "  ".join(f"{name} {number(value)}" for name, value in held_out.metrics.items())
         text = Text(figures, style="green")
         if self._best is not None:
-            text.append(f"   best at step {self._best.step}", style="dim")
+            text.append(f"  best at {self._best.step}", style="dim")
         return text
 
 

@@ -154,7 +154,7 @@ def _train(session: Session) -> None:
                 session.save(final=last)
     if state.step < total:
         raise Interrupted(
-            f"stopped by {stop.reason} at step {state.step} of {total}, with a checkpoint",
+            f"by {stop.reason} at step {state.step} of {total}, with a checkpoint",
             f"continue with: affmae {task.name} --resume {session.run.root}",
             signal_number=stop.signal_number or 2,
         )

@@ -75,7 +75,7 @@ def test_the_view_from_start_to_end_at_80_columns() -> None:
     ):
         assert part in text
     assert "█" in text and "▁" in text
-    assert "held-out  loss 0.4400   best at step 1200" in text and "saved checkpoints/step-001200 in 1.2s" in text
+    assert "held-out  loss 0.4400  best at 1200" in text and "saved checkpoints/step-001200 in 1.2s" in text
     view(events.RunEnded(step=2000, status="finished", seconds=1080))
     assert "2000/2000  100%  finished in 18m" in "\n".join(picture(view, console))
 
