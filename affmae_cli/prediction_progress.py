@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,15 +41,22 @@ def showing(images: int, *, quiet: bool = False) -> Iterator[PredictionView]:
 class PredictionView:
     """Shows one image at a time: how far it is, what was warned about, what was passed over."""
 
-    def __init__(self, images: int, bar: Progress | None, *, quiet: bool = False) -> None:
-        self._images, self._bar, self._quiet = images, bar, quiet
+    def __init__(
+        self,
+        images: int,
+        bar: Progress | None,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._images, self._bar, self._quiet, self._clock = images, bar, quiet, clock
         self._done = self._first = 0
         self._task: TaskID | None = None
         self._begun = self._printed = 0.0
 
     def progress(self, event: PredictProgress) -> None:
         """After a batch of tiles."""
-        now = time.monotonic()
+        now = self._clock()
         if self._begun == 0.0:  # the first batch warms up; speed counts from its end
             self._begun = self._printed = now
             self._first = event.tiles_done
@@ -80,6 +88,13 @@ class PredictionView:
         """One image was passed over."""
         output.say(problem.reason, label="passed over", style="bold yellow")
         self._next()
+
+    def on_signal(self, _number: int) -> None:
+        """Say that the work is about to stop; safe inside a signal handler."""
+        with contextlib.suppress(OSError):
+            os.write(
+                2, b"\nstopping after this batch, nothing unfinished is written; Ctrl-C once more leaves at once\n"
+            )
 
     def _next(self) -> None:
         if self._bar is not None and self._task is not None:

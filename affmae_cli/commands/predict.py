@@ -91,7 +91,10 @@ def predict(
     if not quiet:
         output.say(f"model {run} (step {predictor.metadata.step}) on {predictor.choice.description}")
         output.say(f"{len(planned.jobs)} image{'s' * (len(planned.jobs) != 1)} to {planned.out}")
-    with showing(len(planned.jobs) + len(planned.refused), quiet=quiet) as view, StopRequest().installed() as stop:
+    with (
+        showing(len(planned.jobs) + len(planned.refused), quiet=quiet) as view,
+        StopRequest(view.on_signal).installed() as stop,
+    ):
         outcome = files.run(
             planned, predictor, options,
             on_progress=view.progress, on_report=view.report, on_refused=view.refused, stop=stop,

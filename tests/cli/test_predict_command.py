@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -227,3 +230,35 @@ def test_weights_that_do_not_fit_their_description_are_corrupt(here: Path, train
     write(here / "a.tif")
     result = affmae("a.tif", "-m", "w.safetensors")
     assert result.exit_code == 6 and "does not fit its own description" in one_line(result.stderr)
+
+
+def test_ctrl_c_ends_cleanly_and_leaves_nothing(here: Path, trained: Path) -> None:
+    write(here / "long.tif", (400, 80, 70))
+    command = [sys.executable, "-m", "affmae_cli", "predict", "long.tif", "-m", str(trained), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        while "1 image to" not in (line := process.stderr.readline()):
+            assert line, "ended before it began"
+        # The handlers are in place once the hidden partial file is there.
+        while process.poll() is None and not list((here / "predictions").glob(".*.partial")):
+            pass
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "nothing was written" in rest and "Traceback" not in rest
+    assert list((here / "predictions").iterdir()) == []
+
+
+def test_progress_lines_have_rate_and_eta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from affmae_cli import output, prediction_progress
+    from affmae_engine.predict.stream import PredictProgress
+
+    output.console.cache_clear()
+    monkeypatch.setattr(prediction_progress, "SECONDS_BETWEEN_LINES", 2.0)
+    seconds = iter((1.0, 2.0, 3.0, 4.0))
+    view = prediction_progress.PredictionView(1, None, clock=lambda: next(seconds))
+    for done in (4, 8, 12, 16):
+        view.progress(PredictProgress("cells [red]", done // 10, 4, done, 40))
+    output.console.cache_clear()
+    assert capsys.readouterr().err == "cells [red]: 1/4 sections, 12/40 tiles, 4.0 tiles/s, eta 7 s\n"

@@ -109,3 +109,28 @@ def test_autocast_still_returns_float32_probabilities(toys: SimpleNamespace) -> 
     result = predict_plane(toys.conv(), image, classes=3, tile=16, device=CPU, autocast=torch.bfloat16)
     assert result.dtype == torch.float32
     assert torch.allclose(result.sum(0), torch.ones(20, 20), atol=1e-5)
+
+
+def test_reading_ahead_changes_nothing(toys: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator tiles are made in a thread; here a CPU passes for one."""
+    planes = [np.random.default_rng(seed).normal(size=(60, 45)).astype(np.float32) for seed in range(3)]
+    plain = [band.probabilities_CRX for band in blend(map(ArrayPlane, planes), runner(toys.conv()), Tiling(32))]
+    tiles = runner(toys.conv())
+    monkeypatch.setattr(tiles, "device", SimpleNamespace(type="other"))
+    monkeypatch.setattr(tiles, "_forward", lambda tiles_BTT: runner(toys.conv()).probabilities(tiles_BTT))
+    monkeypatch.setattr("affmae_engine.predict.infer.ACCUMULATE_ON_DEVICE_BYTES", 0)
+    threaded = [band.probabilities_CRX for band in blend(map(ArrayPlane, planes), tiles, Tiling(32))]
+    assert len(plain) == len(threaded) and all(map(torch.equal, plain, threaded))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_a_card_agrees_with_the_cpu(toys: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr("affmae_engine.predict.infer.ACCUMULATE_ON_DEVICE_BYTES", limit)
+    image = np.random.default_rng(6).normal(size=(150, 131)).astype(np.float32)
+    expected = predict_plane(toys.conv(), image, classes=3, tile=64, device=CPU)
+    card = torch.device("cuda")
+    result = predict_plane(toys.conv().to(card), image, classes=3, tile=64, device=card)
+    assert result.device.type == "cpu" and torch.allclose(result, expected, atol=1e-3)
+    half = predict_plane(toys.conv().to(card), image, classes=3, tile=64, device=card, autocast=torch.bfloat16)
+    assert (half - expected).abs().max() < 0.1

@@ -306,7 +306,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def test_memory_grows_neither_with_sections_nor_with_height(tmp_path: Path) -> None:
-    """Peak resident memory, in a process of its own; a whole section of probabilities would take 200 MiB here."""
+    """Peak resident memory, in a process of its own; a whole section of probabilities would take 100 MiB here."""
 
     def peak(depth: int, height: int) -> int:
         command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(depth), str(height), str(tmp_path / "none")]
@@ -316,5 +316,5 @@ def test_memory_grows_neither_with_sections_nor_with_height(tmp_path: Path) -> N
         return int(done.stdout)
 
     small = peak(2, 1024)
-    assert peak(64, 1024) - small < 32
-    assert peak(1, 65536) - small < 32
+    assert peak(32, 1024) - small < 32
+    assert peak(1, 32768) - small < 32
