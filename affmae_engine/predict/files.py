@@ -80,10 +80,7 @@ def plan(
         )
     if named_file and not single:
         raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
-    if out is None:
-        folder = DEFAULT_FOLDER if single or len(inputs) > 1 else DEFAULT_FOLDER / Path(inputs[0]).resolve().name
-    else:
-        folder = out.parent if named_file else out
+    folder = _folder(inputs, out, single=single, named_file=named_file)
     ending = "-labels" if single else ""
     jobs: list[tuple[Source, Outputs]] = []
     refused: list[Refused] = []
@@ -148,6 +145,13 @@ def run(
     if not reports:
         raise InputError(f"none of the {len(refused)} images could be read; the first: {refused[0].reason}")
     return Outcome(reports, refused)
+
+
+def _folder(inputs: Sequence[Path], out: Path | None, *, single: bool, named_file: bool) -> Path:
+    """The folder that results go to."""
+    if out is not None:
+        return out.parent if named_file else out
+    return DEFAULT_FOLDER if single or len(inputs) > 1 else DEFAULT_FOLDER / Path(inputs[0]).resolve().name
 
 
 def _found(inputs: Sequence[Path], folder: Path) -> Iterator[tuple[Path, Path]]:
