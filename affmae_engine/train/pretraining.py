@@ -57,7 +57,8 @@ def pretrain_task(config: RunConfig, store: Store, *, init_from: Path | None = N
     if not held_out:
         why = "data.holdout is 0" if config.data.holdout == 0 else "there is too little data to hold some out"
         notes.append(f"{why}: the evaluation uses training images, so it does not show overfitting")
-    evaluation = PretrainingEvaluation(store, choose_crops(held_out or dataset.planes, config.image_size), config)
+    crops = choose_crops(held_out or dataset.planes, config.image_size, config.data.crop_scale)
+    evaluation = PretrainingEvaluation(store, crops, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = MaskedAutoencoder(config.model, config.loss, backend=config.kernels.backend)

@@ -1,7 +1,8 @@
 """Held-out loss and preview of pretraining: fixed crops with fixed masks, so that two figures can be compared.
 
 Unusual: at most `MOST_CROPS` crops, spread evenly over the held-out sections and read once. Their masks come from a
-seed of their own: they are the same in every run on the same data, whatever its seed.
+seed of their own: they are the same in every run on the same data, whatever its seed. The crops are not turned, but
+they cover the magnifications of the training crops evenly; at one fixed magnification the loss would not compare.
 
 Axes: B crops, C H W image, V visible and Q masked tokens, N tokens of a stage.
 """
@@ -34,6 +35,7 @@ PREVIEW_ROWS = 3
 
 _MASK_SEED = 20_260_216
 _LARGEST_BATCH = 32
+_GOLDEN = 0.618034
 _TITLES = {"step1": "from stage 4", "step2": "from stages 4 and 3", "last": "from all stages"}
 
 
@@ -46,24 +48,31 @@ class FixedCrop:
     crop: Crop
 
 
-def choose_crops(planes: Sequence[Plane], size: int, limit: int = MOST_CROPS) -> list[FixedCrop]:
+def choose_crops(
+    planes: Sequence[Plane], size: int, scale: tuple[float, float], limit: int = MOST_CROPS
+) -> list[FixedCrop]:
     """Windows without overlap, at most `limit`, spread evenly over all sections and, within a section, over its tiles.
 
     Args:
         planes: what may be cropped.
-        size: edge of a training image; smaller sections give the largest square that fits.
+        size: edge of a training image; sections too small for a window give the largest square that fits.
+        scale: smallest and largest edge of a window relative to `size` (`data.crop_scale`).
+        limit: of the number of windows.
     """
     sections = [(plane, z) for plane in planes for z in range(plane.z0, plane.z1)]
     chosen = [sections[i] for i in _evenly(len(sections), limit)]
     each = max(1, limit // max(1, len(chosen)))
-    crops = []
+    crops: list[FixedCrop] = []
     for plane, z in chosen:
-        edge = min(size, *plane.shape_YX)
-        rows, columns = plane.shape_YX[0] // edge, plane.shape_YX[1] // edge
-        top, left = ((length % edge) // 2 for length in plane.shape_YX)
-        for tile in _evenly(rows * columns, each):
-            row, column = divmod(tile, columns)
-            crops.append(FixedCrop(plane, z, Crop(top + row * edge, left + column * edge, edge)))
+        tile = min(max(1, round(size * scale[1])), *plane.shape_YX)
+        rows, columns = plane.shape_YX[0] // tile, plane.shape_YX[1] // tile
+        top, left = ((length % tile) // 2 for length in plane.shape_YX)
+        for number in _evenly(rows * columns, each):
+            row, column = divmod(number, columns)
+            share = (len(crops) + 0.5) * _GOLDEN % 1  # evenly spread for any number of crops
+            edge = min(max(1, round(size * (scale[0] + share * (scale[1] - scale[0])))), tile)
+            margin = (tile - edge) // 2
+            crops.append(FixedCrop(plane, z, Crop(top + row * tile + margin, left + column * tile + margin, edge)))
     return crops
 
 

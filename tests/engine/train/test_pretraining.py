@@ -185,11 +185,14 @@ def test_crops_are_spread_and_bounded(make_store: StoreMaker) -> None:
     _, task = pretrain_task(config(), store)
     planes = task.dataset.planes  # type: ignore[attr-defined]
     for limit in (1, 10, 64, 500):
-        crops = choose_crops(planes, 48, limit)
+        crops = choose_crops(planes, 48, (0.5, 1.0), limit)
         assert 1 <= len(crops) <= limit
-        assert all(0 <= c.crop.y <= 100 - 48 and 0 <= c.crop.x <= 150 - 48 for c in crops)
+        assert all(0 <= c.crop.y <= 100 - c.crop.edge and 0 <= c.crop.x <= 150 - c.crop.edge for c in crops)
+        assert all(24 <= c.crop.edge <= 48 for c in crops)
         places = [(c.z, c.crop.y, c.crop.x) for c in crops]
         assert len(set(places)) == len(places)
-    sections = {c.z for c in choose_crops(planes, 48, 10)}
+    edges = [c.crop.edge for c in choose_crops(planes, 48, (0.5, 1.0))]
+    assert abs(np.mean(edges) - 36) < 1  # the mean of the training crops
+    sections = {c.z for c in choose_crops(planes, 48, (0.5, 1.0), 10)}
     assert len(sections) == 10
     assert max(sections) - min(sections) > 15
