@@ -1,0 +1,60 @@
+"""The package list, the import direction and what the repository may hold."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"affmae_cli": "affmae_cli", "affmae_engine": "affmae_engine", "affmae_kernels": "kernels"}
+FORBIDDEN = {
+    "affmae_kernels": {"affmae_engine", "affmae_cli", "typer", "rich", "textual", "pydantic"},
+    "affmae_engine": {"affmae_cli", "typer", "rich", "textual"},
+    "affmae_cli": set(),
+}
+
+
+def imported_roots(source: str) -> set[str]:
+    """Top-level package names that a module imports, wherever in the file."""
+    roots: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def test_packages_on_disk_are_listed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"affmae_presets"}
+    for package, folder in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join((package, *init.parent.relative_to(ROOT / folder).parts)))
+    assert sorted(listed) == sorted(found)
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_imports_go_one_way(package: str) -> None:
+    files = sorted((ROOT / FOLDERS[package]).rglob("*.py"))
+    assert files
+    wrong = {
+        str(file.relative_to(ROOT)): sorted(bad)
+        for file in files
+        if (bad := imported_roots(file.read_text("utf-8")) & FORBIDDEN[package])
+    }
+    assert not wrong
+
+
+def test_import_check_sees_a_violation() -> None:
+    assert imported_roots("def f():\n    from affmae_cli.main import app\n    import rich.table") == {"affmae_cli", "rich"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["pickle.load", "torch.load(", "torch.save(", "weights_only=False", "allow_pickle=True", "yaml.load(", "shell=True"],
+)
+def test_no_unsafe_calls(call: str) -> None:
+    files = [file for folder in FOLDERS.values() for file in (ROOT / folder).rglob("*.py")]
+    assert [str(file) for file in files if call in file.read_text("utf-8").replace(" = ", "=")] == []
