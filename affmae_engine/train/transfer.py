@@ -164,7 +164,7 @@ def load_pretrained(
             rows.append(_row(name, "missing", there, here, "not in the weights: random start"))
     rows += [_row(name, "skipped", there, here, "not part of this model") for name in there if name not in here]
     model.load_state_dict({**here, **new})
-    order = {name: number for number, name in enumerate([*here, *there])}
+    order = {name: number for number, name in enumerate(dict.fromkeys([*here, *there]))}
     return TransferReport(path, origin.task, origin.step, tuple(sorted(rows, key=lambda row: order[row.name])))
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
+from affmae_engine.data.labels.gather import gather_labels, write_labelled_store
 from affmae_engine.data.statistics import StatisticsBuilder
 from affmae_engine.data.store import Store
 from affmae_engine.data.store_layout import StoredImage
@@ -39,5 +41,20 @@ def make_store(tmp_path: Path) -> StoreMaker:
                     one.write(band, block[band.z, band.y])
                 one.finish(one.image)
         return Store.open(path)
+
+    return make
+
+
+@pytest.fixture
+def make_labelled_store(tmp_path: Path) -> StoreMaker:
+    """make_labelled_store({"name": (image [Z, Y, X], labels [Z, Y, X])}, **options of gather_labels) -> Store."""
+
+    def make(images: Mapping[str, tuple[np.ndarray, np.ndarray]], **options: object) -> Store:
+        for name, arrays in images.items():
+            for folder, array in zip(("images", "labels"), arrays, strict=True):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                tifffile.imwrite(tmp_path / folder / f"{name}.tif", array, photometric="minisblack")
+        labelled = gather_labels([tmp_path / "images"], [tmp_path / "labels"], **options)  # type: ignore[arg-type]
+        return write_labelled_store(labelled, tmp_path / "labelled.zarr")[0]
 
     return make
