@@ -16,6 +16,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import JsonOption, QuietOption
+from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
     from affmae_engine.data.ingest import IngestProgress, IngestReport
@@ -26,8 +27,6 @@ _MOST_ROWS = 40
 _MOST_SKIPPED = 50
 _SMALLEST_SERIES = 4
 
-_PixelSize = tuple[float | None, float | None, float | None]
-
 
 def ingest(
     sources: Annotated[
@@ -36,14 +35,7 @@ def ingest(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="The dataset to make or add to.")] = Path(
         "data/em.zarr"
     ),
-    pixel_size: Annotated[
-        str | None,
-        typer.Option(
-            "--pixel-size",
-            metavar="Z,Y,X",
-            help="Voxel size in nm for all these images, in place of what their files say.",
-        ),
-    ] = None,
+    pixel_size: PixelSizeOption = None,
     channel: Annotated[
         int | None, typer.Option("--channel", min=0, help="Channel of multi-channel images, counted from 0.")
     ] = None,
@@ -61,7 +53,7 @@ def ingest(
     from affmae_engine.errors import InputError, Interrupted
     from affmae_engine.train.signals import StopRequest
 
-    pixel_nm = _parse_pixel_size(pixel_size)
+    pixel_nm = parse_pixel_size(pixel_size)
     stop = StopRequest()
     with stop.installed(), _progress(quiet) as on_progress:
         report = engine.ingest(
@@ -89,25 +81,6 @@ def ingest(
             f"nothing could be taken: {'the only file was' if refused == 1 else f'all {refused} files were'} refused",
             "the reasons are listed above",
         )
-
-
-def _parse_pixel_size(text: str | None) -> _PixelSize | None:
-    """`40,4,4` as (40, 4, 4); `4,4` and `4` leave z unknown."""
-    if text is None:
-        return None
-    from affmae_engine.errors import ConfigError
-
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not 1 <= len(values) <= 3 or not all(0 < value < 1e9 for value in values):
-        raise ConfigError(
-            f"--pixel-size {text!r} is not a voxel size", "give z,y,x in nanometres, for example --pixel-size 40,4,4"
-        )
-    if len(values) == 3:
-        return values[0], values[1], values[2]
-    return None, values[0], values[-1]
 
 
 @contextlib.contextmanager
@@ -237,7 +210,7 @@ def _rows(images: Sequence[StoredImage]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _nm(pixel_nm: _PixelSize) -> str:
+def _nm(pixel_nm: VoxelSize) -> str:
     if all(size is None for size in pixel_nm):
         return "unknown"
     return ", ".join("?" if size is None else _number(size) for size in pixel_nm)
