@@ -79,7 +79,8 @@ class IntensityMap:
         return np.stack(equalised).reshape(standardised.shape)
 
     def _equalise_plane(self, plane_YX: NDArray[np.float32]) -> NDArray[np.float32]:
-        unit = (np.clip(plane_YX, self.low, self.high) - self.low) / (self.high - self.low)
+        # Clipped last: rounding may leave 1.0000001, which the library refuses.
+        unit = np.clip((plane_YX - self.low) / (self.high - self.low), 0, 1)
         if unit.min() == unit.max():
             return np.zeros_like(plane_YX)
         kernel = tuple(min(CLAHE_TILE, side) for side in unit.shape)

@@ -96,6 +96,14 @@ def test_clahe_of_a_part_resembles_the_part_of_clahe() -> None:
     assert np.abs(whole[128:384, 128:384] - part)[inner, inner].mean() < 0.1
 
 
+def test_clahe_survives_rounding_of_its_limits() -> None:
+    plane = np.full((8, 8), 255, np.uint8)
+    plane[0, 0] = 0
+    for step in range(200):  # for some limits the stretched maximum rounds to just above 1
+        result = IntensityMap(128.0, 50.0, -2.0 - step * 0.0137, 1.5 + step * 0.0029, clahe=True)(plane)
+        assert np.isfinite(result).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (2, 40, 40), (1, 2, 70, 30)])
 def test_clahe_of_odd_shapes(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
