@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import finetune, ingest, predict, presets, pretrain
+from affmae_cli.commands import demo, finetune, ingest, predict, presets, pretrain
 from affmae_cli.errors import ErrorGroup
 
 STORY = """
@@ -38,6 +38,7 @@ app.command()(ingest.ingest)
 app.command()(pretrain.pretrain)
 app.command()(finetune.finetune)
 app.command()(predict.predict)
+app.command()(demo.demo)
 app.command()(presets.presets)
 
 

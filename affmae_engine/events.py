@@ -11,6 +11,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 SCHEMA_VERSION = 1
@@ -145,6 +146,17 @@ def from_line(line: str) -> Event | None:
         return cls(**{k: _restored(v) for k, v in record.items() if k in known})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def best_evaluation(metrics: Path) -> Evaluated | None:
+    """The last evaluation of a run that was the best so far; None when there is none."""
+    best = None
+    with metrics.open(encoding="utf-8") as lines:
+        for line in lines:
+            event = from_line(line)
+            if isinstance(event, Evaluated) and event.best:
+                best = event
+    return best
 
 
 def finite(value: Any) -> Any:

@@ -186,6 +186,7 @@ def _begin(
         shutil.rmtree(run.data, ignore_errors=True)  # it is not a run yet, and the next attempt starts afresh
         raise
     if report is not None and not quiet:
+        output.say(f"weights from {report.source} ({report.task}, step {report.step}):")
         output.console().print(_transfer_table(report))
     command = {
         "line": command_line(),
@@ -238,12 +239,10 @@ def _continue(root: Path, set_: list[str] | None, flags: dict[str, Any], *, quie
 
 
 def _transfer_table(report: TransferReport) -> Table:
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    title = f"weights from {report.source} ({report.task}, step {report.step})"
-    table = Table(box=box.SIMPLE_HEAD, title=Text(output.printable(title)), title_justify="left", title_style="")
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("part", "outcome", "tensors", "numbers", "why"):
         table.add_column(column, justify="right" if column in ("tensors", "numbers") else "left")
     styles = {"loaded": "green", "adapted": "cyan", "skipped": "yellow", "missing": "yellow"}
@@ -256,6 +255,8 @@ def _transfer_table(report: TransferReport) -> Table:
 def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from affmae_cli.score_table import show_scores
+    from affmae_engine.predict.score import Score
     from affmae_engine.train.report import duration, number
 
     best = _best_evaluation(run)
@@ -265,7 +266,7 @@ def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_js
         output.print_json({"run": run.root, **asdict(summary), "per_class": per_class, "transfer": transfer})
         return
     if best is not None:
-        output.show(_class_table(best))
+        show_scores({"": Score(best.metrics["iou"], best.metrics["dice"], best.per_class, {})})
     score = f", best mean IoU {number(best.metrics['iou'])} at step {best.step}" if best is not None else ""
     output.show(f"{run.root}: {summary.step} steps in {duration(summary.seconds)}{score}")
     output.say(f"affmae predict STACK -m {run.root}", label="next", style="bold cyan")
@@ -282,19 +283,3 @@ def _best_evaluation(run: RunDir) -> Evaluated | None:
             if isinstance(event, Evaluated) and event.best:
                 best = event
     return best
-
-
-def _class_table(evaluated: Evaluated) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("class", "IoU", "Dice", "pixels"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    for name, scores in evaluated.per_class.items():
-        iou, dice = (f"{scores[key]:.3f}" if scores[key] == scores[key] else "none" for key in ("iou", "dice"))
-        table.add_row(Text(output.printable(name)), iou, dice, f"{scores['pixels']:,.0f}")
-    means = [f"{evaluated.metrics[key]:.3f}" for key in ("iou", "dice")]
-    table.add_row("mean", *means, "", style="bold")
-    return table

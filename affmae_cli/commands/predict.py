@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,7 +16,11 @@ from affmae_engine.errors import ConfigError
 if TYPE_CHECKING:
     from affmae_engine.predict.files import Outcome
     from affmae_engine.predict.predictor import Predictor
+    from affmae_engine.predict.score import Score
+    from affmae_engine.predict.stream import PredictOptions, PredictReport
 
+_FEW = 4
+"""Predictions up to this number are described one by one."""
 
 SourcesArgument = Annotated[
     list[Path], typer.Argument(metavar="SOURCE...", help="Image or stack of any size, a folder of them, patterns.")
@@ -40,6 +46,10 @@ TileOption = Annotated[
 OverlapOption = Annotated[
     float | None, typer.Option("--overlap", min=0, max=0.94, help="Overlap of tiles, as a fraction. Default: 0.5.")
 ]
+LabelsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--labels", metavar="PATH", help="True labels of the inputs: the result is scored (IoU, Dice)."),
+]
 BatchOption = Annotated[int | None, typer.Option("--batch", min=1, help="Tiles per forward pass. Default: 4.")]
 
 
@@ -50,6 +60,7 @@ def predict(
     which: WhichOption = "best",
     rescale: RescaleOption = False,
     pixel_size: PixelSizeOption = None,
+    labels: LabelsOption = None,
     probabilities: ProbabilitiesOption = False,
     overlay: OverlayOption = True,
     tile: TileOption = None,
@@ -65,31 +76,60 @@ def predict(
     Labels go to -o: a .tif (ImageJ TIFF, BigTIFF above 4 GB), a .zarr (OME-Zarr), or a folder. Without it, to
     predictions/NAME-labels.tif in the working directory.
     """
-    from affmae_cli.prediction_progress import showing
-    from affmae_engine.config import PredictConfig
-    from affmae_engine.predict import files
+    from affmae_cli.score_table import show_scores
     from affmae_engine.predict.predictor import Predictor, newest_finetune_run
-    from affmae_engine.predict.stream import PredictOptions
-    from affmae_engine.train.signals import StopRequest
 
-    voxel = _voxel_size(pixel_size)
     run = model or newest_finetune_run()
     predictor = Predictor.from_weights(run, which=which, device=device or "auto")
-    planned = files.plan(
-        sources, out, probabilities=probabilities, overlay=overlay, overwrite=overwrite, protect=[predictor.weights]
-    )
-    trained = predictor.metadata.config.get("predict", {})
-    defaults = PredictConfig.model_validate({key: trained[key] for key in PredictConfig.model_fields if key in trained})
-    options = PredictOptions(
-        tile=tile or defaults.tile,
-        overlap=defaults.overlap if overlap is None else overlap,
-        batch_size=batch or defaults.batch_size,
-        rescale=rescale,
-        pixel_nm=voxel,
-        overwrite=overwrite,
-    )
     if not quiet:
         output.say(f"model {run} (step {predictor.metadata.step}) on {predictor.choice.description}")
+    options = _options(predictor, tile, overlap, batch, rescale, _voxel_size(pixel_size), overwrite)
+    targets = Targets(out, probabilities=probabilities, overlay=overlay)
+    outcome, scored = segment(sources, predictor, targets, options, labels=labels, quiet=quiet)
+    if as_json:
+        output.print_json(_document(outcome, scored, run, predictor))
+        return
+    _show(outcome)
+    if scored is not None:
+        show_scores({"": scored})
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to write and where; None is the default place."""
+
+    out: Path | None
+    probabilities: bool = False
+    overlay: bool = True
+
+
+def segment(
+    sources: Sequence[Path],
+    predictor: Predictor,
+    targets: Targets,
+    options: PredictOptions,
+    *,
+    labels: Sequence[Path] | None = None,
+    quiet: bool = False,
+) -> tuple[Outcome, Score | None]:
+    """Predict with progress on stderr, and score where true labels are given; these are checked first."""
+    from affmae_cli.prediction_progress import showing
+    from affmae_engine.predict import files
+    from affmae_engine.predict.score import read_truth, score
+    from affmae_engine.train.signals import StopRequest
+
+    planned = files.plan(
+        sources,
+        targets.out,
+        probabilities=targets.probabilities,
+        overlay=targets.overlay,
+        overwrite=options.overwrite,
+        protect=[predictor.weights],
+    )
+    known, truth = predictor.metadata, None
+    if labels:
+        truth = read_truth(sources, labels, class_names=known.class_names, ignore_label=known.ignore_label)
+    if not quiet:
         output.say(f"{len(planned.jobs)} image{'s' * (len(planned.jobs) != 1)} to {planned.out}")
     with (
         showing(len(planned.jobs) + len(planned.refused), quiet=quiet) as view,
@@ -99,10 +139,32 @@ def predict(
             planned, predictor, options,
             on_progress=view.progress, on_report=view.report, on_refused=view.refused, stop=stop,
         )  # fmt: skip
-    if as_json:
-        output.print_json(_document(outcome, run, predictor))
-    else:
-        _show(outcome)
+    return outcome, None if truth is None else score(outcome.reports, truth)
+
+
+def _options(
+    predictor: Predictor,
+    tile: int | None,
+    overlap: float | None,
+    batch: int | None,
+    rescale: bool,
+    pixel_nm: tuple[float | None, float | None, float | None],
+    overwrite: bool,
+) -> PredictOptions:
+    """What was asked, over what the run was configured with."""
+    from affmae_engine.config import PredictConfig
+    from affmae_engine.predict.stream import PredictOptions
+
+    trained = predictor.metadata.config.get("predict", {})
+    defaults = PredictConfig.model_validate({key: trained[key] for key in PredictConfig.model_fields if key in trained})
+    return PredictOptions(
+        tile=tile or defaults.tile,
+        overlap=defaults.overlap if overlap is None else overlap,
+        batch_size=batch or defaults.batch_size,
+        rescale=rescale,
+        pixel_nm=pixel_nm,
+        overwrite=overwrite,
+    )
 
 
 def _voxel_size(text: str | None) -> tuple[float | None, float | None, float | None]:
@@ -117,7 +179,7 @@ def _voxel_size(text: str | None) -> tuple[float | None, float | None, float | N
     return z, y, x
 
 
-def _document(outcome: Outcome, run: Path, predictor: Predictor) -> dict[str, object]:
+def _document(outcome: Outcome, scored: Score | None, run: Path, predictor: Predictor) -> dict[str, object]:
     from dataclasses import asdict
 
     return {
@@ -128,6 +190,7 @@ def _document(outcome: Outcome, run: Path, predictor: Predictor) -> dict[str, ob
         "class_names": predictor.metadata.class_names,
         "predictions": [asdict(report) for report in outcome.reports],
         "refused": [asdict(problem) for problem in outcome.refused],
+        "score": None if scored is None else asdict(scored),
     }
 
 
@@ -135,22 +198,40 @@ def _show(outcome: Outcome) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    for report in outcome.reports:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        sizes = ["?" if size is None else f"{size:g}" for size in report.pixel_nm]
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in report.class_fractions.items())
-        rows = {
-            "labels": f"{report.labels} ({report.format})",
-            "shape": f"{' x '.join(map(str, report.shape_ZYX))} (z, y, x), {report.dtype}",
-            "pixel size": f"{', '.join(sizes)} nm (z, y, x)",
-            "classes": shares,
-            "time": f"{report.seconds:.1f} s, {report.megapixels_per_s:.3g} Mpx/s",
-            "probabilities": str(report.probabilities or ""),
-            "overlay": str(report.overlay or ""),
-        }
-        for name, value in rows.items():
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    blocks = (
+        [_described(outcome.reports)] if len(outcome.reports) > _FEW else [_described([r]) for r in outcome.reports]
+    )
+    for block in blocks:
+        for name, value in block.items():
             if value:
                 table.add_row(Text(name, style="bold"), Text(output.printable(value), overflow="fold"))
-        output.show(table)
+    output.show(table)
     if outcome.refused:
         output.show(f"{len(outcome.reports)} predicted, {len(outcome.refused)} passed over (named above)")
+
+
+def _described(reports: Sequence[PredictReport]) -> dict[str, str]:
+    """One prediction, or several as one, in words."""
+    from math import prod
+
+    first, pixels = reports[0], [prod(report.shape_ZYX) for report in reports]
+    shares = {
+        name: sum(report.class_fractions[name] * count for report, count in zip(reports, pixels, strict=True))
+        for name in first.class_fractions
+    }
+    seconds = sum(report.seconds for report in reports)
+    sizes = ["?" if size is None else f"{size:g}" for size in first.pixel_nm]
+    alone = len(reports) == 1
+    same_shape = len({report.shape_ZYX for report in reports}) == 1
+    same_size = len({report.pixel_nm for report in reports}) == 1
+    return {
+        "labels": f"{first.labels if alone else f'{first.labels} ... {reports[-1].labels.name}'} ({first.format})",
+        "images": "" if alone else str(len(reports)),
+        "shape": f"{' x '.join(map(str, first.shape_ZYX)) if same_shape else 'various'} (z, y, x), {first.dtype}",
+        "pixel size": f"{', '.join(sizes) if same_size else 'various'} nm (z, y, x)",
+        "classes": ", ".join(f"{name} {share / sum(pixels):.1%}" for name, share in shares.items()),
+        "time": f"{seconds:.1f} s, {sum(pixels) / 1e6 / seconds:.3g} Mpx/s",
+        "probabilities": str(first.probabilities or "") if alone else "",
+        "overlay": str(first.overlay or "") if alone else "",
+    }

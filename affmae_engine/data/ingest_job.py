@@ -246,7 +246,7 @@ def _examine_labels(labels: Source, plan: StoredImage) -> tuple[np.dtype, str]:
     for band in bands(plan.shape_ZYX, shard):
         block = labels.read(band.z, band.y, slice(None))
         largest = max(largest, int(block.max(initial=0)))
-        digest.update(np.ascontiguousarray(block, "<u4"))
+        digest.update(np.ascontiguousarray(block, "<u4").data)
     labels.close()
     return np.min_scalar_type(largest), digest.hexdigest()
 
