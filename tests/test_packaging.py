@@ -48,12 +48,23 @@ def test_imports_go_one_way(package: str) -> None:
 
 
 def test_import_check_sees_a_violation() -> None:
-    assert imported_roots("def f():\n    from affmae_cli.main import app\n    import rich.table") == {"affmae_cli", "rich"}
+    assert imported_roots("def f():\n    from affmae_cli.main import app\n    import rich.table") == {
+        "affmae_cli",
+        "rich",
+    }
 
 
 @pytest.mark.parametrize(
     "call",
-    ["pickle.load", "torch.load(", "torch.save(", "weights_only=False", "allow_pickle=True", "yaml.load(", "shell=True"],
+    [
+        "pickle.load",
+        "torch.load(",
+        "torch.save(",
+        "weights_only=False",
+        "allow_pickle=True",
+        "yaml.load(",
+        "shell=True",
+    ],
 )
 def test_no_unsafe_calls(call: str) -> None:
     files = [file for folder in FOLDERS.values() for file in (ROOT / folder).rglob("*.py")]

@@ -161,7 +161,7 @@ class _Story:
     def _step(self, *words: object) -> Iterator[None]:
         if not self.quiet:
             output.say("")
-            output.say(shlex.join(["affmae", *map(str, words)]), label="$", style="bold cyan")
+            output.say(f"$ {shlex.join(['affmae', *map(str, words)])}", style="bold cyan")
         yield
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from affmae_kernels.cluster_attention import cluster_attention
-from affmae_kernels.neighbourhoods import Neighbourhoods
 from torch import Tensor, nn
 
 from affmae_engine.model.initialise import STD, linear
+from affmae_kernels.cluster_attention import cluster_attention
+from affmae_kernels.neighbourhoods import Neighbourhoods
 
 
 class DropPath(nn.Module):

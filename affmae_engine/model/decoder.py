@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 
 import torch
-from affmae_kernels.point_attention import nearest_table, point_attention
 from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.encoder import StageOutput
 from affmae_engine.model.initialise import STD, linear, projection
 from affmae_engine.model.sizes import SIZES
+from affmae_kernels.point_attention import nearest_table, point_attention
 
 SAMPLES = 4
 

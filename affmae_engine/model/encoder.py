@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from affmae_kernels.neighbourhoods import build
 from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
@@ -18,6 +17,7 @@ from affmae_engine.model.merging import ClusterMerging, NormMerging
 from affmae_engine.model.patches import cell_positions, take_rows
 from affmae_engine.model.sizes import SIZES, Size
 from affmae_engine.model.stem import Stem
+from affmae_kernels.neighbourhoods import build
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from affmae_kernels.neighbourhoods import Neighbourhoods
-from affmae_kernels.token_merging import merge_tokens
 from torch import Tensor, nn
 
 from affmae_engine.model.initialise import STD, linear
 from affmae_engine.model.patches import take_rows
+from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.token_merging import merge_tokens
 
 
 def survivor_count(tokens: int, keep: float) -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from affmae_kernels.dispatch import choose_backend
 
 from affmae_engine import atomic
 from affmae_engine.config import Task
@@ -21,6 +20,7 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.device import DeviceChoice
+from affmae_kernels.dispatch import choose_backend
 
 ENVIRONMENT_SCHEMA = 1
 _OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "point_attention")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from affmae_kernels.cluster_attention import reference
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import Neighbourhoods
-from torch import Tensor
 
 __all__ = ["cluster_attention"]
 

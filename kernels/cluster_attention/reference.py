@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.reference import neighbour_geometry
 from affmae_kernels.precision import compute_dtype, in_tiles
-from torch import Tensor
 
 
 def cluster_attention(

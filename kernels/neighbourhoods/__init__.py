@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import reference
-from torch import Tensor
 
 __all__ = ["Neighbourhoods", "build"]
 

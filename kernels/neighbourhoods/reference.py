@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-from affmae_kernels.precision import TILE_ELEMENTS
 from torch import Tensor
+
+from affmae_kernels.precision import TILE_ELEMENTS
 
 
 def fits_int64(tokens: int, canvas_hw: tuple[int, int], cluster_size: int) -> bool:

@@ -6,9 +6,10 @@ Two calls: `nearest_table` once per set of tokens, `point_attention` in every la
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.point_attention import reference
-from torch import Tensor
 
 __all__ = ["nearest_table", "point_attention"]
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from affmae_kernels.precision import TILE_ELEMENTS, compute_dtype
 from torch import Tensor
+
+from affmae_kernels.precision import TILE_ELEMENTS, compute_dtype
 
 NEAREST = 4
 """Tokens between which a location is interpolated."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.token_merging import reference
-from torch import Tensor
 
 __all__ = ["merge_tokens"]
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.reference import cluster_members, neighbour_geometry
 from affmae_kernels.precision import compute_dtype, in_tiles
-from torch import Tensor
 
 
 def merge_tokens(

@@ -1,9 +1,10 @@
 """Cluster attention against PyTorch's own attention and a loop over tokens; gradients in float64."""
 
-import affmae_kernels.precision as precision
 import pytest
 import torch
 import torch.nn.functional as F
+
+import affmae_kernels.precision as precision
 from affmae_kernels.cluster_attention import cluster_attention
 from affmae_kernels.neighbourhoods import build
 

@@ -1,8 +1,9 @@
 """The choice of an implementation, and the tiles that bound memory."""
 
-import affmae_kernels.precision as precision
 import pytest
 import torch
+
+import affmae_kernels.precision as precision
 from affmae_kernels.dispatch import choose_backend
 
 

@@ -3,9 +3,10 @@
 from fractions import Fraction
 from math import sqrt
 
-import affmae_kernels.neighbourhoods.reference as reference
 import pytest
 import torch
+
+import affmae_kernels.neighbourhoods.reference as reference
 from affmae_kernels.neighbourhoods import build
 
 CASES = [

@@ -1,8 +1,9 @@
 """The table and the interpolation against slow readings of the specification; gradients in float64."""
 
-import affmae_kernels.point_attention.reference as reference
 import pytest
 import torch
+
+import affmae_kernels.point_attention.reference as reference
 from affmae_kernels.point_attention import nearest_table, point_attention
 
 

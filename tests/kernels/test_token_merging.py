@@ -1,9 +1,10 @@
 """Token merging against a loop over survivors; gradients in float64."""
 
-import affmae_kernels.precision as precision
 import pytest
 import torch
 import torch.nn.functional as F
+
+import affmae_kernels.precision as precision
 from affmae_kernels.neighbourhoods import build
 from affmae_kernels.token_merging import merge_tokens
 

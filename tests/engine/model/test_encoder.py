@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from affmae_kernels.neighbourhoods import build
 
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.block import DropPath
@@ -12,6 +11,7 @@ from affmae_engine.model.encoder import Encoder
 from affmae_engine.model.merging import NormMerging, largest, survivor_count
 from affmae_engine.model.patches import unpatchify
 from affmae_engine.model.stem import Stem
+from affmae_kernels.neighbourhoods import build
 
 
 def encode(model, image, visible):
