@@ -148,7 +148,7 @@ def load_pretrained(
     if origin.task == "pretrain":
         adapted = _class_heads(there, len(class_names), config.model, seed)
         new |= adapted
-        reason = "pixel head repeated for each class"
+        reason = "made from the pixel head"
         rows += [_row(name, "adapted", there, here, reason) for name in adapted]
     for name in here:
         if name in new:

@@ -72,7 +72,7 @@ def test_the_report_is_grouped_by_part(pretrained: Path):
     assert {("decoder.mask_token", "loaded"), ("decoder.steps", "loaded"), ("heads", "adapted")} <= groups.keys()
     assert sum(g.tensors for g in groups.values()) == len(make_model().state_dict())
     assert sum(g.parameters for g in groups.values()) == sum(p.numel() for p in make_model().parameters())
-    assert groups["heads", "adapted"].reason == "pixel head repeated for each class"
+    assert groups["heads", "adapted"].reason == "made from the pixel head"
     assert (report.task, report.step) == ("pretrain", 7)
 
 
