@@ -98,7 +98,7 @@ def check_labels(
         notes.append(f"label values {listed(sorted(table))} are taken as classes 0 and 1")
     names = tuple(class_names) or tuple(f"class{k}" for k in range(classes))
     counts = tuple(0 if k == ignore_label else values.get(k, 0) for k in range(classes))
-    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    empty = [name for k, name in enumerate(names) if not counts[k] and k != ignore_label]
     if empty:
         notes.append(f"no pixel is labelled {listed(empty)}")
     if found.overlapping:
@@ -139,10 +139,10 @@ def _scan(pair: LabelledImage, found: _Found, *, most: int) -> None:
             found.overlapping += _overlap(pair.labels)
         counts = _count_values(pair.labels, most)
         if len(counts) > 2 and _equals_image(pair):
-            found.problems.append(f"{pair.labels.info.path} equals its image {pair.name}")
+            found.problems.append(f"the labels of {pair.name} equal the image")
         elif len(counts) > most:
             found.problems.append(
-                f"{pair.labels.info.path} holds more than {most} different values (up to {max(counts)}): "
+                f"the labels of {pair.name} hold more than {most} different values (up to {max(counts)}): "
                 "they look like numbers of single objects, not classes"
             )
         else:

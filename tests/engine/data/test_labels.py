@@ -243,8 +243,8 @@ def test_nonsense_labels_are_refused_by_what_they_are(tmp_path: Path):
     with pytest.raises(InputError) as error:
         check(tmp_path / "I", tmp_path / "L")
     text = error.value.message
-    assert "copy.tif equals its image" in text
-    assert "objects.tif holds more than 64 different values" in text
+    assert "copy.tif equal the image" in text
+    assert "objects.tif hold more than 64 different values" in text
     assert "single objects" in text
     assert "not whole numbers" in text
     assert "negative numbers" in text
