@@ -234,3 +234,14 @@ def test_collecting_can_be_stopped(store: Store, tmp_path: Path):
     assert labelled.summary.startswith("1 labelled image: class0 ")
     with pytest.raises(Interrupted):
         write_labelled_store(labelled, tmp_path / "third.zarr", should_stop=lambda: True)
+
+
+def test_losses_and_validation_run_under_autocast(store: Store):
+    _, task, _ = finetune_task(make_config(), store)
+    batch = {name: tensor[None] for name, tensor in task.dataset.sample(0).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = task.losses(task.model.train(), batch)
+        with torch.no_grad():
+            found = task.evaluate(task.model.eval(), CPU)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert np.isfinite(found.score)
