@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from affmae_engine.errors import ResourceError
+from affmae_engine.errors import ResourceError, human_bytes
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -159,6 +159,8 @@ def ensure_folder(path: Path) -> Path:
             raise ResourceError(
                 f"cannot use {path} as a folder: a file of that name exists", "name another output folder"
             ) from error
+        except FileNotFoundError as error:  # special file systems refuse new folders in this way
+            raise ResourceError(f"cannot make the folder {path}", "choose another output folder") from error
         probe = _partial_name(path / "probe")
         probe.touch()
         probe.unlink()
@@ -219,5 +221,5 @@ def _free_bytes(path: Path) -> int:
 
 def _hint(path: Path, code: int | None) -> str:
     if code in (errno.ENOSPC, errno.EDQUOT):
-        return f"free some space ({_free_bytes(path) / 2**20:.0f} MiB are left) or choose another output folder"
+        return f"free some space ({human_bytes(_free_bytes(path))} are left) or choose another output folder"
     return "choose another output folder"

@@ -71,3 +71,12 @@ class Interrupted(AffmaeError):
         super().__init__(message, hint)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def human_bytes(count: float) -> str:
+    """A byte count for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.3g} PiB"

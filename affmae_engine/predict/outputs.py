@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from affmae_engine import atomic
-from affmae_engine.errors import ConfigError, ResourceError
+from affmae_engine.errors import ConfigError, ResourceError, human_bytes
 from affmae_engine.predict.ome_zarr import ATTRIBUTE
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -95,8 +95,8 @@ def check_space(outputs: Outputs, label_bytes: int, classes: int, pixels: int) -
     free = shutil.disk_usage(outputs.labels.parent).free
     if free < needed:
         raise ResourceError(
-            f"{outputs.labels.parent} has {free / 2**30:.2f} GiB left and this prediction needs about "
-            f"{needed / 2**30:.2f} GiB",
+            f"{outputs.labels.parent} has {human_bytes(free)} left and this prediction needs about "
+            f"{human_bytes(needed)}",
             "free some space or choose another -o/--out"
             + (", or leave out --probabilities" if outputs.with_probabilities else ""),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from affmae_engine.config import RunConfig
-from affmae_engine.errors import DivergedError, ResourceError
+from affmae_engine.errors import DivergedError, ResourceError, human_bytes
 from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, StepLogged, Warned
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
@@ -165,7 +165,8 @@ class Session:
         free = shutil.disk_usage(self.run.root).free
         if free < needed:
             raise ResourceError(
-                f"the checkpoints of this run need {needed / 2**30:.1f} GiB and {self.run.root} has {free / 2**30:.1f}",
+                f"the checkpoints of this run need {human_bytes(needed)}, and {self.run.root} has "
+                f"{human_bytes(free)} left",
                 "free some space, choose another -o/--out, or keep fewer with --set train.keep_checkpoints=1",
             )
 

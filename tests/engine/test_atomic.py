@@ -307,3 +307,9 @@ class TestEnsureFolder:
         monkeypatch.setattr(Path, "touch", fail)
         with pytest.raises(ResourceError, match="cannot write"):
             atomic.ensure_folder(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses folders")
+def test_ensure_folder_says_when_the_file_system_refuses() -> None:
+    with pytest.raises(ResourceError, match="/proc/affmae"):
+        atomic.ensure_folder(Path("/proc/affmae"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from affmae_engine.data.readers.files import find_files
 from affmae_engine.data.readers.formats import SUPPORTED, recognise
-from affmae_engine.data.readers.source import PixelSize, Source, SourceInfo, human_bytes
+from affmae_engine.data.readers.source import PixelSize, Source, SourceInfo
 from affmae_engine.errors import InputError
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Source",
     "SourceInfo",
     "find_files",
-    "human_bytes",
     "open_sources",
     "scan_sources",
 ]

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from affmae_engine.errors import AffmaeError, InputError
+from affmae_engine.errors import AffmaeError, InputError, human_bytes
 
 PixelSize = tuple[float | None, float | None, float | None]
 UNKNOWN_SIZE: PixelSize = (None, None, None)
@@ -180,12 +180,3 @@ def refuse_inflated(declared: int, stored: int, *, compressed: bool) -> None:
         f"its header declares {human_bytes(declared)} of pixels, but the file holds only {human_bytes(stored)}",
         "it is truncated or damaged; copy it again from its origin",
     )
-
-
-def human_bytes(count: float) -> str:
-    """A byte count for people: `1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.3g} PiB"
