@@ -93,6 +93,12 @@ class Store:
             raise KeyError(f"{name} has no labels")
         return self._read(name, (z, y, x), labels=True)
 
+    @property
+    def pixel_edge_nm(self) -> float | None:
+        """Median in-plane edge of a pixel in nanometres over the images that know theirs; None when none does."""
+        known = sorted(nm for image in self.images for nm in image.pixel_nm[1:] if nm is not None)
+        return known[len(known) // 2] if known else None
+
     def fingerprint(self) -> str:
         """SHA-256 over what the dataset holds: contents, shapes and types, labels; not paths nor order of ingestion."""
         lines = [

@@ -20,10 +20,10 @@ from affmae_engine.data.segmentation import SegmentationDataset, sections_of
 from affmae_engine.data.split import Region, Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError
-from affmae_engine.model.segmenter import Segmenter, encoder_depth, encoder_depths
-from affmae_engine.model.sizes import SIZES, Size
+from affmae_engine.model.segmenter import Segmenter
+from affmae_engine.model.sizes import SIZES
 from affmae_engine.train.losses import SegmentationLoss, weights_from_counts
-from affmae_engine.train.optim import decay_groups
+from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.segmentation_evaluation import SegmentationEvaluation, chosen_sections
 from affmae_engine.train.task import Task
 from affmae_engine.train.transfer import TransferReport, load_pretrained
@@ -64,13 +64,12 @@ def finetune_task(
         report = load_pretrained(model, init_from, config=config, class_names=names, seed=config.train.seed)
     sections = chosen_sections(sections_of(store, parts.val))
     evaluation = SegmentationEvaluation(store, sections, normalisation, names, config)
-    size = SIZES[config.model.size]
 
     def losses(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return loss(module(batch["image"]), batch["labels"])
 
     def parameter_groups(optim: OptimConfig) -> list[dict[str, Any]]:
-        return layer_decay_groups(model, optim, size)
+        return layer_decay_groups(model, optim, SIZES[config.model.size])
 
     task = Task(
         name="finetune",
@@ -80,39 +79,17 @@ def finetune_task(
         evaluate=evaluation.evaluate,
         preview=evaluation.preview,
         parameter_groups=parameter_groups,
-        metadata=WeightsMetadata(
-            task="finetune",
-            model=config.model.model_dump(mode="json"),
-            image_size=config.image_size,
+        metadata=WeightsMetadata.of_run(
+            "finetune",
+            config,
             normalisation=normalisation.to_dict(),
-            pixel_nm=pixel_size(store),
+            pixel_nm=store.pixel_edge_nm,
             class_names=names,
             ignore_label=config.finetune.ignore_label,
         ),
         fingerprint=store.fingerprint(),
     )
     return config, task, report
-
-
-def layer_decay_groups(model: nn.Module, optim: OptimConfig, size: Size) -> list[dict[str, Any]]:
-    """Optimizer groups whose learning rate falls by `layer_decay` per encoder layer, counted from the decoder.
-
-    The last encoder block has `layer_decay` times the rate of decoder and heads, the stem the smallest one.
-    Parameters of fewer than two axes have no weight decay.
-    """
-    depths = encoder_depths(size)
-
-    def lr_scale(name: str) -> float:
-        depth = encoder_depth(name, size)
-        return 1.0 if depth is None else optim.layer_decay ** (depths - depth)
-
-    return decay_groups(model.named_parameters(), optim.weight_decay, lr_scale)
-
-
-def pixel_size(store: Store) -> float | None:
-    """Median edge of a pixel in nanometres over the images that know theirs; None when none does."""
-    known = sorted(nm for image in store.images for nm in image.pixel_nm[1:] if nm is not None)
-    return known[len(known) // 2] if known else None
 
 
 def _class_names(config: RunConfig, store: Store) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig
 from affmae_engine.errors import CorruptError
+from affmae_engine.model.segmenter import encoder_depth, encoder_depths
+from affmae_engine.model.sizes import Size
 
 
 def decay_groups(
@@ -76,3 +78,18 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
             raise CorruptError(f"the optimizer state {key!r} does not belong to this model", "was the model changed?")
         state.setdefault(parameter, {})[kind] = tensor.to(parameter.device, copy=True)
     optimizer.state.update(state)
+
+
+def layer_decay_groups(model: nn.Module, optim: OptimConfig, size: Size) -> list[dict[str, Any]]:
+    """Optimizer groups whose learning rate falls by `layer_decay` per encoder layer, counted from the decoder.
+
+    The last encoder block has `layer_decay` times the rate of decoder and heads, the stem the smallest one.
+    Parameters of fewer than two axes have no weight decay.
+    """
+    depths = encoder_depths(size)
+
+    def lr_scale(name: str) -> float:
+        depth = encoder_depth(name, size)
+        return 1.0 if depth is None else optim.layer_decay ** (depths - depth)
+
+    return decay_groups(model.named_parameters(), optim.weight_decay, lr_scale)

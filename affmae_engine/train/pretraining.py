@@ -22,7 +22,7 @@ from affmae_engine.errors import CorruptError
 from affmae_engine.model.autoencoder import MaskedAutoencoder
 from affmae_engine.model.sizes import SIZES
 from affmae_engine.train.checkpoint import load_weights
-from affmae_engine.train.finetuning import layer_decay_groups, pixel_size
+from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.pretraining_evaluation import PretrainingEvaluation, choose_crops
 from affmae_engine.train.task import Task
 from affmae_engine.train.transfer import follow_origin
@@ -76,12 +76,11 @@ def pretrain_task(config: RunConfig, store: Store, *, init_from: Path | None = N
         evaluate=evaluation.evaluate,
         preview=evaluation.preview,
         parameter_groups=parameter_groups,
-        metadata=WeightsMetadata(
-            task="pretrain",
-            model=config.model.model_dump(mode="json"),
-            image_size=config.image_size,
+        metadata=WeightsMetadata.of_run(
+            "pretrain",
+            config,
             normalisation=normalisation.to_dict(),
-            pixel_nm=pixel_size(store),
+            pixel_nm=store.pixel_edge_nm,
         ),
         fingerprint=store.fingerprint(),
         notes=tuple(notes),

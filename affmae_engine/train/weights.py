@@ -7,13 +7,14 @@ Reading one runs no code: the tensors are safetensors, the metadata is validated
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from affmae_engine.config import RunConfig, Task
 from affmae_engine.errors import CorruptError, InputError
 
 WEIGHTS_SCHEMA = 1
@@ -27,7 +28,7 @@ class WeightsMetadata(BaseModel):
 
     schema_version: int = WEIGHTS_SCHEMA
     """Version of this record; a reader refuses one that is newer than it knows."""
-    task: Literal["pretrain", "finetune"]
+    task: Task
     """What the weights were trained for: a masked autoencoder, or a segmenter."""
     step: int = 0
     """Optimizer steps taken; set by the loop."""
@@ -45,6 +46,11 @@ class WeightsMetadata(BaseModel):
     """Label value that was neither trained on nor scored."""
     config: dict[str, Any] = {}
     """The whole resolved configuration of the run; set by the loop."""
+
+    @classmethod
+    def of_run(cls, task: Task, config: RunConfig, **known: Any) -> WeightsMetadata:
+        """The record of a run that is about to start; `known` are further fields, such as `normalisation`."""
+        return cls(task=task, model=config.model.model_dump(mode="json"), image_size=config.image_size, **known)
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: WeightsMetadata) -> None:

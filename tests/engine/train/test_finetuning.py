@@ -24,7 +24,8 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError, Interrupted
 from affmae_engine.model.segmenter import Segmenter, encoder_depths
 from affmae_engine.model.sizes import SIZES
-from affmae_engine.train.finetuning import finetune_task, layer_decay_groups
+from affmae_engine.train.finetuning import finetune_task
+from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.segmentation_evaluation import chosen_sections
 
 CPU = torch.device("cpu")
