@@ -11,7 +11,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import DeviceOption, JsonOption, ModelOption, OutOption, OverwriteOption, QuietOption
-from affmae_engine.errors import ConfigError
+from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
     from affmae_engine.predict.files import Outcome
@@ -30,9 +30,6 @@ WhichOption = Annotated[
 ]
 RescaleOption = Annotated[
     bool, typer.Option("--rescale", help="Predict at the training's pixel size; labels keep the input's grid.")
-]
-PixelSizeOption = Annotated[
-    str | None, typer.Option("--pixel-size", metavar="Z,Y,X", help="Voxel size in nm, in place of what the file says.")
 ]
 ProbabilitiesOption = Annotated[
     bool, typer.Option("--probabilities", help="Also write class probabilities (OME-Zarr, value / 255).")
@@ -79,11 +76,14 @@ def predict(
     from affmae_cli.score_table import show_scores
     from affmae_engine.predict.predictor import Predictor, newest_finetune_run
 
+    voxel = parse_pixel_size(pixel_size) or (None, None, None)
     run = model or newest_finetune_run()
     predictor = Predictor.from_weights(run, which=which, device=device or "auto")
     if not quiet:
         output.say(f"model {run} (step {predictor.metadata.step}) on {predictor.choice.description}")
-    options = _options(predictor, tile, overlap, batch, rescale, _voxel_size(pixel_size), overwrite)
+    options = _options(
+        predictor, tile, overlap, batch, rescale, parse_pixel_size(pixel_size) or (None, None, None), overwrite
+    )
     targets = Targets(out, probabilities=probabilities, overlay=overlay)
     outcome, scored = segment(sources, predictor, targets, options, labels=labels, quiet=quiet)
     if as_json:
@@ -148,7 +148,7 @@ def _options(
     overlap: float | None,
     batch: int | None,
     rescale: bool,
-    pixel_nm: tuple[float | None, float | None, float | None],
+    pixel_nm: VoxelSize,
     overwrite: bool,
 ) -> PredictOptions:
     """What was asked, over what the run was configured with."""
@@ -165,18 +165,6 @@ def _options(
         pixel_nm=pixel_nm,
         overwrite=overwrite,
     )
-
-
-def _voxel_size(text: str | None) -> tuple[float | None, float | None, float | None]:
-    if text is None:
-        return None, None, None
-    try:
-        z, y, x = (float(part) for part in text.split(","))
-    except ValueError:
-        z = y = x = 0.0
-    if not all(0 < size < 1e6 for size in (z, y, x)):
-        raise ConfigError(f"--pixel-size {text!r} is not three positive numbers", "for example --pixel-size 40,4.6,4.6")
-    return z, y, x
 
 
 def _document(outcome: Outcome, scored: Score | None, run: Path, predictor: Predictor) -> dict[str, object]:

@@ -181,8 +181,8 @@ def test_a_mismatch_of_pixel_sizes_is_warned_about(here: Path, trained: Path) ->
         (["a.tif", "-o", "a.tif", "--overwrite"], 2, "would replace the input"),
         (["a.tif", "-o", "notes.txt/out.tif"], 4, "notes.txt"),
         (["a.tif", "b.tif", "-o", "out.tif"], 2, "several inputs cannot go into the one file"),
-        (["a.tif", "--pixel-size", "1,2"], 2, "--pixel-size '1,2' is not three positive numbers"),
-        (["a.tif", "--pixel-size", "0,4,4"], 2, "is not three positive numbers"),
+        (["a.tif", "--pixel-size", "1,2,3,4"], 2, "--pixel-size '1,2,3,4' is not a voxel size"),
+        (["a.tif", "--pixel-size", "0,4,4"], 2, "is not a voxel size"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
