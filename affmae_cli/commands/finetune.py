@@ -84,12 +84,8 @@ def finetune(
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
 
-        given: dict[str, object] = {
-            "images": images,
-            "labels": labels,
-            "val_images": val_images,
-            "val_labels": val_labels,
-        }
+        given: dict[str, object] = {"images": images, "labels": labels, "pixel_size": pixel_size}
+        given |= {"val_images": val_images, "val_labels": val_labels}
         given |= {"preset": preset != "auto", "config": config, "out": out}
         refuse_with_resume(**given, init_from=init_from, overwrite=overwrite, dry_run=dry_run)
         run, summary, report = *_continue(resume, set_, flags, quiet=quiet), None

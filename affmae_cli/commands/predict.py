@@ -81,9 +81,7 @@ def predict(
     predictor = Predictor.from_weights(run, which=which, device=device or "auto")
     if not quiet:
         output.say(f"model {run} (step {predictor.metadata.step}) on {predictor.choice.description}")
-    options = _options(
-        predictor, tile, overlap, batch, rescale, parse_pixel_size(pixel_size) or (None, None, None), overwrite
-    )
+    options = _options(predictor, tile, overlap, batch, rescale, voxel, overwrite)
     targets = Targets(out, probabilities=probabilities, overlay=overlay)
     outcome, scored = segment(sources, predictor, targets, options, labels=labels, quiet=quiet)
     if as_json:
