@@ -66,8 +66,8 @@ def root(
 
 def main() -> None:
     """Entry point of the console script and of `python -m affmae_cli`."""
-    # Threads of the CPU backend (libgomp) spin long while they wait unless told otherwise before torch is loaded, and two
-    # such processes stall each other. A short spin costs nothing on an idle machine (docs/benchmarks.md).
+    # Threads of the CPU backend (libgomp) spin long while they wait, unless told otherwise before torch is loaded, and
+    # two such processes stall each other. A short spin costs nothing on an idle machine (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     output.prepare_streams()
     app(prog_name="affmae")
