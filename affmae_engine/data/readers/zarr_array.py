@@ -69,7 +69,9 @@ class _ConfinedStore(LocalStore):
 class ZarrSource(Source):
     """One array of a Zarr hierarchy."""
 
-    def __init__(self, info: SourceInfo, array: str, axes: str, sections: Sections, sample: int, rule: ValueRule):
+    def __init__(
+        self, info: SourceInfo, array: str, axes: str, sections: Sections, sample: int, rule: ValueRule
+    ) -> None:
         super().__init__(info)
         self._array, self._axes, self._sections, self._sample, self._rule = array, axes, sections, sample, rule
 
