@@ -213,8 +213,8 @@ class PredictConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of each operation runs."""
 
-    backend: Literal["auto", "reference"] = "auto"
-    """`auto` takes the fastest implementation that this machine can run; `reference` is plain PyTorch."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
 
 
 class RunConfig(Section):

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before any kernel is imported: on a machine without a card the Triton interpreter runs them on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)  # tests run several processes side by side; more threads only fight for the cores
 
 

@@ -27,9 +27,9 @@ _OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "point_at
 _PACKAGES = ("affmae", "torch", "numpy", "zarr", "safetensors", "triton")
 
 
-def kernel_backends(backend: str) -> dict[str, str]:
+def kernel_backends(backend: str, device: torch.device) -> dict[str, str]:
     """The implementation of each operation that `kernels.backend` means here."""
-    return {operation: choose_backend(backend, operation).name for operation in _OPERATIONS}
+    return {operation: choose_backend(backend, operation, device).name for operation in _OPERATIONS}
 
 
 def write_environment(
@@ -54,7 +54,7 @@ def write_environment(
             "command": dict(command),
             "device": choice.description,
             "precision": choice.precision,
-            "backends": kernel_backends(backend),
+            "backends": kernel_backends(backend, choice.device),
             "versions": {name: found for name in _PACKAGES if (found := _version(name))},
             "cuda": torch.version.cuda,
             "python": platform.python_version(),

@@ -199,7 +199,7 @@ def _started(session: Session, *, resumed: bool) -> RunStarted:
         precision=session.choice.precision,
         parameters=sum(parameter.numel() for parameter in session.state.model.parameters()),
         batch_size=config.train.batch_size,
-        backends=kernel_backends(config.kernels.backend),
+        backends=kernel_backends(config.kernels.backend, session.choice.device),
     )
 
 

@@ -45,7 +45,7 @@ def cluster_attention(
         ValueError: when shapes do not fit together.
     """
     _check(qkv_BN3AD, neighbourhoods, blank_key_AD, blank_value_AD, bias_weight_A5, bias_A)
-    choose_backend(backend, "cluster_attention")
+    choose_backend(backend, "cluster_attention", qkv_BN3AD.device)
     with torch.autocast(qkv_BN3AD.device.type, enabled=False):
         return reference.cluster_attention(
             qkv_BN3AD, neighbourhoods, blank_key_AD, blank_value_AD, bias_weight_A5, bias_A

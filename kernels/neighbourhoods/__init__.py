@@ -87,6 +87,6 @@ def build(
             f"{pos_BN2.shape[1]} tokens in clusters of {cluster_size} on a canvas of {height} x {width} cells are too "
             "many for exact distances in int64; take a smaller image"
         )
-    choose_backend(backend, "neighbourhoods")
+    choose_backend(backend, "neighbourhoods", pos_BN2.device)
     order_BN, ordered_BN2, nearest_BNC = reference.build(pos_BN2, canvas_hw, cluster_size, neighbours // cluster_size)
     return order_BN, Neighbourhoods(ordered_BN2, nearest_BNC, cluster_size, (height, width))

@@ -31,7 +31,7 @@ def nearest_table(pos_BN2: Tensor, canvas_hw: tuple[int, int], *, backend: str =
     """
     if pos_BN2.ndim != 3 or pos_BN2.shape[2] != 2 or pos_BN2.shape[1] < 1 or pos_BN2.dtype != torch.int32:
         raise ValueError(f"pos_BN2 must be int32 [B, N >= 1, 2]; got {pos_BN2.dtype} {tuple(pos_BN2.shape)}")
-    choose_backend(backend, "point_attention")
+    choose_backend(backend, "point_attention", pos_BN2.device)
     return reference.nearest_table(pos_BN2, canvas_hw)
 
 
@@ -73,7 +73,7 @@ def point_attention(
         ValueError: when shapes do not fit together.
     """
     _check(value_BNAD, pos_BN2, table_BT4, query_pos_BQ2, offset_BQAS2, logit_BQAS, tau, canvas_hw)
-    choose_backend(backend, "point_attention")
+    choose_backend(backend, "point_attention", value_BNAD.device)
     with torch.autocast(value_BNAD.device.type, enabled=False):
         return reference.point_attention(
             value_BNAD, pos_BN2, table_BT4, query_pos_BQ2, offset_BQAS2, logit_BQAS, tau, canvas_hw

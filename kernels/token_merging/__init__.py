@@ -57,7 +57,7 @@ def merge_tokens(
     for name, (tensor, shape) in parameters.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
-    choose_backend(backend, "token_merging")
+    choose_backend(backend, "token_merging", feat_BNC.device)
     with torch.autocast(feat_BNC.device.type, enabled=False):
         return reference.merge_tokens(
             feat_BNC, score_BN, survivors_BK, neighbourhoods, weight_45, bias_4, norm_weight_4, norm_bias_4

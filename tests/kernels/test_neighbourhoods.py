@@ -153,7 +153,7 @@ def test_geometry_has_zero_ratios_at_zero_distance() -> None:
         (torch.zeros(2, 0, 2, dtype=torch.int32), {}, r"\(2, 0, 2\)"),
         (torch.zeros(1, 17, 2, dtype=torch.int32), {}, "17 tokens do not fit on a canvas of 4 x 4"),
         (torch.zeros(1, 5, 2, dtype=torch.int32), {"neighbours": 60}, r"neighbours \(60\).*multiple.*\(8\)"),
-        (torch.zeros(1, 5, 2, dtype=torch.int32), {"backend": "cuda"}, "auto, reference; got 'cuda'"),
+        (torch.zeros(1, 5, 2, dtype=torch.int32), {"backend": "cuda"}, "auto, triton, reference; got 'cuda'"),
     ],
 )
 def test_wrong_input_is_named(pos, options, message) -> None:
