@@ -6,24 +6,30 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.model.initialise import STD, linear
+from affmae_engine.model.norm import LayerNorm
 from affmae_kernels.cluster_attention import cluster_attention
 from affmae_kernels.neighbourhoods import Neighbourhoods
 
 
 class DropPath(nn.Module):
-    """Drops a residual branch for whole images while training and rescales the kept ones."""
+    """Drops a residual branch for whole images while training and rescales the kept ones.
+
+    The rate is a tensor, so that the blocks of a stage, which differ in it alone, share one compiled graph.
+    """
+
+    keep: Tensor
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, branch_BNC: Tensor) -> Tensor:
         """Returns the branch, or zeros for the dropped images."""
-        if self.rate == 0 or not self.training:
+        if not self.training:
             return branch_BNC
-        keep = 1 - self.rate
-        kept_B11 = branch_BNC.new_empty(branch_BNC.shape[0], 1, 1).bernoulli_(keep)
-        return branch_BNC * (kept_B11 / keep)
+        kept_B11 = torch.rand(branch_BNC.shape[0], 1, 1, device=branch_BNC.device) < self.keep
+        return branch_BNC * (kept_B11 / self.keep).to(branch_BNC.dtype)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -68,9 +74,9 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float, backend: str) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm1 = LayerNorm(dim)
         self.attention = ClusterAttention(dim, heads, backend)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm2 = LayerNorm(dim)
         self.mlp = nn.Sequential(linear(dim, hidden), nn.GELU(), linear(hidden, dim))
         self.drop_path = DropPath(drop_path)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.encoder import StageOutput
 from affmae_engine.model.initialise import STD, linear, projection
+from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.sizes import SIZES
 from affmae_kernels.point_attention import nearest_table, point_attention
 
@@ -91,13 +92,13 @@ class DecoderStep(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, source_dim: int, dropout: float, backend: str) -> None:
         super().__init__()
         self.source = linear(source_dim, dim)
-        self.source_norm = nn.LayerNorm(dim, eps=1e-5)
+        self.source_norm = LayerNorm(dim)
         self.self_attention = PointAttention(dim, heads, backend)
         self.cross_attention = PointAttention(dim, heads, backend)
         self.ffn = nn.Sequential(projection(dim, hidden), nn.ReLU(), projection(hidden, dim))
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-5)
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BQC: Tensor, queries: Points, stage_BNC: Tensor, tokens: Points) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.block import Block
 from affmae_engine.model.merging import ClusterMerging, NormMerging
+from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.patches import cell_positions, take_rows
 from affmae_engine.model.sizes import SIZES, Size
 from affmae_engine.model.stem import Stem
@@ -38,7 +39,7 @@ class Stage(nn.Module):
         dim, heads = size.dims[index], size.heads[index]
         self.cluster_size, self.neighbours, self.backend = config.cluster_size, config.neighbours, backend
         self.blocks = nn.ModuleList(Block(dim, heads, size.mlp_ratio, rate, backend) for rate in drop_path)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.norm = LayerNorm(dim)
         self.merge: ClusterMerging | NormMerging | None = None
         if index + 1 < len(size.dims):
             if config.merging == "cluster":

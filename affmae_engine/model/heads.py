@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.model.initialise import linear
+from affmae_engine.model.norm import LayerNorm
 
 STEP_OF_HEAD = {"last": -1, "step2": 1, "step1": 0}
 """Decoder step whose output each head reads. The auxiliary heads sit on the sparse stages, which collapse without."""
@@ -16,7 +17,7 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, values: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.norm = LayerNorm(dim)
         self.linear = linear(dim, values)
 
     def forward(self, feat_BQC: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.model.initialise import STD, linear
+from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.patches import take_rows
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.token_merging import merge_tokens
@@ -37,7 +38,7 @@ class ClusterMerging(nn.Module):
         # PyTorch's own start: with a zero bias a survivor would give its own features no weight at all.
         self.position = nn.Linear(5, 4)
         self.position_norm = nn.LayerNorm(4, eps=1e-5)
-        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+        self.norm = LayerNorm(4 * dim)
         self.reduction = linear(4 * dim, next_dim)
 
     def forward(self, feat_BNC: Tensor, neighbourhoods: Neighbourhoods) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ class NormMerging(nn.Module):
         super().__init__()
         self.keep = keep
         self.mark = nn.Parameter(torch.empty(dim))
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.norm = LayerNorm(dim)
         self.reduction = linear(dim, next_dim)
         nn.init.trunc_normal_(self.mark, std=STD)
 
