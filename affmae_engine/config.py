@@ -215,6 +215,11 @@ class KernelsConfig(Section):
 
     backend: Literal["auto", "triton", "reference"] = "auto"
     """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
+    compile: bool | Literal["auto"] = "auto"
+    """Fuse the layers between the operations with torch.compile; `auto`: on a card that runs the kernels, for runs of
+    at least 200 steps, since it costs half a minute."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Record the pretraining step once and replay it; `auto`: on a card that runs the kernels."""
 
 
 class RunConfig(Section):

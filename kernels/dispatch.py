@@ -15,6 +15,7 @@ import torch
 from affmae_kernels import launch
 
 Backend = Literal["auto", "triton", "reference"]
+_BACKENDS = get_args(Backend)
 
 _logger = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -40,8 +41,8 @@ def choose_backend(backend: str, op: str, device: torch.device, unsupported: str
     Raises:
         ValueError: when `backend` is not one of `Backend`, or when it is `triton` and the kernel cannot run.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend of {op} must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend of {op} must be one of {', '.join(_BACKENDS)}; got {backend!r}")
     if backend == "reference":
         return Choice("reference", "asked for")
     if backend == "auto" and device.type == "cpu":

@@ -6,7 +6,6 @@ wrongly, so only fp32 goes through it.
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -22,14 +21,24 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_found: dict[tuple[str, int], str | None] = {}
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def obstacle(device_type: str, index: int) -> str | None:
     """Why no Triton kernel can run on this device, in words that name the remedy; None when they can.
 
-    The last check compiles and runs a tiny kernel once per process, which finds a missing C compiler, a driver that is
-    too old, and a read-only cache.
+    Looked for once per process and device.
     """
+    key = device_type, index
+    if key not in _found:
+        _found[key] = _look_for_obstacle(device_type, index)
+    return _found[key]
+
+
+def _look_for_obstacle(device_type: str, index: int) -> str | None:
+    """The last check compiles and runs a tiny kernel, which finds a missing C compiler, a driver that is too old, and
+    a read-only cache."""
     try:
         import triton
     except ImportError as error:

@@ -39,13 +39,25 @@ def sine_embedding(pos_BN2: Tensor, canvas_hw: tuple[int, int], dim: int) -> Ten
     return torch.cat(halves, -1)
 
 
+class SineEmbedding(nn.Module):
+    """`sine_embedding` as a module, so that it can be compiled into one kernel; the result in autocast's dtype."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, pos_BN2: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
+        """int32 (x, y) cells [B, N, 2] -> [B, N, dim]."""
+        sine_BNC, kind = sine_embedding(pos_BN2, canvas_hw, self.dim), pos_BN2.device.type
+        return sine_BNC.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else sine_BNC
+
+
 class Points:
     """A set of tokens that can be asked: positions on a canvas and the table of the nearest ones."""
 
-    def __init__(self, pos_BN2: Tensor, canvas_hw: tuple[int, int], dim: int, backend: str) -> None:
+    def __init__(self, pos_BN2: Tensor, canvas_hw: tuple[int, int], backend: str) -> None:
         self.pos_BN2, self.canvas_hw = pos_BN2, canvas_hw
         self.table_BT4 = nearest_table(pos_BN2, canvas_hw, backend=backend)
-        self.sine_BNC = sine_embedding(pos_BN2, canvas_hw, dim)
 
 
 class PointAttention(nn.Module):
@@ -101,10 +113,10 @@ class DecoderStep(nn.Module):
         self.norm3 = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BQC: Tensor, queries: Points, stage_BNC: Tensor, tokens: Points) -> Tensor:
-        """[B, Q, C] -> [B, Q, C]."""
+    def forward(self, x_BQC: Tensor, queries: Points, stage_BNC: Tensor, tokens: Points, sine_BNC: Tensor) -> Tensor:
+        """[B, Q, C] -> [B, Q, C]; `sine_BNC` is the embedding of the tokens' positions."""
         x_BQC = self.norm1(x_BQC + self.dropout(self.self_attention(x_BQC, queries, x_BQC, queries)))
-        source_BNC = self.source_norm(self.source(stage_BNC)) + tokens.sine_BNC.to(x_BQC.dtype)
+        source_BNC = self.source_norm(self.source(stage_BNC)) + sine_BNC.to(x_BQC.dtype)
         x_BQC = self.norm2(x_BQC + self.dropout(self.cross_attention(x_BQC, queries, source_BNC, tokens)))
         out_BQC: Tensor = self.norm3(x_BQC + self.dropout(self.ffn(x_BQC)))
         return out_BQC
@@ -119,6 +131,7 @@ class Decoder(nn.Module):
         self.dim, self.backend = size.decoder_dim, backend
         hidden = round(self.dim * config.decoder_ffn_ratio)
         self.mask_token = nn.Parameter(torch.empty(self.dim))
+        self.sine = SineEmbedding(self.dim)
         self.steps = nn.ModuleList(
             DecoderStep(self.dim, size.decoder_heads, hidden, dim, config.decoder_dropout, backend)
             for dim in reversed(size.dims)
@@ -133,11 +146,12 @@ class Decoder(nn.Module):
             query_pos_BQ2: int32 (x, y) cells of the queries.
             canvas_hw: height and width of the canvas, in cells.
         """
-        queries = Points(query_pos_BQ2, canvas_hw, self.dim, self.backend)
-        x_BQC = self.mask_token + queries.sine_BNC.to(self.mask_token.dtype)
+        queries = Points(query_pos_BQ2, canvas_hw, self.backend)
+        sine_BQC = self.sine(query_pos_BQ2, canvas_hw)
+        x_BQC = self.mask_token.to(sine_BQC.dtype) + sine_BQC
         outputs: list[Tensor] = []
         for step, stage in zip(self.steps, reversed(stages), strict=True):
-            tokens = Points(stage.pos_BN2, canvas_hw, self.dim, self.backend)
-            x_BQC = step(x_BQC, queries, stage.feat_BNC, tokens)
+            tokens = Points(stage.pos_BN2, canvas_hw, self.backend)
+            x_BQC = step(x_BQC, queries, stage.feat_BNC, tokens, self.sine(stage.pos_BN2, canvas_hw))
             outputs.append(x_BQC)
         return outputs

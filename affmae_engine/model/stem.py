@@ -57,6 +57,7 @@ class Stem(nn.Module):
         around = _Surroundings.of(visible_BV, canvas_hw)
         window = _image_windows(image_BIHW, visible_BV, around, self.patch)
         for conv, norm in zip(self.convs[:-1], self.norms[:-1], strict=True):
+            assert isinstance(norm, LayerNorm)
             feat_BVrrC = F.gelu(norm(_convolve(window, conv)))
             window = around.windows(feat_BVrrC, F.gelu(norm.bias).to(feat_BVrrC.dtype))
         feat_BVC: Tensor = self.norms[-1](_convolve(window, self.convs[-1]).flatten(2))

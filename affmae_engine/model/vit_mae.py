@@ -149,9 +149,7 @@ class VitMae(nn.Module):
         encoded_BNC: Tensor = self.norm(x_BNC)
         return encoded_BNC
 
-    def _decode(
-        self, encoded_BNC: Tensor, visible_BV: Tensor, masked_BQ: Tensor, canvas_hw: tuple[int, int]
-    ) -> Tensor:
+    def _decode(self, encoded_BNC: Tensor, visible_BV: Tensor, masked_BQ: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
         """Pixels [B, Q, P] of the masked patches."""
         x_BNC = self._residual(self.decoder_embed(encoded_BNC))
         position_TC = sincos_positions(canvas_hw, self.decoder_dim, x_BNC.device).to(x_BNC.dtype)

@@ -2,7 +2,7 @@
 
     fit          locks the run, builds the state (new, or from the newest valid checkpoint), always closes
     _train       the loop: a step, and what happens every so many of them
-    train_step   (step.py) forward, backward, clip, update
+    TrainStep    (step.py) forward, backward, clip, update
     Session      (session.py) log, evaluate, preview, save
 
 The device is read only when a step is logged, evaluated or saved.
@@ -25,6 +25,7 @@ from affmae_engine.errors import AffmaeError, ConfigError, Interrupted, Resource
 from affmae_engine.events import Event, RunEnded, RunStarted, finite
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
+from affmae_engine.train.compile import compile_regions
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.environment import kernel_backends
 from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window
@@ -34,10 +35,13 @@ from affmae_engine.train.schedule import due, learning_rate
 from affmae_engine.train.session import Session
 from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.state import TrainState, restore_state
-from affmae_engine.train.step import seed_forward, train_step
+from affmae_engine.train.step import TrainStep, seed_forward
 from affmae_engine.train.task import Task
 
 _engine_log = logging.getLogger("affmae_engine")
+
+STEPS_WORTH_COMPILING = 200
+"""Compiling costs half a minute or so: not worth it for a trial of a few steps."""
 
 
 @dataclass(frozen=True)
@@ -121,24 +125,23 @@ def _train(session: Session) -> None:
         workers=config.data.workers,
     )
     state.model.train()
+    take_step = TrainStep(
+        state.model,
+        task.losses,
+        state.optimizer,
+        state.scaler,
+        session.choice,
+        accumulate=train.batch_size // (micro * world),
+        clip_norm=optim.clip_norm,
+        record=_accelerate(session, world),
+    )
     with contextlib.closing(stream):
         while state.step < total and not stop.requested:
             rate = learning_rate(
                 state.step, total_steps=total, warmup_steps=optim.warmup_steps, peak=optim.lr, minimum=optim.min_lr
             )
             set_learning_rate(state.optimizer, rate)
-            result = train_step(
-                state.model,
-                task.losses,
-                stream,
-                state.optimizer,
-                state.scaler,
-                session.choice,
-                accumulate=train.batch_size // (micro * world),
-                clip_norm=optim.clip_norm,
-                seed=partial(seed_forward, train.seed, state.step, rank),
-                watch=session.watch,
-            )
+            result = take_step(stream, seed=partial(seed_forward, train.seed, state.step, rank), watch=session.watch)
             state.window.add(result.losses, result.grad_norm, result.bad)
             state.step += 1
             session.watch.stepped()
@@ -158,6 +161,18 @@ def _train(session: Session) -> None:
             f"continue with: affmae {task.name} --resume {session.run.root}",
             signal_number=stop.signal_number or 2,
         )
+
+
+def _accelerate(session: Session, world: int) -> bool:
+    """Compiles the model's regions where the configuration says so; returns whether to record CUDA graphs."""
+    kernels, device = session.config.kernels, session.choice.device
+    backends = kernel_backends(kernels.backend, device)
+    fast = device.type == "cuda" and set(backends.values()) == {"triton"}
+    long = session.config.train.steps - session.state.step >= STEPS_WORTH_COMPILING
+    if device.type == "cuda" and (kernels.compile is True or (kernels.compile == "auto" and fast and long)):
+        compile_regions(session.state.model)
+    recordable = device.type == "cuda" and world == 1 and session.task.static
+    return recordable and (kernels.cuda_graph is True or (kernels.cuda_graph == "auto" and fast))
 
 
 def _starting_point(run: RunDir, task: Task, resume: bool) -> tuple[checkpoint.Checkpoint | None, list[str]]:

@@ -44,14 +44,27 @@ def decay_groups(
 
 
 def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over groups as `decay_groups` makes them."""
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    """AdamW over groups as `decay_groups` makes them.
+
+    On a card the learning rates are tensors there, so that a recorded step reads what `set_learning_rate` wrote.
+    """
+    device = groups[0]["params"][0].device
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, fused=True, capturable=device.type == "cuda"
+    )
+    if device.type == "cuda":
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(config.lr, device=device)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group `rate` times its own `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["lr_scale"])
+        else:
+            group["lr"] = rate * group["lr_scale"]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

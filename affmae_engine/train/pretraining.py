@@ -84,6 +84,7 @@ def pretrain_task(config: RunConfig, store: Store, *, init_from: Path | None = N
         ),
         fingerprint=store.fingerprint(),
         notes=tuple(notes),
+        static=True,
     )
     return config, task
 

@@ -3,6 +3,10 @@
 A step with a non-finite loss or gradient is left out without a branch: the fused AdamW reads the flag on the device
 and leaves weights and moments as they are, bit for bit. Clipping is the factor that the same kernel divides by. The
 cost of the check is one norm, which clipping needs anyway, and a handful of scalar kernels.
+
+Unusual: where that is asked for, everything after the batch's copy is recorded once as CUDA graphs and replayed, so
+that the host launches two graphs a step instead of thousands of kernels. The recorded functions are the same that
+run before, so the numbers do not change.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +25,16 @@ from affmae_engine.train.metrics import Stopwatch
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
+EAGER_STEPS = 3
+"""Steps before the recording: they compile kernels, create optimizer state and find the largest workspaces."""
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars on the device: losses averaged over the micro-batches, gradient norm before clipping, step skipped."""
+    """Scalars on the device: losses averaged over the micro-batches, gradient norm before clipping, step skipped.
+
+    They are overwritten by the next step, so whoever keeps them copies them.
+    """
 
     losses: dict[str, Tensor]
     grad_norm: Tensor
@@ -39,55 +50,121 @@ def seed_forward(seed: int, step: int, rank: int, part: int) -> None:
     torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
-def train_step(
-    model: nn.Module,
-    losses: Losses,
-    batches: Iterator[dict[str, Tensor]],
-    optimizer: torch.optim.AdamW,
-    scaler: torch.amp.GradScaler,
-    choice: DeviceChoice,
-    *,
-    accumulate: int,
-    clip_norm: float,
-    seed: Callable[[int], None],
-    watch: Stopwatch,
-) -> StepResult:
-    """Take one optimizer step over `accumulate` micro-batches.
+class TrainStep:
+    """Takes optimizer steps, each over `accumulate` micro-batches.
 
     Args:
         model: on the device, in train mode.
         losses: the task's loss function.
-        batches: micro-batches on the host.
-        optimizer: fused AdamW whose learning rates are set.
+        optimizer: fused AdamW, from `build_adamw`.
         scaler: loss scaler; disabled unless the precision is fp16.
         choice: device and precision.
         accumulate: micro-batches per step.
         clip_norm: largest gradient norm; 0 turns clipping off.
-        seed: called before the forward pass of each micro-batch with its number.
-        watch: told how long the device waited for data.
+        record: replay CUDA graphs after `EAGER_STEPS` steps; every batch must then have the same shapes.
     """
-    sums: dict[str, Tensor] = {}
-    for part in range(accumulate):
-        batch = _to_device(_next_batch(batches, choice.device, watch), choice.device)
-        seed(part)
-        with choice.autocast():
-            named = losses(model, batch)
-        scaler.scale(named["loss"] / accumulate).backward()
-        for name, value in named.items():
-            share = value.detach().float() / accumulate
-            sums[name] = sums[name] + share if name in sums else share
-    if scaler.is_enabled():
-        scaler.unscale_(optimizer)
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    bad = ~(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
-    optimizer.grad_scale = (norm / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(norm)  # type: ignore[attr-defined]
-    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-    optimizer.step()
-    if scaler.is_enabled():
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(sums, norm, bad)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Losses,
+        optimizer: torch.optim.AdamW,
+        scaler: torch.amp.GradScaler,
+        choice: DeviceChoice,
+        *,
+        accumulate: int,
+        clip_norm: float,
+        record: bool = False,
+    ) -> None:
+        self._model, self._losses, self._optimizer, self._scaler = model, losses, optimizer, scaler
+        self._choice, self._accumulate, self._clip_norm = choice, accumulate, clip_norm
+        self._eager_steps = EAGER_STEPS if record else None
+        self._backward: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self._run_backward
+        self._update: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self._run_update
+
+    def __call__(
+        self, batches: Iterator[dict[str, Tensor]], *, seed: Callable[[int], None], watch: Stopwatch
+    ) -> StepResult:
+        """Take one step.
+
+        Args:
+            batches: micro-batches on the host.
+            seed: called before the forward pass of each micro-batch with its number.
+            watch: told how long the device waited for data.
+        """
+        sums: dict[str, Tensor] = {}
+        for part in range(self._accumulate):
+            batch = _to_device(_next_batch(batches, self._choice.device, watch), self._choice.device)
+            if part == 0 and self._eager_steps == 0:
+                self._record(batch)
+            seed(part)
+            for name, share in self._backward(batch).items():
+                sums[name] = sums[name] + share if name in sums else share
+        update = self._update({"loss": sums["loss"]})
+        if self._eager_steps is not None:
+            self._eager_steps -= 1
+        return StepResult(sums, update["norm"], update["bad"])
+
+    def _run_backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the gradients of one micro-batch; returns its share of the losses."""
+        with self._choice.autocast():
+            named = self._losses(self._model, batch)
+        self._scaler.scale(named["loss"] / self._accumulate).backward()
+        return {name: value.detach().float() / self._accumulate for name, value in named.items()}
+
+    def _run_update(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Clips and updates, unless something is not finite; forgets the gradients."""
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self._optimizer)
+        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        bad = ~(torch.isfinite(norm) & torch.isfinite(total["loss"]))
+        scale = (norm / self._clip_norm).clamp(min=1.0) if self._clip_norm else torch.ones_like(norm)
+        self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self._optimizer.step()
+        if self._scaler.is_enabled():
+            self._scaler.update()
+        # A recorded backward pass writes into the very tensors it was recorded with: one micro-batch overwrites them,
+        # several add to them.
+        if self._eager_steps is None or self._eager_steps > 0:
+            self._optimizer.zero_grad(set_to_none=True)
+        elif self._accumulate > 1:
+            torch._foreach_zero_(grads)
+        return {"norm": norm, "bad": bad}
+
+    def _record(self, batch: dict[str, Tensor]) -> None:
+        if self._accumulate > 1:
+            for group in self._optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+        pool = torch.cuda.graph_pool_handle()
+        backward = _Recorded(self._run_backward, batch, pool)
+        loss = torch.zeros((), device=self._choice.device)
+        self._backward, self._update = backward, _Recorded(self._run_update, {"loss": loss}, pool)
+
+
+class _Recorded:
+    """A function of tensors of fixed shapes as one CUDA graph. Its results live in the graph and are overwritten."""
+
+    def __init__(
+        self,
+        function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        example: dict[str, Tensor],
+        pool: Any,
+    ) -> None:
+        self._inputs = {name: tensor.clone() for name, tensor in example.items()}
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._results = function(self._inputs)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in inputs.items():
+            if tensor.shape != self._inputs[name].shape:
+                raise ValueError(f"{name} was recorded as {list(self._inputs[name].shape)}; got {list(tensor.shape)}")
+            self._inputs[name].copy_(tensor, non_blocking=True)
+        self._graph.replay()
+        return self._results
 
 
 def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watch: Stopwatch) -> dict[str, Tensor]:

@@ -11,39 +11,32 @@ from affmae_engine.train import checkpoint
 from affmae_engine.train.device import pick_device
 from affmae_engine.train.loop import fit
 from affmae_engine.train.metrics import Stopwatch, Window
-from affmae_engine.train.optim import build_adamw
-from affmae_engine.train.step import train_step
+from affmae_engine.train.optim import build_adamw, set_learning_rate
+from affmae_engine.train.step import EAGER_STEPS, TrainStep
 
 pytestmark = pytest.mark.gpu
 Make = Callable[..., object]
 
 
+@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_card(precision: str, make_toy: Make, make_config: Make) -> None:
+def test_a_step_never_waits_for_the_card(record: bool, precision: str, make_toy: Make, make_config: Make) -> None:
     choice = pick_device(TrainConfig(device="cuda", precision=precision))
     config, task = make_config(), make_toy().task
     model = task.model.to(choice.device)
     optimizer = build_adamw(task.parameter_groups(config.optim), config.optim)
     scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
     window = Window(choice.device)
-    batches = iter([{"x": torch.randn(4, 6).pin_memory()} for _ in range(8)])
+    batches = iter([{"x": torch.randn(4, 6).pin_memory()} for _ in range(2 * (EAGER_STEPS + 3))])
+
+    take_step = TrainStep(model, task.losses, optimizer, scaler, choice, accumulate=2, clip_norm=1.0, record=record)
 
     def step() -> None:
-        result = train_step(
-            model,
-            task.losses,
-            batches,
-            optimizer,
-            scaler,
-            choice,
-            accumulate=2,
-            clip_norm=1.0,
-            seed=torch.manual_seed,
-            watch=Stopwatch(),
-        )
+        result = take_step(batches, seed=torch.manual_seed, watch=Stopwatch())
         window.add(result.losses, result.grad_norm, result.bad)
 
-    step()  # lazy initialisation may synchronise
+    for _ in range(EAGER_STEPS + 1):  # lazy initialisation and recording may synchronise
+        step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -82,3 +75,27 @@ def test_resumed_equals_uninterrupted_on_the_card(
     for kind in ("weights", "optimizer"):
         x, y = getattr(a, kind)(), getattr(b, kind)()
         assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_recorded_step_gives_the_same_bits(
+    precision: str, accumulate: int, make_toy: Make, make_config: Make
+) -> None:
+    choice = pick_device(TrainConfig(device="cuda", precision=precision))
+    data = [{"x": torch.randn(4, 6)} for _ in range(accumulate * (EAGER_STEPS + 4))]
+    weights = []
+    for record in (False, True):
+        config, task = make_config(), make_toy().task
+        model = task.model.to(choice.device)
+        optimizer = build_adamw(task.parameter_groups(config.optim), config.optim)
+        scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+        take_step = TrainStep(
+            model, task.losses, optimizer, scaler, choice, accumulate=accumulate, clip_norm=0.1, record=record
+        )
+        batches = iter(data)
+        for step in range(EAGER_STEPS + 4):
+            set_learning_rate(optimizer, 1e-3 * (step + 1))
+            take_step(batches, seed=torch.manual_seed, watch=Stopwatch())
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,34 @@
+"""Compiles the parts of a model that repeat, so that elementwise work is fused into few kernels.
+
+Unusual: not the whole model is compiled but its blocks. Blocks of one stage share one graph, so a network of 25 blocks
+and 4 decoder steps costs a dozen small compilations instead of one of minutes, and what lies between (orders, tables,
+look-ups) stays plain. The operations of `affmae_kernels` are opaque to the compiler.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from affmae_engine.model.block import Block
+from affmae_engine.model.decoder import DecoderStep, SineEmbedding
+from affmae_engine.model.heads import Head
+from affmae_engine.model.merging import ClusterMerging, NormMerging
+from affmae_engine.model.stem import Stem
+
+REGIONS = (Stem, Block, ClusterMerging, NormMerging, SineEmbedding, DecoderStep, Head)
+GRAPHS_OF_A_FUNCTION = 64
+"""Stages differ in width and number of tokens; PyTorch's default of 8 graphs of one function would not do."""
+
+
+def compile_regions(model: nn.Module, backend: str = "inductor") -> int:
+    """Compiles the regions of `model` in place, for static shapes; returns how many there are.
+
+    Names of parameters stay what they were. Compilation happens in the first forward pass of each. `backend` is
+    torch.compile's.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_OF_A_FUNCTION)
+    regions = [module for module in model.modules() if isinstance(module, REGIONS)]
+    for region in regions:
+        region.compile(dynamic=False, fullgraph=True, backend=backend)
+    return len(regions)
