@@ -12,6 +12,7 @@ from torch import nn
 
 from affmae_engine.model.block import Block
 from affmae_engine.model.decoder import DecoderStep, SineEmbedding
+from affmae_engine.model.encoder import Stage
 from affmae_engine.model.heads import Head
 from affmae_engine.model.merging import ClusterMerging, NormMerging
 from affmae_engine.model.stem import Stem
@@ -29,6 +30,7 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> int:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_OF_A_FUNCTION)
     regions = [module for module in model.modules() if isinstance(module, REGIONS)]
+    regions += [module.norm for module in model.modules() if isinstance(module, Stage)]
     for region in regions:
         region.compile(dynamic=False, fullgraph=True, backend=backend)
     return len(regions)
