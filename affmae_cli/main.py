@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, demo, finetune, ingest, predict, presets, pretrain
+from affmae_cli.commands import bench, demo, doctor, finetune, ingest, predict, presets, pretrain
 from affmae_cli.errors import ErrorGroup
 
 STORY = """
@@ -34,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, bench, presets.
+# In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, bench, presets, doctor.
 app.command()(ingest.ingest)
 app.command()(pretrain.pretrain)
 app.command()(finetune.finetune)
@@ -43,6 +43,7 @@ app.command()(demo.demo)
 app.command()(bench.bench)
 app.command("benchmark", hidden=True)(bench.bench)
 app.command()(presets.presets)
+app.command()(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -42,7 +42,7 @@ def pick_device(config: TrainConfig) -> DeviceChoice:
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise ResourceError("train.device is cuda, but no CUDA device can be used", _why_no_cuda())
+        raise ResourceError("train.device is cuda, but no CUDA device can be used", why_no_cuda())
     if config.device == "cpu" or not available:
         precision: str = "fp32" if config.precision == "auto" else config.precision
         device = torch.device("cpu")
@@ -83,7 +83,8 @@ def _cuda_precision(asked: Precision, name: str) -> str:
     return asked
 
 
-def _why_no_cuda() -> str:
+def why_no_cuda() -> str:
+    """Why torch sees no CUDA device, with what to do about it."""
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA: install a CUDA build from pytorch.org"
     if not Path("/proc/driver/nvidia").exists() and sys.platform == "linux":
