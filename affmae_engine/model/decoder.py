@@ -57,7 +57,7 @@ class Points:
 
     def __init__(self, pos_BN2: Tensor, canvas_hw: tuple[int, int], backend: str) -> None:
         self.pos_BN2, self.canvas_hw = pos_BN2, canvas_hw
-        self.table_BT4 = nearest_table(pos_BN2, canvas_hw, backend=backend)
+        self.table = nearest_table(pos_BN2, canvas_hw, backend=backend)
 
 
 class PointAttention(nn.Module):
@@ -86,7 +86,7 @@ class PointAttention(nn.Module):
         out_BQAD = point_attention(
             self.value(source_BNC).unflatten(-1, (self.heads, -1)),
             tokens.pos_BN2,
-            tokens.table_BT4,
+            tokens.table,
             queries.pos_BN2,
             self.offset(query_BQC).unflatten(-1, (self.heads, SAMPLES, 2)),
             self.logit(query_BQC).unflatten(-1, (self.heads, SAMPLES)),

@@ -5,16 +5,34 @@ Two calls: `nearest_table` once per set of tokens, `point_attention` in every la
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
+from affmae_kernels.launch import DTYPES
 from affmae_kernels.point_attention import reference
 
-__all__ = ["nearest_table", "point_attention"]
+__all__ = ["NearestTable", "nearest_table", "point_attention"]
 
 
-def nearest_table(pos_BN2: Tensor, canvas_hw: tuple[int, int], *, backend: str = "auto") -> Tensor:
+@dataclass(frozen=True)
+class NearestTable:
+    """The tokens nearest to every canvas cell. All but `table_BT4` is for the Triton kernels; None without them."""
+
+    table_BT4: Tensor
+    """int32 token rows for the T = h * w cells in canvas order, nearest first; -1 fills the end where there are fewer
+    than 4 tokens."""
+    packed_BT4: Tensor | None = None
+    """int32: the same with the tokens' positions, token << 16 | y << 8 | x."""
+    entry_BE: Tensor | None = None
+    """int32: the entries 4 * cell + k of the table in the order of their tokens."""
+    first_BN: Tensor | None = None
+    """int32: the first entry of every token."""
+
+
+def nearest_table(pos_BN2: Tensor, canvas_hw: tuple[int, int], *, backend: str = "auto") -> NearestTable:
     """The 4 tokens nearest to every canvas cell, by squared distance, then canvas index of the token.
 
     Args:
@@ -31,14 +49,18 @@ def nearest_table(pos_BN2: Tensor, canvas_hw: tuple[int, int], *, backend: str =
     """
     if pos_BN2.ndim != 3 or pos_BN2.shape[2] != 2 or pos_BN2.shape[1] < 1 or pos_BN2.dtype != torch.int32:
         raise ValueError(f"pos_BN2 must be int32 [B, N >= 1, 2]; got {pos_BN2.dtype} {tuple(pos_BN2.shape)}")
-    choose_backend(backend, "point_attention", pos_BN2.device)
-    return reference.nearest_table(pos_BN2, canvas_hw)
+    choice = choose_backend(backend, "nearest_table", pos_BN2.device, _table_unsupported(pos_BN2, canvas_hw))
+    if choice.name == "triton":
+        from affmae_kernels.point_attention import triton_table
+
+        return NearestTable(*triton_table.nearest_table(pos_BN2, *canvas_hw))
+    return NearestTable(reference.nearest_table(pos_BN2, canvas_hw))
 
 
 def point_attention(
     value_BNAD: Tensor,
     pos_BN2: Tensor,
-    table_BT4: Tensor,
+    table: NearestTable,
     query_pos_BQ2: Tensor,
     offset_BQAS2: Tensor,
     logit_BQAS: Tensor,
@@ -58,7 +80,7 @@ def point_attention(
     Args:
         value_BNAD: values of the tokens; any floating dtype.
         pos_BN2: int32 (x, y) cells of the tokens.
-        table_BT4: of these tokens, from `nearest_table`.
+        table: of these tokens, from `nearest_table`.
         query_pos_BQ2: int32 (x, y) cells of the queries.
         offset_BQAS2: (x, y) offsets of the samples, in cells; floating.
         logit_BQAS: logits of the samples; floating.
@@ -72,12 +94,57 @@ def point_attention(
     Raises:
         ValueError: when shapes do not fit together.
     """
-    _check(value_BNAD, pos_BN2, table_BT4, query_pos_BQ2, offset_BQAS2, logit_BQAS, tau, canvas_hw)
-    choose_backend(backend, "point_attention", value_BNAD.device)
+    _check(value_BNAD, pos_BN2, table.table_BT4, query_pos_BQ2, offset_BQAS2, logit_BQAS, tau, canvas_hw)
+    unsupported = _unsupported(value_BNAD, table, offset_BQAS2, logit_BQAS, tau, canvas_hw)
+    choice = choose_backend(backend, "point_attention", value_BNAD.device, unsupported)
     with torch.autocast(value_BNAD.device.type, enabled=False):
+        if choice.name == "triton":
+            from affmae_kernels.point_attention import triton_impl
+
+            tables = (table.packed_BT4, table.entry_BE, table.first_BN)
+            queries = (query_pos_BQ2, offset_BQAS2, logit_BQAS)
+            return triton_impl.point_attention(value_BNAD, *tables, *queries, tau, *canvas_hw)
         return reference.point_attention(
-            value_BNAD, pos_BN2, table_BT4, query_pos_BQ2, offset_BQAS2, logit_BQAS, tau, canvas_hw
+            value_BNAD, pos_BN2, table.table_BT4, query_pos_BQ2, offset_BQAS2, logit_BQAS, tau, canvas_hw
         )
+
+
+def _table_unsupported(pos_BN2: Tensor, canvas_hw: tuple[int, int]) -> str | None:
+    """Why the kernel cannot make this table."""
+    batch, tokens, _ = pos_BN2.shape
+    if max(canvas_hw) > 256 or min(canvas_hw) < 1:
+        return f"a canvas of {canvas_hw[0]} x {canvas_hw[1]} (at most 256 x 256)"
+    if tokens > 65_535:
+        return f"{tokens} tokens (at most 65,535)"
+    if batch > 65_535 or batch * canvas_hw[0] * canvas_hw[1] * 4 >= 2**31:
+        return f"a batch of {batch} (offsets are 32-bit)"
+    return None
+
+
+def _unsupported(
+    value_BNAD: Tensor,
+    table: NearestTable,
+    offset_BQAS2: Tensor,
+    logit_BQAS: Tensor,
+    tau: Tensor,
+    canvas_hw: tuple[int, int],
+) -> str | None:
+    """Why the kernels cannot take these arguments."""
+    batch, tokens, heads, width = value_BNAD.shape
+    _, queries, _, samples, _ = offset_BQAS2.shape
+    if table.packed_BT4 is None:
+        return "a table that the reference made"
+    if any(x.dtype not in DTYPES for x in (value_BNAD, offset_BQAS2, logit_BQAS, tau)):
+        return f"{value_BNAD.dtype} values with {offset_BQAS2.dtype} offsets (fp32, bf16 or fp16)"
+    if width not in (16, 32, 64, 128):
+        return f"a head width of {width} (16, 32, 64 or 128)"
+    if samples != 4:
+        return f"{samples} samples (4)"
+    if not 1 <= queries <= 65_536:
+        return f"{queries} queries (1 to 65,536)"
+    if batch * heads * max(queries * width, tokens * width, canvas_hw[0] * canvas_hw[1] * 4) >= 2**31:
+        return f"a batch of {batch} of that size (offsets are 32-bit)"
+    return None
 
 
 def _check(

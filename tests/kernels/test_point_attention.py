@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import affmae_kernels.point_attention.reference as reference
-from affmae_kernels.point_attention import nearest_table, point_attention
+from affmae_kernels.point_attention import NearestTable, nearest_table, point_attention
 
 
 def slow_table(points: list[tuple[int, int]], canvas: tuple[int, int]) -> list[list[int]]:
@@ -26,7 +26,7 @@ def slow_table(points: list[tuple[int, int]], canvas: tuple[int, int]) -> list[l
 )
 def test_table_equals_brute_force(scatter, canvas, tokens) -> None:
     pos = scatter(2, tokens, canvas)
-    table = nearest_table(pos, canvas)
+    table = nearest_table(pos, canvas).table_BT4
     assert table.dtype == torch.int32
     for image in range(2):
         assert table[image].tolist() == slow_table([tuple(p) for p in pos[image].tolist()], canvas)
@@ -34,11 +34,11 @@ def test_table_equals_brute_force(scatter, canvas, tokens) -> None:
 
 def test_table_in_tiles_and_in_int64_is_the_same(scatter, monkeypatch) -> None:
     pos = scatter(2, 30, (9, 12))
-    table = nearest_table(pos, (9, 12))
+    table = nearest_table(pos, (9, 12)).table_BT4
     monkeypatch.setattr(reference, "TILE_ELEMENTS", 1500)
-    assert torch.equal(nearest_table(pos, (9, 12)), table)
+    assert torch.equal(nearest_table(pos, (9, 12)).table_BT4, table)
     wide = torch.tensor([[[0, 0], [1999, 0], [0, 299], [1000, 150], [1001, 150]]], dtype=torch.int32)
-    assert nearest_table(wide, (300, 2000))[0, 150 * 2000 + 1000].tolist() == [3, 4, 1, 2]
+    assert nearest_table(wide, (300, 2000)).table_BT4[0, 150 * 2000 + 1000].tolist() == [3, 4, 1, 2]
 
 
 def inputs(scatter, batch=2, tokens=20, queries=7, heads=2, width=3, canvas=(7, 9), dtype=torch.float64):
@@ -169,7 +169,7 @@ def test_half_values_under_autocast(scatter, dtype) -> None:
 def test_wrong_shapes_are_named(scatter) -> None:
     pos, query, table, floats, canvas = inputs(scatter)
     with pytest.raises(ValueError, match=r"table_BT4 must be \[2, 63, 4\].*7 x 9; got \[2, 62, 4\]"):
-        attend(pos, query, table[:, 1:], floats, canvas)
+        attend(pos, query, NearestTable(table.table_BT4[:, 1:]), floats, canvas)
     with pytest.raises(ValueError, match=r"logit_BQAS must be \[2, 7, 2, 4\].*got \[2, 7, 2, 3\]"):
         attend(pos, query, table, [floats[0], floats[1], floats[2][..., :3], floats[3]], canvas)
     with pytest.raises(ValueError, match=r"tau must be one number; got \[2\]"):

@@ -1,0 +1,52 @@
+"""Compile cases of point attention: bf16 and fp32, short even and long uneven lists; heads of 64 in bf16 are hot."""
+
+from compiling import CompileCase
+
+from affmae_kernels.point_attention import triton_backward, triton_impl, triton_table
+from affmae_kernels.point_attention.triton_sample import launch_config
+
+INTS = dict.fromkeys(["N", "NQ", "W", "H", "T", "E", "TILES"], "i32")
+INT_POINTERS = "POS RASTER TABLE PACKED COUNT RANK END ENTRY FIRST QUERY_POS PLACE BEGIN TOP"
+FEATURES = "OFFSET LOGIT VALUE OUT GRAD DOFFSET DLOGIT DVALUE"
+OTHERS = {"COLUMNS": "*i64", "DTAU": "*fp32", "SCRATCH": "*fp32", "TAU": "*fp32"}
+POINTERS = dict.fromkeys(INT_POINTERS.split(), "*i32") | OTHERS
+
+
+def case(name: str, kernel, constants: dict, num_warps: int, dtype: str = "bf16") -> CompileCase:
+    floats = dict.fromkeys(FEATURES.split(), f"*{dtype}")
+    reference = {"REFERENCE": "*i64" if dtype == "fp32" else "*i32"}
+    types = {n: t for n, t in (INTS | POINTERS | floats | reference).items() if n in kernel.arg_names}
+    aligned = tuple(n for n, t in types.items() if t.startswith("*") and n != "TOP")
+    hot = dtype == "bf16" and constants.get("D", 64) <= 64
+    return CompileCase(name, kernel, types, constants, num_warps, aligned=aligned, hot=hot)
+
+
+def attention_cases(dtype: str, width: int) -> list[CompileCase]:
+    shape = {"A": 6, "S": 4, "D": width}
+    row_bytes = width * (4 if dtype == "fp32" else 2)
+    config = launch_config(2048, 2048, row_bytes)
+    wide = {"WIDE": dtype == "fp32"}
+    kind = f"{dtype} {width}"
+    cases = [
+        case(f"forward {kind}", triton_impl._forward_kernel, shape | {"QB": config.queries}, 1, dtype),
+        case(f"main {kind}", triton_backward._main_kernel, shape | {"QB": config.backward_queries} | wide, 2, dtype),
+    ]
+    for tokens in (2048, 819, 130):
+        lists = launch_config(2048, tokens, row_bytes)
+        constants = shape | {"TB": lists.tokens, "R": lists.entries} | wide
+        cases.append(case(f"values {kind} of {tokens}", triton_backward._values_kernel, constants, 1, dtype))
+    return cases
+
+
+CASES = [
+    case("raster", triton_table._raster_kernel, {"BLOCK": 256}, 2),
+    case("columns", triton_table._columns_kernel, {"XB": 64}, 1),
+    case("merge 128", triton_table._merge_kernel, {"CELLS": 32, "BITS": 7}, 1),
+    case("merge 256", triton_table._merge_kernel, {"CELLS": 32, "BITS": 8}, 1),
+    case("rank", triton_table._rank_kernel, {"BLOCK": 1024}, 4),
+    case("invert", triton_table._invert_kernel, {"BLOCK": 1024}, 4),
+    case("count", triton_backward._count_kernel, {"A": 6, "S": 4, "BLOCK": 512}, 4),
+    case("place", triton_backward._place_kernel, {"A": 6, "BLOCK": 4096}, 8),
+    *(c for dtype in ("bf16", "fp32") for width in (32, 64) for c in attention_cases(dtype, width)),
+    *attention_cases("bf16", 128),
+]
