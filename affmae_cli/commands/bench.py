@@ -56,7 +56,8 @@ def bench(
         typer.Option(
             "--vit",
             metavar="LIST",
-            help="How ViT-MAE runs: compile, graph (recorded step), reduce-overhead, eager. The fastest counts.",
+            help="How ViT-MAE runs: compile, compile-fp32-residual, graph (recorded step), reduce-overhead, eager. "
+            "The fastest counts.",
             rich_help_panel=_STEPS,
         ),
     ] = "compile",

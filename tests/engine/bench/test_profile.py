@@ -1,9 +1,12 @@
 """Kernels by kind."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from affmae_engine.bench.profile import category_of, operation_kernels, profile_step, summarise
+from affmae_engine.bench.profile import _device_times, category_of, operation_kernels, profile_step, summarise
 
 
 @pytest.mark.parametrize(
@@ -46,3 +49,21 @@ def test_a_step_on_a_cpu() -> None:
     left = torch.randn(64, 64)
     profile = profile_step(lambda: left @ left, torch.device("cpu"))
     assert profile.categories["matrix products"][0] > 0
+
+
+def test_kernels_are_read_from_the_trace() -> None:
+    """Annotations, which cover kernels, and what the host did are left out."""
+
+    class Recorded:
+        def export_chrome_trace(self, path: str) -> None:
+            events = [
+                {"cat": "kernel", "name": "k", "dur": 1500},
+                {"cat": "kernel", "name": "k", "dur": 500},
+                {"cat": "gpu_memcpy", "name": "Memcpy", "dur": 1000},
+                {"cat": "gpu_user_annotation", "name": "ProfilerStep", "dur": 9000},
+                {"cat": "cpu_op", "name": "aten::mm", "dur": 9000},
+                {"name": "metadata"},
+            ]
+            Path(path).write_text(json.dumps({"traceEvents": events}))
+
+    assert _device_times(Recorded()) == {"k": (2.0, 2), "Memcpy": (1.0, 1)}

@@ -1,5 +1,7 @@
 """Timed training steps and what becomes of a failure."""
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -89,7 +91,7 @@ def test_no_ratio_without_a_time() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("model", "mode"), [("affmae", "compile"), ("vit-mae", "eager"), ("vit-mae", "compile"), ("vit-mae", "graph")]
+    ("model", "mode"), [("affmae", "compile"), *(("vit-mae", mode) for mode in get_args(step.VitMode))]
 )
 def test_steps_on_a_card(model: str, mode: str) -> None:
     choice = pick_device(TrainConfig())

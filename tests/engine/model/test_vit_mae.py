@@ -102,6 +102,12 @@ def test_autocast_gives_an_fp32_loss(batch, fp32_residual: bool) -> None:
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
 
 
+def test_it_compiles_as_one_graph(model, batch) -> None:
+    expected = model(**batch)["loss"]
+    model.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(**batch)["loss"], expected)
+
+
 def test_wrong_shapes_are_refused(model, batch) -> None:
     with pytest.raises(ValueError, match="must divide"):
         model(batch["image_BCHW"][..., :-1], batch["visible_BV"], batch["masked_BQ"])
