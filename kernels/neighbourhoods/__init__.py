@@ -8,6 +8,8 @@ index, and the tokens are physically reordered so that cluster c is the rows c*m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +17,15 @@ from torch import Tensor
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import reference
 
+if TYPE_CHECKING:
+    from affmae_kernels.neighbourhoods.walks import Walks
+
 __all__ = ["Neighbourhoods", "build"]
+
+KERNEL_CLUSTER_SIZE = 8
+"""The cluster size that the Triton kernels are made for."""
+KERNEL_CLUSTERS = 2**15
+"""They number fewer clusters than this."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,13 @@ class Neighbourhoods:
     def count(self) -> int:
         """Number of clusters, K = ceil(N / m)."""
         return -(-self.pos_BN2.shape[1] // self.cluster_size)
+
+    @cached_property
+    def walks(self) -> Walks:
+        """Walk lists of the tokens, for the kernels: built at the first use, shared by all blocks of the stage."""
+        from affmae_kernels.neighbourhoods.walks import build_walks  # needs Triton
+
+        return build_walks(self.nearest_BNC, self.count)
 
     def members_BNM(self) -> tuple[Tensor, Tensor]:
         """Expands the nearest clusters to token rows.
@@ -87,6 +104,9 @@ def build(
             f"{pos_BN2.shape[1]} tokens in clusters of {cluster_size} on a canvas of {height} x {width} cells are too "
             "many for exact distances in int64; take a smaller image"
         )
-    choose_backend(backend, "neighbourhoods", pos_BN2.device)
+    choice = choose_backend(backend, "neighbourhoods", pos_BN2.device)
     order_BN, ordered_BN2, nearest_BNC = reference.build(pos_BN2, canvas_hw, cluster_size, neighbours // cluster_size)
-    return order_BN, Neighbourhoods(ordered_BN2, nearest_BNC, cluster_size, (height, width))
+    near = Neighbourhoods(ordered_BN2, nearest_BNC, cluster_size, (height, width))
+    if choice.name == "triton" and cluster_size == KERNEL_CLUSTER_SIZE:
+        _ = near.walks  # here and not inside a block, which may be compiled
+    return order_BN, near
