@@ -10,8 +10,9 @@
 Ranks come from integer atomics, so the order inside a list differs from run to run; the sum must not. Products are
 rounded to a grid set by the largest gradient of the image and head, and added as integers. With
 |gradient| < X = 2^(exponent - 126), weights <= 1 and L the longest list of a program:
-- 16-bit values: a reference is query << 16 | weight * 65535. A product has 22 bits and a sign where L < 512, and one
-  bit less for every doubling of L, so that L of them fit int32. L = 8192 leaves 17 bits, the utmost 2^18 leave 12.
+- 16-bit values: a reference is query << 16 | weight * 65535, which drops weights below 2^-17. A product has 22 bits and
+  a sign where L < 512, and one bit less for every doubling of L, so that L of them fit int32. L = 8192 leaves 17 bits,
+  the utmost 2^18 leave 12.
 - fp32 values: a reference is query << 32 | the weight's bits. A product has 38 bits and a sign, summed in int64.
 Nothing overflows however many samples pile up on one token. A number that is not finite anywhere in an image and head
 makes all of their values' gradient NaN.
@@ -43,8 +44,6 @@ from affmae_kernels.point_attention.triton_sample import (
     split_program,
 )
 
-MAX_QUERIES = 2**16
-"""A reference has 16 bits for the query."""
 INFINITE = tl.constexpr(0x7F800000)
 """Bits of fp32 infinity; those of NaN are larger."""
 LARGEST = tl.constexpr(242)

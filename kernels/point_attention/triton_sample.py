@@ -38,10 +38,12 @@ class LaunchConfig:
 
 
 def launch_config(queries: int, tokens: int, row_bytes: int) -> LaunchConfig:
-    """H200, bf16, width 64, 65,536 queries. Forward: 4 queries with one warp 96 us, 8 with two as much, 16 with four
-    96 and with two 122. Values, tokens x entries: lists of 16 (queries = tokens) 4x8 156 us, 8x4 185, 1x16 256; of 40
-    and uneven 1x32 187, 4x8 301; of 252 1x64 153, 1x32 168, 4x8 384. Values of more than 128 bytes a row
-    and head halve all tiles: registers.
+    """How to divide the work; `row_bytes` is the size of one head of a value.
+
+    Medians on an H200 with bf16 heads of 64 and 65,536 queries. Forward: 4 queries in one warp 96 us, 8 in two as much,
+    16 in four 96 and in two 122. Values, tokens x entries: lists of 16 (queries = tokens) 4x8 156 us, 8x4 185, 1x16
+    256; uneven ones of 40 1x32 187, 4x8 301; of 252 1x64 153, 1x32 168, 4x8 384. Longer rows halve the tiles, for
+    their registers; shorter ones need more owners to occupy the lanes of a warp.
     """
     mean = queries * SAMPLES * 4 / tokens
     # As many queries as tokens means self-attention, whose lists are of like length; others differ widely.
@@ -49,8 +51,11 @@ def launch_config(queries: int, tokens: int, row_bytes: int) -> LaunchConfig:
         lists = (4, 8)
     else:
         lists = (1, 64 if mean > 90 else 32)
-    halve = 2 if row_bytes > 128 else 1
-    return LaunchConfig(4 // halve, 8 // halve, lists[0], lists[1] // halve)
+    if row_bytes > 128:
+        return LaunchConfig(2, 4, lists[0], lists[1] // 2)
+    if row_bytes <= 64:
+        return LaunchConfig(8, 8, 8 if lists[0] == 4 else 1, lists[1])
+    return LaunchConfig(4, 8, *lists)
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from compiling import CompileCase
 from affmae_kernels.point_attention import triton_backward, triton_impl, triton_table
 from affmae_kernels.point_attention.triton_sample import launch_config
 
+FEW_SHUFFLES = 12
+"""With lanes along the rows that are summed it is 20 to 200."""
 INTS = dict.fromkeys(["N", "NQ", "W", "H", "T", "E", "TILES"], "i32")
 INT_POINTERS = "POS RASTER TABLE PACKED COUNT RANK END ENTRY FIRST QUERY_POS PLACE BEGIN TOP"
 FEATURES = "OFFSET LOGIT VALUE OUT GRAD DOFFSET DLOGIT DVALUE"
@@ -12,13 +14,13 @@ OTHERS = {"COLUMNS": "*i64", "DTAU": "*fp32", "SCRATCH": "*fp32", "TAU": "*fp32"
 POINTERS = dict.fromkeys(INT_POINTERS.split(), "*i32") | OTHERS
 
 
-def case(name: str, kernel, constants: dict, num_warps: int, dtype: str = "bf16") -> CompileCase:
+def case(name: str, kernel, constants: dict, num_warps: int, dtype="bf16", most_shuffles=None) -> CompileCase:
     floats = dict.fromkeys(FEATURES.split(), f"*{dtype}")
     reference = {"REFERENCE": "*i64" if dtype == "fp32" else "*i32"}
     types = {n: t for n, t in (INTS | POINTERS | floats | reference).items() if n in kernel.arg_names}
     aligned = tuple(n for n, t in types.items() if t.startswith("*") and n != "TOP")
     hot = dtype == "bf16" and constants.get("D", 64) <= 64
-    return CompileCase(name, kernel, types, constants, num_warps, aligned=aligned, hot=hot)
+    return CompileCase(name, kernel, types, constants, num_warps, aligned=aligned, hot=hot, most_shuffles=most_shuffles)
 
 
 def attention_cases(dtype: str, width: int) -> list[CompileCase]:
@@ -28,13 +30,14 @@ def attention_cases(dtype: str, width: int) -> list[CompileCase]:
     wide = {"WIDE": dtype == "fp32"}
     kind = f"{dtype} {width}"
     cases = [
-        case(f"forward {kind}", triton_impl._forward_kernel, shape | {"QB": config.queries}, 1, dtype),
+        case(f"forward {kind}", triton_impl._forward_kernel, shape | {"QB": config.queries}, 1, dtype, FEW_SHUFFLES),
         case(f"main {kind}", triton_backward._main_kernel, shape | {"QB": config.backward_queries} | wide, 2, dtype),
     ]
     for tokens in (2048, 819, 130):
         lists = launch_config(2048, tokens, row_bytes)
         constants = shape | {"TB": lists.tokens, "R": lists.entries} | wide
-        cases.append(case(f"values {kind} of {tokens}", triton_backward._values_kernel, constants, 1, dtype))
+        few = FEW_SHUFFLES if lists.tokens > 1 else None
+        cases.append(case(f"values {kind} of {tokens}", triton_backward._values_kernel, constants, 1, dtype, few))
     return cases
 
 

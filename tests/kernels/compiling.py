@@ -37,6 +37,8 @@ class CompileCase:
     """Arguments that are divisible by 16, as pointers from torch are."""
     hot: bool = True
     """Whether it must not spill."""
+    most_shuffles: int | None = None
+    """Limit on exchanges between lanes: more mean that a tile is not spread over the lanes as the kernel wants it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Resources:
     """Bytes of local memory a thread; above 0 registers were spilled."""
     shared: int
     tensor_cores: bool
+    shuffles: int
+    most_shuffles: int | None
 
 
 def compile_case(case: CompileCase, arch: int) -> Resources:
@@ -78,6 +82,8 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
         stack=int(usage[2]),
         shared=compiled.metadata.shared,
         tensor_cores="mma" in compiled.asm["ptx"],
+        shuffles=compiled.asm["ptx"].count("shfl.sync"),
+        most_shuffles=case.most_shuffles,
     )
 
 

@@ -27,3 +27,4 @@ def test_kernels_fit_every_card(module: str) -> None:
     for case in found:
         assert case["shared"] <= SHARED_MEMORY[case["arch"]], case
         assert case["stack"] == 0 or not case["hot"], case
+        assert case["most_shuffles"] is None or case["shuffles"] <= case["most_shuffles"], case

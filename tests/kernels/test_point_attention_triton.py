@@ -14,6 +14,7 @@ from affmae_kernels.point_attention.triton_sample import LaunchConfig, launch_co
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HALF_ON_GPU = [torch.float32, *(pytest.param(d, marks=pytest.mark.gpu) for d in (torch.float16, torch.bfloat16))]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter, at NaN and infinity
 NAMES = ("out", "value", "offset", "logit", "tau")
@@ -118,7 +119,7 @@ def test_tables(scatter, canvas, tokens) -> None:
         assert torch.equal(entries[starts], table.first_BN[image].long())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF_ON_GPU)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -136,12 +137,12 @@ def test_shapes(scatter, shape, dtype) -> None:
     Problem(scatter, **shape, dtype=dtype).check()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", HALF_ON_GPU)
 @pytest.mark.parametrize("offset", ["far", "pile", "whole", "half", "none"])
 def test_locations(scatter, offset, dtype) -> None:
     problem = Problem(scatter, batch=1, queries=6, heads=1, dtype=dtype)
     if offset == "far":
-        problem.offset *= 40
+        problem.offset *= 10
     elif offset == "pile":
         problem.offset = problem.offset.abs() + 20  # all beyond one corner
         problem.tau = torch.tensor([30.0], device=DEVICE)
@@ -198,14 +199,14 @@ def test_locations_that_are_not_finite(scatter) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
-def test_gradients_that_are_not_finite(scatter, number, dtype) -> None:
+def test_gradients_that_are_not_finite(scatter, dtype) -> None:
     problem = Problem(scatter, dtype=dtype)
     clean = problem.run()
-    problem.grad[1, 2, 1, 3] = number
-    _, dvalue, _, dlogit, _ = problem.run()
-    assert dvalue[1, :, 1].isnan().all() and not torch.isfinite(dlogit[1, 2, 1]).all()
-    assert torch.equal(dvalue[0], clean[1][0]) and torch.equal(dvalue[:, :, 0], clean[1][:, :, 0])
+    for number in (torch.nan, -torch.inf):
+        problem.grad[1, 2, 1, 3] = number
+        _, dvalue, _, dlogit, _ = problem.run()
+        assert dvalue[1, :, 1].isnan().all() and not torch.isfinite(dlogit[1, 2, 1]).all()
+        assert torch.equal(dvalue[0], clean[1][0]) and torch.equal(dvalue[:, :, 0], clean[1][:, :, 0])
 
 
 def test_zero_gradients_give_zero(scatter) -> None:
@@ -256,11 +257,12 @@ def test_long_lists_neither_overflow_nor_depend_on_their_order(dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_runs_are_equal_to_the_bit(scatter, dtype) -> None:
+def test_two_runs_are_equal_to_the_bit_and_right(scatter, dtype) -> None:
     large = {"canvas": (64, 64), "tokens": 819, "queries": 2048} if DEVICE == "cuda" else {}
     problem = Problem(scatter, **large, dtype=dtype)
     for first, second in zip(problem.run(), problem.run(), strict=True):
         assert torch.equal(first, second)
+    problem.check()
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(d, marks=pytest.mark.gpu) for d in LARGEST_ERROR])
@@ -312,4 +314,5 @@ def test_launch_configuration() -> None:
     assert launch_config(2048, 2048, 128) == LaunchConfig(4, 8, 4, 8)
     assert launch_config(2048, 819, 128) == LaunchConfig(4, 8, 1, 32)
     assert launch_config(2048, 130, 128) == LaunchConfig(4, 8, 1, 64)
+    assert launch_config(2048, 2048, 64) == LaunchConfig(8, 8, 8, 8)
     assert launch_config(2048, 2048, 256) == LaunchConfig(2, 4, 4, 4)
