@@ -13,7 +13,6 @@ import torch
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: bf16 tensor cores and asynchronous copies. Older cards train with the reference."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOG2E = 1.4426950408889634
 
 
 def interpreting() -> bool:

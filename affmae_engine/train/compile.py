@@ -29,7 +29,7 @@ def compile_regions(model: nn.Module, backend: str = "inductor") -> int:
     torch.compile's.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_OF_A_FUNCTION)
-    regions = [module for module in model.modules() if isinstance(module, REGIONS)]
+    regions: list[nn.Module] = [module for module in model.modules() if isinstance(module, REGIONS)]
     regions += [module.norm for module in model.modules() if isinstance(module, Stage)]
     for region in regions:
         region.compile(dynamic=False, fullgraph=True, backend=backend)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from affmae_kernels.cluster_attention import reference
 from affmae_kernels.dispatch import choose_backend
-from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.launch import DTYPES
+from affmae_kernels.neighbourhoods import KERNEL_CLUSTER_SIZE, KERNEL_CLUSTERS, Neighbourhoods
 
 __all__ = ["cluster_attention"]
 
@@ -45,11 +46,28 @@ def cluster_attention(
         ValueError: when shapes do not fit together.
     """
     _check(qkv_BN3AD, neighbourhoods, blank_key_AD, blank_value_AD, bias_weight_A5, bias_A)
-    choose_backend(backend, "cluster_attention", qkv_BN3AD.device)
+    choice = choose_backend(backend, "cluster_attention", qkv_BN3AD.device, _unsupported(qkv_BN3AD, neighbourhoods))
     with torch.autocast(qkv_BN3AD.device.type, enabled=False):
+        if choice.name == "triton":
+            from affmae_kernels.cluster_attention import triton_impl
+
+            return triton_impl.cluster_attention(
+                qkv_BN3AD, neighbourhoods, blank_key_AD, blank_value_AD, bias_weight_A5, bias_A
+            )
         return reference.cluster_attention(
             qkv_BN3AD, neighbourhoods, blank_key_AD, blank_value_AD, bias_weight_A5, bias_A
         )
+
+
+def _unsupported(qkv_BN3AD: Tensor, neighbourhoods: Neighbourhoods) -> str | None:
+    """What the kernel cannot take of these arguments."""
+    if neighbourhoods.cluster_size != KERNEL_CLUSTER_SIZE:
+        return f"clusters of {neighbourhoods.cluster_size} tokens, only of {KERNEL_CLUSTER_SIZE}"
+    if neighbourhoods.count >= KERNEL_CLUSTERS:
+        return f"{neighbourhoods.count} clusters, only fewer than {KERNEL_CLUSTERS}"
+    if qkv_BN3AD.shape[-1] not in (16, 32, 64):
+        return f"heads of width {qkv_BN3AD.shape[-1]}, only of 16, 32 or 64"
+    return None if qkv_BN3AD.dtype in DTYPES else f"features of {qkv_BN3AD.dtype}"
 
 
 def _check(

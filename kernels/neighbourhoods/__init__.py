@@ -107,6 +107,6 @@ def build(
     choice = choose_backend(backend, "neighbourhoods", pos_BN2.device)
     order_BN, ordered_BN2, nearest_BNC = reference.build(pos_BN2, canvas_hw, cluster_size, neighbours // cluster_size)
     near = Neighbourhoods(ordered_BN2, nearest_BNC, cluster_size, (height, width))
-    if choice.name == "triton" and cluster_size == KERNEL_CLUSTER_SIZE:
+    if choice.name == "triton" and cluster_size == KERNEL_CLUSTER_SIZE and near.count < KERNEL_CLUSTERS:
         _ = near.walks  # here and not inside a block, which may be compiled
     return order_BN, near
