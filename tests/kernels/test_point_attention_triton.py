@@ -84,8 +84,15 @@ class Problem:
         out = reference.point_attention(value, self.pos, table, self.query, offset, logit, tau, self.canvas)
         return (out.detach(), *torch.autograd.grad(out, leaves, self.grad.double()))
 
+    def sharpness(self) -> float:
+        """tau times the largest distance from the nearest token: an fp32 closeness has its rounding error."""
+        location = self.query[:, :, None, None].float() + self.offset.float()
+        table = reference.nearest_table(self.pos, self.canvas)
+        row = reference._take(table, reference._cell(location, self.canvas))[..., 0]
+        return (self.tau.relu() * (location - reference._take(self.pos, row.long())).norm(dim=-1)).max().item()
+
     def check(self) -> None:
-        largest = LARGEST_ERROR[self.value.dtype]
+        largest = max(LARGEST_ERROR[self.value.dtype], 8 * 2**-23 * self.sharpness())
         for name, got, expected in zip(NAMES, self.run(), self.expected(), strict=True):
             scale = expected.norm()
             if name == "tau":  # a sum that may cancel
@@ -98,9 +105,7 @@ class Problem:
             assert (got.double() - expected).norm() <= largest * scale, name
 
 
-@pytest.mark.parametrize(
-    ("canvas", "tokens"), [((5, 13), 65), ((9, 3), 7), ((5, 3), 3), ((2, 4), 1), ((1, 9), 5), ((2, 140), 30)]
-)
+@pytest.mark.parametrize(("canvas", "tokens"), [((5, 13), 65), ((6, 2), 7), ((5, 3), 3), ((2, 4), 1), ((1, 140), 30)])
 @pytest.mark.usefixtures("poison")
 def test_tables(scatter, canvas, tokens) -> None:
     pos = scatter(2, tokens, canvas).to(DEVICE)
@@ -125,7 +130,7 @@ def test_tables(scatter, canvas, tokens) -> None:
     [
         {"tokens": 20, "queries": 20, "batch": 1},  # every cell a token and a query
         {"canvas": (3, 5), "tokens": 5, "queries": 15, "heads": 1, "width": 32},
-        {"canvas": (9, 2), "tokens": 4, "queries": 1, "batch": 1, "heads": 3, "width": 64},
+        {"canvas": (9, 2), "tokens": 4, "queries": 1, "batch": 1, "width": 64},
         {"tokens": 3, "width": 128, "heads": 1},
         {"tokens": 2, "heads": 1},
         {"tokens": 1, "queries": 3, "batch": 1},
@@ -145,7 +150,7 @@ def test_locations(scatter, offset, dtype) -> None:
         problem.offset *= 10
     elif offset == "pile":
         problem.offset = problem.offset.abs() + 20  # all beyond one corner
-        problem.tau = torch.tensor([30.0], device=DEVICE)
+        problem.tau = torch.tensor([4.0], device=DEVICE)
     elif offset == "whole":
         problem.offset = problem.offset.round()
     elif offset == "half":
@@ -156,7 +161,7 @@ def test_locations(scatter, offset, dtype) -> None:
     problem.check()
 
 
-@pytest.mark.parametrize("tau", [-1.0, 0.0, 1e-3, 500.0])
+@pytest.mark.parametrize("tau", [-1.0, 0.0, 1e-3, 30.0, 500.0])
 def test_tau(scatter, tau) -> None:
     problem = Problem(scatter, batch=1, queries=5, heads=1)
     problem.tau = torch.tensor(tau, device=DEVICE)
