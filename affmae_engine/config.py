@@ -217,7 +217,7 @@ class KernelsConfig(Section):
     """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
     compile: bool | Literal["auto"] = "auto"
     """Fuse the layers between the operations with torch.compile; `auto`: on a card that runs the kernels, for runs of
-    at least 200 steps, since it costs half a minute."""
+    at least 2000 steps, since it costs two minutes the first time."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Record the pretraining step once and replay it; `auto`: on a card that runs the kernels."""
 

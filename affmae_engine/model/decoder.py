@@ -19,36 +19,38 @@ from affmae_engine.model.initialise import STD, linear, projection
 from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.sizes import SIZES
 from affmae_kernels.point_attention import nearest_table, point_attention
+from affmae_kernels.residual_norm import residual_norm
 
 SAMPLES = 4
 
 
-def sine_embedding(pos_BN2: Tensor, canvas_hw: tuple[int, int], dim: int) -> Tensor:
-    """[B, N, dim] fp32: C/2 channels for x, then C/2 for y, of u = 2 * pi * x / max(w - 1, 1).
+class SineEmbedding(nn.Module):
+    """Position code: C/2 channels for x, then C/2 for y, of u = 2 * pi * x / max(w - 1, 1).
 
     Channel i of a half has the frequency 10000^(-2 * floor(i / 2) / (C / 2)); the sines of the even channels come
-    first, then the cosines of the odd ones. The canvas, not the batch, sets the scale.
+    first, then the cosines of the odd ones, as sines a quarter turn ahead. The canvas, not the batch, sets the scale.
     """
-    half = dim // 2
-    channel = torch.arange(half, device=pos_BN2.device)
-    frequency = 10000.0 ** (-2 * (channel // 2) / half)
-    halves = []
-    for axis, cells in enumerate(reversed(canvas_hw)):
-        angle_BNF = (pos_BN2[..., axis, None] * (2 * math.pi / max(cells - 1, 1))) * frequency
-        halves += [angle_BNF[..., 0::2].sin(), angle_BNF[..., 1::2].cos()]
-    return torch.cat(halves, -1)
 
-
-class SineEmbedding(nn.Module):
-    """`sine_embedding` as a module, so that it can be compiled into one kernel; the result in autocast's dtype."""
+    frequency_C: Tensor
+    phase_C: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = dim
+        half = dim // 2
+        frequency_H = 10000.0 ** (-2 * (torch.arange(half) // 2) / half)
+        frequency_H = torch.cat([frequency_H[0::2], frequency_H[1::2]])
+        phase_H = (torch.arange(half) >= (half + 1) // 2) * (math.pi / 2)
+        self.register_buffer("frequency_C", torch.cat([frequency_H, frequency_H]), persistent=False)
+        self.register_buffer("phase_C", torch.cat([phase_H, phase_H]), persistent=False)
 
     def forward(self, pos_BN2: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
-        """int32 (x, y) cells [B, N, 2] -> [B, N, dim]."""
-        sine_BNC, kind = sine_embedding(pos_BN2, canvas_hw, self.dim), pos_BN2.device.type
+        """int32 (x, y) cells [B, N, 2] -> [B, N, C], of autocast's dtype where that is on, else fp32."""
+        of_x_C = torch.arange(len(self.phase_C), device=pos_BN2.device) < len(self.phase_C) // 2
+        x_BN1, y_BN1 = (
+            pos_BN2[..., axis, None] * (2 * math.pi / max(cells - 1, 1)) for axis, cells in enumerate(canvas_hw[::-1])
+        )
+        sine_BNC = (torch.where(of_x_C, x_BN1, y_BN1) * self.frequency_C + self.phase_C).sin()
+        kind = pos_BN2.device.type
         return sine_BNC.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else sine_BNC
 
 
@@ -111,15 +113,20 @@ class DecoderStep(nn.Module):
         self.norm1 = LayerNorm(dim)
         self.norm2 = LayerNorm(dim)
         self.norm3 = LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.backend = dropout, backend
 
     def forward(self, x_BQC: Tensor, queries: Points, stage_BNC: Tensor, tokens: Points, sine_BNC: Tensor) -> Tensor:
         """[B, Q, C] -> [B, Q, C]; `sine_BNC` is the embedding of the tokens' positions."""
-        x_BQC = self.norm1(x_BQC + self.dropout(self.self_attention(x_BQC, queries, x_BQC, queries)))
+        x_BQC = self._join(x_BQC, self.self_attention(x_BQC, queries, x_BQC, queries), self.norm1)
         source_BNC = self.source_norm(self.source(stage_BNC)) + sine_BNC.to(x_BQC.dtype)
-        x_BQC = self.norm2(x_BQC + self.dropout(self.cross_attention(x_BQC, queries, source_BNC, tokens)))
-        out_BQC: Tensor = self.norm3(x_BQC + self.dropout(self.ffn(x_BQC)))
-        return out_BQC
+        x_BQC = self._join(x_BQC, self.cross_attention(x_BQC, queries, source_BNC, tokens), self.norm2)
+        return self._join(x_BQC, self.ffn(x_BQC), self.norm3)
+
+    def _join(self, x_BQC: Tensor, branch_BQC: Tensor, norm: nn.LayerNorm) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return residual_norm(
+            x_BQC, branch_BQC, norm.weight, norm.bias, dropout=dropout, eps=norm.eps, backend=self.backend
+        )
 
 
 class Decoder(nn.Module):

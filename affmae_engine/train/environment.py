@@ -23,7 +23,7 @@ from affmae_engine.train.device import DeviceChoice
 from affmae_kernels.dispatch import choose_backend
 
 ENVIRONMENT_SCHEMA = 1
-_OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "point_attention")
+_OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "point_attention", "residual_norm")
 _PACKAGES = ("affmae", "torch", "numpy", "zarr", "safetensors", "triton")
 
 

@@ -40,8 +40,8 @@ from affmae_engine.train.task import Task
 
 _engine_log = logging.getLogger("affmae_engine")
 
-STEPS_WORTH_COMPILING = 200
-"""Compiling costs half a minute or so: not worth it for a trial of a few steps."""
+STEPS_WORTH_COMPILING = 2000
+"""Compiling costs two minutes the first time, and saves some 50 ms a step (base, 512 px, 32 images, H200)."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class TrainStep:
     ) -> None:
         self._model, self._losses, self._optimizer, self._scaler = model, losses, optimizer, scaler
         self._choice, self._accumulate, self._clip_norm = choice, accumulate, clip_norm
+        self._feed = _Feed(choice.device)
         self._eager_steps = EAGER_STEPS if record else None
         self._backward: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self._run_backward
         self._update: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self._run_update
@@ -94,7 +95,7 @@ class TrainStep:
         """
         sums: dict[str, Tensor] = {}
         for part in range(self._accumulate):
-            batch = _to_device(_next_batch(batches, self._choice.device, watch), self._choice.device)
+            batch = self._feed(_next_batch(batches, self._choice.device, watch))
             if part == 0 and self._eager_steps == 0:
                 self._record(batch)
             seed(part)
@@ -177,5 +178,20 @@ def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watc
     return batch
 
 
-def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+class _Feed:
+    """Brings batches to the device. On a card in a stream of its own, while the steps before are still computed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._stream is None:
+            return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        compute = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+        compute.wait_stream(self._stream)
+        for tensor in moved.values():
+            tensor.record_stream(compute)  # its memory is not given to the next batch while it is still read
+        return moved

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from affmae_engine.config import ModelConfig
-from affmae_engine.model.decoder import Decoder, PointAttention, sine_embedding
+from affmae_engine.model.decoder import Decoder, PointAttention, SineEmbedding
 from affmae_engine.model.encoder import StageOutput
 
 
 @pytest.mark.parametrize(("canvas", "position"), [((7, 11), (3, 6)), ((5, 1), (0, 4)), ((4, 4), (3, 0))])
 def test_sine_embedding_equals_its_formula(canvas, position) -> None:
     dim = 24
-    embedding = sine_embedding(torch.tensor([[position]], dtype=torch.int32), canvas, dim)[0, 0]
+    embedding = SineEmbedding(dim)(torch.tensor([[position]], dtype=torch.int32), canvas)[0, 0]
     expected = []
     for value, cells in zip(position, reversed(canvas), strict=True):
         u = 2 * math.pi * value / max(cells - 1, 1)

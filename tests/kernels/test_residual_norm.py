@@ -1,0 +1,104 @@
+"""Residual LayerNorm: the reference against PyTorch's layers, the kernel against the reference, dropout's share."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from affmae_kernels.residual_norm import residual_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = [torch.float32, *(pytest.param(d, marks=pytest.mark.gpu) for d in (torch.bfloat16, torch.float16))]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch) -> None:
+    """Memory that a kernel forgets to write shows up as NaN."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, **k: real(*a, **k).fill_(float("nan")))
+
+
+def inputs(shape, dtype=torch.float32, scale=1.0):
+    torch.manual_seed(0)
+    x, branch = (torch.randn(shape) * scale + 0.3 for _ in range(2))
+    weight, bias = torch.randn(shape[-1]), torch.randn(shape[-1])
+    return [t.to(DEVICE).requires_grad_() for t in (x.to(dtype), branch.to(dtype), weight, bias)]
+
+
+def error(found, exact) -> float:
+    assert torch.isfinite(found).all()
+    found, exact = found.detach().double(), exact.detach()
+    return float((found - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def test_reference_is_a_sum_and_a_layer_norm() -> None:
+    args = [a.detach().double().requires_grad_() for a in inputs((2, 3, 7))]
+    x, branch, weight, bias = args
+    torch.testing.assert_close(
+        residual_norm(*args, backend="reference"), F.layer_norm(x + branch, (7,), weight, bias, 1e-5)
+    )
+    assert torch.autograd.gradcheck(lambda *a: residual_norm(*a, backend="reference"), args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 5, 384), (37, 96), (3, 1030)])
+def test_kernel_equals_the_reference_forward_and_every_gradient(shape, dtype) -> None:
+    pytest.importorskip("triton")
+    args = inputs(shape, dtype)
+    upstream = torch.randn(shape).to(DEVICE, dtype)
+    out = residual_norm(*args, backend="triton")
+    found = (out, *torch.autograd.grad(out, args, upstream))
+    exact_args = [a.detach().double().requires_grad_() for a in args]
+    exact = residual_norm(*exact_args, backend="reference")
+    exact = (exact, *torch.autograd.grad(exact, exact_args, upstream.double()))
+    for mine, other in zip(found, exact, strict=True):
+        assert error(mine, other) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+def test_scale_of_the_features_does_not_matter(scale) -> None:
+    pytest.importorskip("triton")
+    args = inputs((4, 64), scale=scale)
+    exact = residual_norm(*(a.detach().double() for a in args), backend="reference")
+    assert error(residual_norm(*args, backend="triton"), exact) < 1e-4
+
+
+def test_dropout_keeps_its_share_and_its_mask_in_the_gradient() -> None:
+    pytest.importorskip("triton")
+    x, branch, weight, bias = inputs((64, 256))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        x.zero_(), branch.fill_(1.0), weight.fill_(1.0), bias.zero_()
+    y = residual_norm(x, branch, weight, bias, dropout=0.25, backend="triton")
+    kept = y > 0  # within a row a dropped element is below the mean
+    assert abs(kept.float().mean().item() - 0.75) < 0.02
+    assert kept.float().mean(0).std() < 0.1 and kept.float().mean(1).std() < 0.05
+    dx, dbranch = torch.autograd.grad(y, (x, branch), torch.randn(64, 256, device=DEVICE))
+    torch.testing.assert_close(dbranch, torch.where(kept, dx / 0.75, 0.0))
+    torch.manual_seed(3)
+    again = residual_norm(x, branch, weight, bias, dropout=0.25, backend="triton")
+    other = residual_norm(x, branch, weight, bias, dropout=0.25, backend="triton")
+    assert torch.equal(again, y) and not torch.equal(other, y)
+
+
+def test_operator_is_one_node_of_a_compiled_graph() -> None:
+    pytest.importorskip("triton")
+    args = inputs((6, 32))
+    plain = residual_norm(*args, backend="triton")
+    function = torch.compile(lambda *a: residual_norm(*a, backend="triton") * 1.0, backend="aot_eager", fullgraph=True)
+    upstream = torch.randn_like(plain)
+    for mine, other in zip(
+        torch.autograd.grad(function(*args), args, upstream), torch.autograd.grad(plain, args, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, branch, weight, bias = inputs((4, 8))
+    with pytest.raises(ValueError, match=r"must be floating and alike; got .* \[4, 8\] and .* \[3, 8\]"):
+        residual_norm(x, branch[:3], weight, bias)
+    with pytest.raises(ValueError, match=r"must be \[8\]; got \[8\], \[7\]"):
+        residual_norm(x, branch, weight, bias[:7])
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\); got 1.0"):
+        residual_norm(x, branch, weight, bias, dropout=1.0)
