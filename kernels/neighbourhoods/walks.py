@@ -92,6 +92,13 @@ def build_walks(nearest_BQC: Tensor, clusters: int) -> Walks:
         nearest_BQC: int32 indices of clusters, distinct in a row.
         clusters: K, at most `MAX_CLUSTERS`, as is the number of row clusters.
     """
+    row_entry_BGE, row_count_BG, key_entry_BGE, key_count_BG = _build(nearest_BQC, clusters)
+    return Walks(Walk(row_entry_BGE, row_count_BG), Walk(key_entry_BGE, key_count_BG))
+
+
+@torch.library.custom_op("affmae::build_walks", mutates_args=())
+def _build(nearest_BQC: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entries and counts of the rows' side, then of the keys' side."""
     nearest_BQC = nearest_BQC.contiguous()
     batch, rows, width = nearest_BQC.shape
     row_clusters = triton.cdiv(rows, CLUSTER)
@@ -101,15 +108,24 @@ def build_walks(nearest_BQC: Tensor, clusters: int) -> Walks:
     _adjacency_kernel[(row_clusters, batch)](
         nearest_BQC, adjacent_BRK, rows, clusters, C=width, CP=padded, KB=block, num_warps=4
     )
-    sides = {"rows": (row_clusters, clusters, clusters, 1), "keys": (clusters, row_clusters, 1, clusters)}
-    walks = {}
-    for side, (own, other, own_stride, other_stride) in sides.items():
-        groups = triton.cdiv(own, 2)
-        entry_BGE = torch.empty(batch, groups, other, dtype=torch.int32, device=nearest_BQC.device)
-        count_BG = torch.empty(batch, groups, dtype=torch.int32, device=nearest_BQC.device)
+    lists = _empty_lists(nearest_BQC, clusters)
+    sides = ((lists[:2], row_clusters, clusters, clusters, 1), (lists[2:], clusters, row_clusters, 1, clusters))
+    for (entry_BGE, count_BG), own, other, own_stride, other_stride in sides:
         block = min(1024, triton.next_power_of_2(other))
-        _compact_kernel[(groups, batch)](
+        _compact_kernel[(count_BG.shape[1], batch)](
             adjacent_BRK, entry_BGE, count_BG, own, other, own_stride, other_stride, EB=block, num_warps=4
         )
-        walks[side] = Walk(entry_BGE, count_BG)
-    return Walks(**walks)
+    return lists
+
+
+@_build.register_fake
+def _empty_lists(nearest_BQC: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, rows, _ = nearest_BQC.shape
+    row_clusters = -(-rows // CLUSTER)
+    row_groups, key_groups = -(-row_clusters // 2), -(-clusters // 2)
+    return (
+        nearest_BQC.new_empty(batch, row_groups, clusters),
+        nearest_BQC.new_empty(batch, row_groups),
+        nearest_BQC.new_empty(batch, key_groups, row_clusters),
+        nearest_BQC.new_empty(batch, key_groups),
+    )
