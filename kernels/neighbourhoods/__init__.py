@@ -105,7 +105,13 @@ def build(
             "many for exact distances in int64; take a smaller image"
         )
     choice = choose_backend(backend, "neighbourhoods", pos_BN2.device)
-    order_BN, ordered_BN2, nearest_BNC = reference.build(pos_BN2, canvas_hw, cluster_size, neighbours // cluster_size)
+    if choice.name == "triton":
+        from affmae_kernels.neighbourhoods import triton_impl
+
+        made = triton_impl.build(pos_BN2, height, width, cluster_size, neighbours // cluster_size)
+    else:
+        made = reference.build(pos_BN2, canvas_hw, cluster_size, neighbours // cluster_size)
+    order_BN, ordered_BN2, nearest_BNC = made
     near = Neighbourhoods(ordered_BN2, nearest_BNC, cluster_size, (height, width))
     if choice.name == "triton" and cluster_size == KERNEL_CLUSTER_SIZE and near.count < KERNEL_CLUSTERS:
         _ = near.walks  # here and not inside a block, which may be compiled
