@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
-from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.launch import DTYPES
+from affmae_kernels.neighbourhoods import KERNEL_CLUSTER_SIZE, KERNEL_CLUSTERS, Neighbourhoods
 from affmae_kernels.token_merging import reference
 
 __all__ = ["merge_tokens"]
@@ -57,11 +58,26 @@ def merge_tokens(
     for name, (tensor, shape) in parameters.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
-    choose_backend(backend, "token_merging", feat_BNC.device)
+    choice = choose_backend(backend, "token_merging", feat_BNC.device, _unsupported(feat_BNC, neighbourhoods))
     with torch.autocast(feat_BNC.device.type, enabled=False):
+        if choice.name == "triton":
+            from affmae_kernels.token_merging import triton_impl
+
+            return triton_impl.merge_tokens(
+                feat_BNC, score_BN, survivors_BK, neighbourhoods, weight_45, bias_4, norm_weight_4, norm_bias_4
+            )
         return reference.merge_tokens(
             feat_BNC, score_BN, survivors_BK, neighbourhoods, weight_45, bias_4, norm_weight_4, norm_bias_4
         )
+
+
+def _unsupported(feat_BNC: Tensor, neighbourhoods: Neighbourhoods) -> str | None:
+    """What the kernel cannot take of these arguments."""
+    if neighbourhoods.cluster_size != KERNEL_CLUSTER_SIZE:
+        return f"clusters of {neighbourhoods.cluster_size} tokens, only of {KERNEL_CLUSTER_SIZE}"
+    if neighbourhoods.count >= KERNEL_CLUSTERS:
+        return f"{neighbourhoods.count} clusters, only fewer than {KERNEL_CLUSTERS}"
+    return None if feat_BNC.dtype in DTYPES else f"features of {feat_BNC.dtype}"
 
 
 def _check(feat_BNC: Tensor, score_BN: Tensor, survivors_BK: Tensor, neighbourhoods: Neighbourhoods) -> None:

@@ -1,0 +1,34 @@
+"""Compile cases of token merging."""
+
+import torch
+from compiling import CompileCase
+
+from affmae_kernels.launch import precision_of
+from affmae_kernels.token_merging import triton_impl as impl
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _case(kernel, dtype: str) -> CompileCase:
+    options = impl.launch_options(_DTYPES[dtype])
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    types = dict.fromkeys(["FEAT", "OUT", "DZ", "DFEAT"], f"*{dtype}") | {"SURVIVORS": "*i64"}
+    types |= dict.fromkeys(["SCORE", "PARAMETERS", "DSCORE", "PART"], "*fp32")
+    types |= dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32") | dict.fromkeys(impl._SIZES, "i32")
+    return CompileCase(
+        f"{kernel.__name__} {dtype}",
+        kernel,
+        types,
+        {"R": 16, "PREC": precision_of(_DTYPES[dtype])} | options,
+        num_warps=warps,
+        num_stages=stages,
+        aligned=tuple(name for name in kernel.arg_names if types.get(name, "").startswith("*")),
+        hot=dtype != "fp32",
+    )
+
+
+CASES = [
+    _case(kernel, dtype)
+    for kernel in (impl._forward_kernel, impl._backward_token_kernel, impl._backward_weight_kernel)
+    for dtype in _DTYPES
+]
