@@ -26,6 +26,7 @@ OPERATIONS = {
     "cluster_attention": "the encoder's attention",
     "token_merging": "thins the tokens out between stages",
     "point_attention": "the decoder's attention",
+    "residual_norm": "joins a layer to what came before",
 }
 NEEDS = (
     f"The kernels need an NVIDIA card of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer "

@@ -20,6 +20,7 @@ from torch import Tensor
 from affmae_kernels.cluster_attention import cluster_attention
 from affmae_kernels.neighbourhoods import build
 from affmae_kernels.point_attention import nearest_table, point_attention
+from affmae_kernels.residual_norm import residual_norm
 from affmae_kernels.token_merging import merge_tokens
 
 Tensors = dict[str, Tensor]
@@ -150,6 +151,24 @@ def point_attention_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Prob
         return lambda: point_attention(*asked, shape.canvas_hw, backend=backend)
 
     return _floating(leaves, {"pos": scattered(shape, seed), "queries": scattered(queries, seed + 1000)}, bind, seed)
+
+
+def residual_norm_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Problem:
+    """Rows of heads times width channels, without dropout: every backend draws other numbers."""
+    random = _random(seed)
+    channels = shape.heads * shape.width
+    leaves = {
+        "x": random(shape.batch, shape.tokens, channels).to(dtype),
+        "branch": random(shape.batch, shape.tokens, channels).to(dtype),
+        "norm weight": 1 + 0.1 * random(channels),
+        "norm bias": 0.1 * random(channels),
+    }
+
+    def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
+        x_BNC, branch_BNC, weight_C, bias_C = leaves.values()
+        return lambda: residual_norm(x_BNC, branch_BNC, weight_C, bias_C, backend=backend)
+
+    return _floating(leaves, {}, bind, seed)
 
 
 def scattered(shape: Shape, seed: int) -> Tensor:

@@ -27,6 +27,7 @@ FLOATING: dict[str, Make] = {
     "cluster_attention": problems.cluster_attention_problem,
     "token_merging": problems.token_merging_problem,
     "point_attention": problems.point_attention_problem,
+    "residual_norm": problems.residual_norm_problem,
 }
 SHAPES = (
     Shape(2, 197, (17, 23), 3, 32, 79),

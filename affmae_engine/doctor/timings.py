@@ -25,6 +25,7 @@ TIMED: dict[str, tuple[str, Make]] = {
     "token_merging": ("token_merging", problems.token_merging_problem),
     "nearest_table": ("point_attention", problems.nearest_table_problem),
     "point_attention": ("point_attention", problems.point_attention_problem),
+    "residual_norm": ("residual_norm", problems.residual_norm_problem),
 }
 """What is timed: the operation it belongs to, and how a problem is made."""
 
@@ -86,7 +87,7 @@ def production_shape(name: str, device: torch.device) -> Shape:
     """The first stage of the base network, half of the image hidden; for point attention the decoder's last step."""
     batch, side = (4, 64) if device.type == "cuda" else (1, 32)
     tokens = side * side // 2
-    if name == "point_attention":
+    if name in ("point_attention", "residual_norm"):
         return Shape(batch, tokens, (side, side), 6, 64, tokens)
     return Shape(batch, tokens, (side, side), 4, 32, int(0.4 * tokens))
 
@@ -133,4 +134,6 @@ def _described(name: str, shape: Shape) -> str:
         return f"{text}, {shape.heads} heads of {shape.width}"
     if name == "token_merging":
         return f"{text} to {shape.asking}, {shape.heads * shape.width} channels"
+    if name == "residual_norm":
+        return f"{text}, {shape.heads * shape.width} channels"
     return text

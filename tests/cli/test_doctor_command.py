@@ -11,7 +11,7 @@ from affmae_engine.doctor import selfcheck
 from affmae_kernels import launch
 from affmae_kernels.cluster_attention import reference as attention
 
-OPERATIONS = ["neighbourhoods", "cluster_attention", "token_merging", "point_attention"]
+OPERATIONS = ["neighbourhoods", "cluster_attention", "token_merging", "point_attention", "residual_norm"]
 
 
 @pytest.fixture(autouse=True)
