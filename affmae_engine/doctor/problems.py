@@ -80,7 +80,7 @@ def nearest_table_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Proble
         return lambda: nearest_table(fixed["pos"], shape.canvas_hw, backend=backend)
 
     def view(result: Any, fixed: Tensors) -> Tensors:
-        table_BT4: Tensor = getattr(result, "table_BT4", result)
+        table_BT4: Tensor = result.table_BT4
         row_BR1 = table_BT4.flatten(1).long()[..., None]
         place_BR2 = fixed["pos"].gather(1, row_BR1.clamp(min=0).expand(-1, -1, 2))
         return {"nearest tokens": place_BR2.masked_fill(row_BR1 < 0, -1)}
