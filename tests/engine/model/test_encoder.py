@@ -11,7 +11,7 @@ from affmae_engine.model.encoder import Encoder
 from affmae_engine.model.merging import NormMerging, largest, survivor_count
 from affmae_engine.model.patches import unpatchify
 from affmae_engine.model.stem import Stem
-from affmae_kernels.neighbourhoods import build
+from affmae_kernels.neighbourhoods import Neighbourhoods, build
 
 
 def encode(model, image, visible):
