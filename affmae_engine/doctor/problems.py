@@ -166,7 +166,7 @@ def residual_norm_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Proble
 
     def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
         x_BNC, branch_BNC, weight_C, bias_C = leaves.values()
-        return lambda: residual_norm(x_BNC, branch_BNC, weight_C, bias_C, backend=backend)
+        return lambda: residual_norm(x_BNC, branch_BNC, weight_C, bias_C, backend=backend)[0]
 
     return _floating(leaves, {}, bind, seed)
 

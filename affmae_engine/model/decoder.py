@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
@@ -84,7 +85,7 @@ class PointAttention(nn.Module):
             self.offset.bias.copy_((direction_A2[:, None] * ring_S11).flatten())
 
     def forward(self, query_BQC: Tensor, queries: Points, source_BNC: Tensor, tokens: Points) -> Tensor:
-        """What the queries find among the tokens, [B, Q, C]."""
+        """What the queries find among the tokens, [B, Q, C], without the bias of the output layer."""
         out_BQAD = point_attention(
             self.value(source_BNC).unflatten(-1, (self.heads, -1)),
             tokens.pos_BN2,
@@ -96,8 +97,7 @@ class PointAttention(nn.Module):
             tokens.canvas_hw,
             backend=self.backend,
         )
-        out_BQC: Tensor = self.output(out_BQAD.flatten(2))
-        return out_BQC
+        return F.linear(out_BQAD.flatten(2), self.output.weight)
 
 
 class DecoderStep(nn.Module):
@@ -117,16 +117,28 @@ class DecoderStep(nn.Module):
 
     def forward(self, x_BQC: Tensor, queries: Points, stage_BNC: Tensor, tokens: Points, sine_BNC: Tensor) -> Tensor:
         """[B, Q, C] -> [B, Q, C]; `sine_BNC` is the embedding of the tokens' positions."""
-        x_BQC = self._join(x_BQC, self.self_attention(x_BQC, queries, x_BQC, queries), self.norm1)
+        found_BQC = self.self_attention(x_BQC, queries, x_BQC, queries)
+        x_BQC = self._join(x_BQC, found_BQC, self.self_attention.output, self.norm1)
         source_BNC = self.source_norm(self.source(stage_BNC)) + sine_BNC.to(x_BQC.dtype)
-        x_BQC = self._join(x_BQC, self.cross_attention(x_BQC, queries, source_BNC, tokens), self.norm2)
-        return self._join(x_BQC, self.ffn(x_BQC), self.norm3)
+        found_BQC = self.cross_attention(x_BQC, queries, source_BNC, tokens)
+        x_BQC = self._join(x_BQC, found_BQC, self.cross_attention.output, self.norm2)
+        first, activate, last = self.ffn
+        assert isinstance(last, nn.Linear)
+        return self._join(x_BQC, F.linear(activate(first(x_BQC)), last.weight), last, self.norm3)
 
-    def _join(self, x_BQC: Tensor, branch_BQC: Tensor, norm: nn.LayerNorm) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return residual_norm(
-            x_BQC, branch_BQC, norm.weight, norm.bias, dropout=dropout, eps=norm.eps, backend=self.backend
+    def _join(self, x_BQC: Tensor, branch_BQC: Tensor, layer: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        """`branch_BQC` comes without the bias of the `layer` that made it: it is added in the same pass."""
+        y_BQC, _ = residual_norm(
+            x_BQC,
+            branch_BQC,
+            norm.weight,
+            norm.bias,
+            offset_C=layer.bias,
+            dropout=self.dropout if self.training else 0.0,
+            eps=norm.eps,
+            backend=self.backend,
         )
+        return y_BQC
 
 
 class Decoder(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.block import Block
+from affmae_engine.model.fused_blocks import run_blocks
 from affmae_engine.model.merging import ClusterMerging, NormMerging
 from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.patches import cell_positions, take_rows
@@ -55,13 +56,16 @@ class Stage(nn.Module):
             pos_BN2, canvas_hw, cluster_size=self.cluster_size, neighbours=self.neighbours, backend=self.backend
         )
         feat_BNC = take_rows(feat_BNC, order_BN)
-        for block in self.blocks[:-1]:
-            feat_BNC = block(feat_BNC, near)
         survivors_BK: Tensor | None = None
         if isinstance(self.merge, NormMerging):
+            for block in self.blocks[:-1]:
+                feat_BNC = block(feat_BNC, near)
             feat_BNC, survivors_BK = self.merge.select(feat_BNC, near)
-        feat_BNC = self.blocks[-1](feat_BNC, near)
-        output = StageOutput(self.norm(feat_BNC), near.pos_BN2)
+            feat_BNC = self.blocks[-1](feat_BNC, near)
+            normed_BNC = self.norm(feat_BNC)
+        else:
+            normed_BNC, feat_BNC = run_blocks(self.blocks, self.norm, feat_BNC, near, self.backend)
+        output = StageOutput(normed_BNC, near.pos_BN2)
         if self.merge is None:
             return output, feat_BNC, near.pos_BN2
         if isinstance(self.merge, NormMerging):

@@ -10,7 +10,7 @@ from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
 from affmae_kernels.neighbourhoods import KERNEL_CLUSTER_SIZE, KERNEL_CLUSTERS, Neighbourhoods
 
-__all__ = ["cluster_attention"]
+__all__ = ["cluster_attention", "unsupported"]
 
 
 def cluster_attention(
@@ -46,7 +46,8 @@ def cluster_attention(
         ValueError: when shapes do not fit together.
     """
     _check(qkv_BN3AD, neighbourhoods, blank_key_AD, blank_value_AD, bias_weight_A5, bias_A)
-    choice = choose_backend(backend, "cluster_attention", qkv_BN3AD.device, _unsupported(qkv_BN3AD, neighbourhoods))
+    obstacle = unsupported(qkv_BN3AD.dtype, qkv_BN3AD.shape[-1], neighbourhoods)
+    choice = choose_backend(backend, "cluster_attention", qkv_BN3AD.device, obstacle)
     with torch.autocast(qkv_BN3AD.device.type, enabled=False):
         if choice.name == "triton":
             from affmae_kernels.cluster_attention import triton_impl
@@ -59,15 +60,15 @@ def cluster_attention(
         )
 
 
-def _unsupported(qkv_BN3AD: Tensor, neighbourhoods: Neighbourhoods) -> str | None:
-    """What the kernel cannot take of these arguments."""
+def unsupported(dtype: torch.dtype, width: int, neighbourhoods: Neighbourhoods) -> str | None:
+    """What the kernel cannot take of features of this dtype with heads of this width in these neighbourhoods."""
     if neighbourhoods.cluster_size != KERNEL_CLUSTER_SIZE:
         return f"clusters of {neighbourhoods.cluster_size} tokens, only of {KERNEL_CLUSTER_SIZE}"
     if neighbourhoods.count >= KERNEL_CLUSTERS:
         return f"{neighbourhoods.count} clusters, only fewer than {KERNEL_CLUSTERS}"
-    if qkv_BN3AD.shape[-1] not in (16, 32, 64):
-        return f"heads of width {qkv_BN3AD.shape[-1]}, only of 16, 32 or 64"
-    return None if qkv_BN3AD.dtype in DTYPES else f"features of {qkv_BN3AD.dtype}"
+    if width not in (16, 32, 64):
+        return f"heads of width {width}, only of 16, 32 or 64"
+    return None if dtype in DTYPES else f"features of {dtype}"
 
 
 def _check(

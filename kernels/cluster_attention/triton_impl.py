@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affmae_kernels.column_sums import column_sums
 from affmae_kernels.launch import precision_of
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.walks import GROUP
@@ -292,7 +293,7 @@ def _launch(
 
 
 @torch.library.custom_op("affmae::cluster_attention", mutates_args=())
-def _forward(
+def attend(
     qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
     bias: Tensor, blank_key: Tensor, blank_value: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -304,7 +305,7 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
+@attend.register_fake
 def _(
     qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
     bias: Tensor, blank_key: Tensor, blank_value: Tensor,
@@ -315,7 +316,7 @@ def _(
 
 
 @torch.library.custom_op("affmae::cluster_attention_backward", mutates_args=())
-def _backward(
+def attend_backward(
     dout: Tensor, qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
     bias: Tensor, blank_key: Tensor, blank_value: Tensor, out: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -330,12 +331,12 @@ def _backward(
     )  # fmt: skip
     grid, sizes, constants = _launch(qkv, key_entry, key_count)
     _backward_key_kernel[grid](qkv, pos, key_entry, key_count, bias, lse, dout, dqkv, delta, *sizes, **constants)
-    total = part[..., : 2 * width + 6].sum(0)
+    total = column_sums(part.flatten(1)).view(heads, -1)[:, : 2 * width + 6]
     dblank_key, dblank_value, dbias = total.split([width, width, 6], 1)
     return dqkv, dbias.clone(), dblank_key.clone(), dblank_value.clone()  # an operator's results share no memory
 
 
-@_backward.register_fake
+@attend_backward.register_fake
 def _(
     dout: Tensor, qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
     bias: Tensor, blank_key: Tensor, blank_value: Tensor, out: Tensor, lse: Tensor,
@@ -350,11 +351,19 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _differentiate(ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
-    dqkv, dbias, dblank_key, dblank_value = _backward(dout, *ctx.saved_tensors)
+    dqkv, dbias, dblank_key, dblank_value = attend_backward(dout, *ctx.saved_tensors)
     return dqkv, None, None, None, None, None, dbias, dblank_key, dblank_value
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+def places(neighbourhoods: Neighbourhoods) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operators take of neighbourhoods: positions, and both walks' entries and counts."""
+    walks = neighbourhoods.walks
+    rows, keys = walks.rows, walks.keys
+    pos_BN2 = neighbourhoods.pos_BN2.contiguous()
+    return pos_BN2, rows.entry_BGE, rows.count_BG, keys.entry_BGE, keys.count_BG
 
 
 def cluster_attention(
@@ -366,15 +375,10 @@ def cluster_attention(
     bias_A: Tensor,
 ) -> Tensor:
     """See the package for the formula and the shapes."""
-    walks = neighbourhoods.walks
     bias_A6 = torch.cat([bias_weight_A5.float(), bias_A.float()[:, None]], 1)
-    out_BNAD, _ = _forward(
+    out_BNAD, _ = attend(
         qkv_BN3AD.contiguous(),
-        neighbourhoods.pos_BN2.contiguous(),
-        walks.rows.entry_BGE,
-        walks.rows.count_BG,
-        walks.keys.entry_BGE,
-        walks.keys.count_BG,
+        *places(neighbourhoods),
         bias_A6,
         blank_key_AD.float().contiguous(),
         blank_value_AD.float().contiguous(),

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affmae_kernels.column_sums import column_sums
 from affmae_kernels.launch import precision_of
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.walks import GROUP, build_walks
@@ -30,11 +31,12 @@ _SIZES = ["N", "K", "ENTRIES", "GROUPS", "C"]
 EPS = tl.constexpr(1e-5)
 
 
-def launch_options(dtype: torch.dtype) -> dict[str, int]:
-    """Clusters of a tile, channels of a block, warps. fp32 products run on the ordinary units and need registers."""
+def launch_options(dtype: torch.dtype, *, weight_gradient: bool = False) -> dict[str, int]:
+    """Clusters of a tile, channels of a block, warps. fp32 products run on the ordinary units and need registers, and
+    so do the 32 running totals of the weights' gradient."""
     if dtype == torch.float32:
         return {"TILE": 2, "CB": 32, "num_warps": 4, "num_stages": 1}
-    return {"TILE": 4, "CB": 64, "num_warps": 4, "num_stages": 1}
+    return {"TILE": 4, "CB": 64, "num_warps": 8 if weight_gradient else 4, "num_stages": 1}
 
 
 @triton.jit
@@ -183,17 +185,22 @@ def _backward_token_kernel(
 
 
 @triton.jit
-def _store_sums(PART, c: tl.constexpr, du, h, da, dx, dy, d, ry, rx):
-    """Adds one weight's eight sums over a tile of pairs to the program's own line."""
-    p = PART + c * 8
-    tl.store(p, tl.load(p) + tl.sum(tl.sum(da * dx, 1), 0))
-    tl.store(p + 1, tl.load(p + 1) + tl.sum(tl.sum(da * dy, 1), 0))
-    tl.store(p + 2, tl.load(p + 2) + tl.sum(tl.sum(da * d, 1), 0))
-    tl.store(p + 3, tl.load(p + 3) + tl.sum(tl.sum(da * ry, 1), 0))
-    tl.store(p + 4, tl.load(p + 4) + tl.sum(tl.sum(da * rx, 1), 0))
-    tl.store(p + 5, tl.load(p + 5) + tl.sum(tl.sum(da, 1), 0))
-    tl.store(p + 6, tl.load(p + 6) + tl.sum(tl.sum(du * h, 1), 0))
-    tl.store(p + 7, tl.load(p + 7) + tl.sum(tl.sum(du, 1), 0))
+def _add(t0, t1, t2, t3, t4, t5, t6, t7, du, h, da, dx, dy, d, ry, rx):
+    """Adds one weight's eight products of a tile of pairs to their running totals."""
+    return t0 + da * dx, t1 + da * dy, t2 + da * d, t3 + da * ry, t4 + da * rx, t5 + da, t6 + du * h, t7 + du
+
+
+@triton.jit
+def _store_sums(part, t0, t1, t2, t3, t4, t5, t6, t7):
+    """Sums of one weight's eight totals."""
+    tl.store(part, tl.sum(tl.sum(t0, 1), 0))
+    tl.store(part + 1, tl.sum(tl.sum(t1, 1), 0))
+    tl.store(part + 2, tl.sum(tl.sum(t2, 1), 0))
+    tl.store(part + 3, tl.sum(tl.sum(t3, 1), 0))
+    tl.store(part + 4, tl.sum(tl.sum(t4, 1), 0))
+    tl.store(part + 5, tl.sum(tl.sum(t5, 1), 0))
+    tl.store(part + 6, tl.sum(tl.sum(t6, 1), 0))
+    tl.store(part + 7, tl.sum(tl.sum(t7, 1), 0))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -216,6 +223,11 @@ def _backward_weight_kernel(
     count = tl.load(COUNT + b * GROUPS + g)
     entry = ENTRY + (b * GROUPS + g) * ENTRIES
     part = PART + tl.program_id(0).to(tl.int64) * 32
+    zero = tl.zeros([R, J], tl.float32)
+    s00, s01, s02, s03, s04, s05, s06, s07 = zero, zero, zero, zero, zero, zero, zero, zero
+    s10, s11, s12, s13, s14, s15, s16, s17 = zero, zero, zero, zero, zero, zero, zero, zero
+    s20, s21, s22, s23, s24, s25, s26, s27 = zero, zero, zero, zero, zero, zero, zero, zero
+    s30, s31, s32, s33, s34, s35, s36, s37 = zero, zero, zero, zero, zero, zero, zero, zero
     for e0 in range(0, count, TILE):
         col, bits = _read_columns(entry, e0, count, N, TILE)
         dg0 = tl.zeros([R, J], tl.float32)
@@ -244,14 +256,27 @@ def _backward_weight_kernel(
         mean = (dh0 + dh1 + dh2 + dh3) * 0.25
         along = (dh0 * h0 + dh1 * h1 + dh2 * h2 + dh3 * h3) * 0.25
         d, ry, rx = _geometry(dx, dy)
-        _store_sums(part, 0, du0, h0, rstd * (dh0 - mean - h0 * along), dx, dy, d, ry, rx)
-        _store_sums(part, 1, du1, h1, rstd * (dh1 - mean - h1 * along), dx, dy, d, ry, rx)
-        _store_sums(part, 2, du2, h2, rstd * (dh2 - mean - h2 * along), dx, dy, d, ry, rx)
-        _store_sums(part, 3, du3, h3, rstd * (dh3 - mean - h3 * along), dx, dy, d, ry, rx)
+        s00, s01, s02, s03, s04, s05, s06, s07 = _add(
+            s00, s01, s02, s03, s04, s05, s06, s07, du0, h0, rstd * (dh0 - mean - h0 * along), dx, dy, d, ry, rx
+        )
+        s10, s11, s12, s13, s14, s15, s16, s17 = _add(
+            s10, s11, s12, s13, s14, s15, s16, s17, du1, h1, rstd * (dh1 - mean - h1 * along), dx, dy, d, ry, rx
+        )
+        s20, s21, s22, s23, s24, s25, s26, s27 = _add(
+            s20, s21, s22, s23, s24, s25, s26, s27, du2, h2, rstd * (dh2 - mean - h2 * along), dx, dy, d, ry, rx
+        )
+        s30, s31, s32, s33, s34, s35, s36, s37 = _add(
+            s30, s31, s32, s33, s34, s35, s36, s37, du3, h3, rstd * (dh3 - mean - h3 * along), dx, dy, d, ry, rx
+        )
+    _store_sums(part + 0, s00, s01, s02, s03, s04, s05, s06, s07)
+    _store_sums(part + 8, s10, s11, s12, s13, s14, s15, s16, s17)
+    _store_sums(part + 16, s20, s21, s22, s23, s24, s25, s26, s27)
+    _store_sums(part + 24, s30, s31, s32, s33, s34, s35, s36, s37)
 
 
-def _constants(feat: Tensor) -> dict[str, Any]:
-    return {"R": GROUP, "PREC": precision_of(feat.dtype)} | launch_options(feat.dtype)
+def _constants(feat: Tensor, *, weight_gradient: bool = False) -> dict[str, Any]:
+    options = launch_options(feat.dtype, weight_gradient=weight_gradient)
+    return {"R": GROUP, "PREC": precision_of(feat.dtype)} | options
 
 
 @torch.library.custom_op("affmae::merge_tokens", mutates_args=())
@@ -296,12 +321,12 @@ def _backward(
         tokens, count, key_entry.shape[2], groups, channels, **constants,
     )  # fmt: skip
     groups = row_count.shape[1]
-    part = torch.zeros(batch * groups, 4, 8, dtype=torch.float32, device=feat.device)
+    part = torch.empty(batch * groups, 32, dtype=torch.float32, device=feat.device)
     _backward_weight_kernel[(batch * groups,)](
         feat, score, pos, survivors, row_entry, row_count, parameters, dz, part,
-        tokens, count, row_entry.shape[2], groups, channels, **constants,
+        tokens, count, row_entry.shape[2], groups, channels, **_constants(feat, weight_gradient=True),
     )  # fmt: skip
-    return dfeat, dscore.sum(0), part.sum(0)
+    return dfeat, dscore.sum(0), column_sums(part).view(4, 8)
 
 
 @_backward.register_fake

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from affmae_kernels.residual_norm import residual_norm
+from affmae_kernels import residual_norm as package
+
+
+def residual_norm(*args, **options):
+    """The normalised sum alone."""
+    return package.residual_norm(*args, **options)[0]
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -56,6 +62,40 @@ def test_kernel_equals_the_reference_forward_and_every_gradient(shape, dtype) ->
         assert error(mine, other) < LIMITS[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 48), (2, 1, 512)])
+def test_offset_scale_and_the_sum_forward_and_every_gradient(shape, dtype) -> None:
+    pytest.importorskip("triton")
+    args = [*inputs(shape, dtype), torch.randn(shape[-1], device=DEVICE).requires_grad_()]
+    scale = torch.tensor([2.0, 0.0, 1.25][: shape[0]], device=DEVICE)
+    upstream = [torch.randn(shape).to(DEVICE, dtype) for _ in range(2)]
+
+    def everything(backend, args, upstream):
+        *four, offset = args
+        out = package.residual_norm(*four, offset_C=offset, scale_B=scale, backend=backend)
+        return (*out, *torch.autograd.grad(out, args, upstream))
+
+    found = everything("triton", args, upstream)
+    exact = everything(
+        "reference", [a.detach().double().requires_grad_() for a in args], [u.double() for u in upstream]
+    )
+    for mine, other in zip(found, exact, strict=True):
+        assert error(mine, other) < LIMITS[dtype]
+    assert torch.equal(found[1][1], args[0][1])  # scale 0: the second image's branch is gone
+
+
+def test_y_again_equals_y() -> None:
+    pytest.importorskip("triton")
+    from affmae_kernels.residual_norm import triton_impl
+
+    x, branch, weight, bias = (a.detach() for a in inputs((9, 40)))
+    y, total, stat = triton_impl.launch_forward(x, branch, None, weight, bias, weight, None, 0.0, 1e-5)
+    _, _, again, _ = triton_impl.launch_backward(
+        torch.randn_like(x), None, total, stat, weight, bias, weight, None, 0.0, moved=False, again=True
+    )
+    assert torch.allclose(again, y, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_scale_of_the_features_does_not_matter(scale) -> None:
     pytest.importorskip("triton")
@@ -98,7 +138,9 @@ def test_wrong_arguments_are_named() -> None:
     x, branch, weight, bias = inputs((4, 8))
     with pytest.raises(ValueError, match=r"must be floating and alike; got .* \[4, 8\] and .* \[3, 8\]"):
         residual_norm(x, branch[:3], weight, bias)
-    with pytest.raises(ValueError, match=r"must be \[8\]; got \[8\], \[7\]"):
+    with pytest.raises(ValueError, match=r"scale_B must be \[4\]; got \[8\]"):
+        residual_norm(x, branch, weight, bias, scale_B=weight)
+    with pytest.raises(ValueError, match=r"bias_C must be \[8\]; got \[7\]"):
         residual_norm(x, branch, weight, bias[:7])
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\); got 1.0"):
         residual_norm(x, branch, weight, bias, dropout=1.0)
