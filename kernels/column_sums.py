@@ -1,7 +1,7 @@
 """Sums over rows, in fp32 and in a fixed order: gradients of biases, and what a backward kernel's programs left.
 
 What is unusual: PyTorch's own sum takes 10 us and more for some hundred rows of partial sums, which a step has a
-hundred times. Here a program owns 16 or 64 columns and many rows at once; long inputs take two passes.
+hundred times. Here a program loads 16 or 64 columns of many rows at once, and a second pass sums what the first left.
 
 Axes: N rows, M columns, P parts of the rows, RB rows and CB columns of a tile.
 """
@@ -13,13 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ONE_PASS = 2048
-"""Most rows that one program sums."""
 PROGRAMS = 1024
 """Aimed at in the first of two passes: some waves on a large card."""
 
 
-@triton.jit(do_not_specialize=["N", "M", "ROWS"])
+@triton.jit(do_not_specialize=["N", "ROWS"])  # that M is a multiple of 16 makes loads wide
 def _kernel(X, OUT, N, M, ROWS, RB: tl.constexpr, CB: tl.constexpr):
     """One program: CB columns of ROWS rows of X [N, M], into row p of OUT [P, M]."""
     first = tl.program_id(0) * ROWS
@@ -43,9 +41,10 @@ def column_sums(x_NM: Tensor) -> Tensor:
     rows, columns = x_NM.shape
     options = launch_options(x_NM.dtype)
     blocks = triton.cdiv(columns, options["CB"])
+    tile = options["RB"]
     each = rows
-    if rows > ONE_PASS:
-        each = triton.cdiv(triton.cdiv(rows, max(1, PROGRAMS // blocks)), options["RB"]) * options["RB"]
+    if rows > 2 * tile:
+        each = triton.cdiv(triton.cdiv(rows, max(1, PROGRAMS // blocks)), tile) * tile
     parts = triton.cdiv(rows, each)
     out_PM = torch.empty(parts, columns, dtype=torch.float32, device=x_NM.device)
     _kernel[(parts, blocks)](x_NM, out_PM, rows, columns, each, **options)

@@ -70,19 +70,22 @@ def _run_fused(blocks: list[Block], norm: LayerNorm, x: Tensor, near: Neighbourh
     offset: Tensor | None = None
     scale: Tensor | None = None
     scales = _branch_scales(blocks, x)
+    lowered = _lowered(blocks, x.dtype)
     for index, block in enumerate(blocks):
         attention = block.attention
         position = torch.cat([attention.position.weight, attention.position.bias[:, None]], 1)
         x, branch = _Attend.apply(
             x, branch, offset, scale, block.norm1.weight, block.norm1.bias, attention.qkv.weight, attention.qkv.bias,
             position, attention.blank_key, attention.blank_value, attention.output.weight, where, attention.heads,
+            *lowered[4 * index : 4 * index + 2],
         )  # fmt: skip
         offset, scale = attention.output.bias, None if scales is None else scales[2 * index]
         first, last = block.mlp[0], block.mlp[-1]
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         x, branch = _FeedForward.apply(
-            x, branch, offset, scale, block.norm2.weight, block.norm2.bias, first.weight, first.bias, last.weight
-        )
+            x, branch, offset, scale, block.norm2.weight, block.norm2.bias, first.weight, first.bias, last.weight,
+            *lowered[4 * index + 2 : 4 * index + 4],
+        )  # fmt: skip
         offset, scale = last.bias, None if scales is None else scales[2 * index + 1]
     assert branch is not None
     return residual_norm.residual_norm(
@@ -102,6 +105,28 @@ def _branch_scales(blocks: list[Block], x: Tensor) -> tuple[Tensor, ...] | None:
     return ((drawn < keep) / keep).unbind(0)
 
 
+def _lowered(blocks: list[Block], dtype: torch.dtype) -> list[Tensor]:
+    """The four matrices of each block in `dtype`, all copied by a launch or two."""
+    weights = [
+        layer.weight.detach()
+        for block in blocks
+        for layer in (block.attention.qkv, block.attention.output, block.mlp[0], block.mlp[-1])
+        if isinstance(layer, nn.Linear)
+    ]
+    if all(weight.dtype == dtype for weight in weights):
+        return weights
+    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(copies, weights)
+    return copies
+
+
+def _weight_gradient(dout: Tensor, features: Tensor) -> Tensor:
+    """dout^T features; where cuBLAS can, in fp32, in which the products are summed anyway."""
+    if dout.is_cuda and dout.dtype != torch.float32:
+        return torch.mm(dout.t(), features, out_dtype=torch.float32)
+    return dout.t() @ features
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
@@ -114,22 +139,20 @@ class _Attend(torch.autograd.Function):
     """(s, branch) from the last sum and branch: s = x + scale (branch + offset), then cluster attention of LN(s).
 
     The first call of a stage has no branch. `position` is [A, 6], the bias network's weights and biases; `where` what
-    `places` gives.
+    `places` gives, `w_...` the matrices in the features' dtype.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, offset: Tensor | None, scale: Tensor | None, norm_weight: Tensor,
         norm_bias: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, position: Tensor, blank_key: Tensor,
-        blank_value: Tensor, out_weight: Tensor, where: tuple[Tensor, ...], heads: int,
+        blank_value: Tensor, out_weight: Tensor, where: tuple[Tensor, ...], heads: int, w_qkv: Tensor, w_out: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from affmae_kernels.cluster_attention.triton_impl import attend
 
-        dtype = x.dtype
-        w_qkv, w_out = qkv_weight.to(dtype), out_weight.to(dtype)
         norm = _Norm.forward(x, branch, offset, norm_weight, norm_bias, scale)
         y, s, *_ = norm
-        qkv = torch.addmm(qkv_bias.to(dtype), _rows(y), w_qkv.t()).view(*x.shape[:2], 3, heads, -1)
+        qkv = torch.addmm(qkv_bias.to(x.dtype), _rows(y), w_qkv.t()).view(*x.shape[:2], 3, heads, -1)
         network = position.float(), blank_key.float(), blank_value.float()
         out, lse = attend(qkv, *where, *network)
         ctx.save_for_backward(*_Norm.kept(norm), scale, w_qkv, w_out, *network, qkv, out, lse, *where)
@@ -146,7 +169,7 @@ class _Attend(torch.autograd.Function):
         s, stat, weight, bias, scale, w_qkv, w_out, *network, qkv, out, lse = ctx.saved_tensors[:13]
         where = ctx.saved_tensors[13:]
         drows = _rows(dbranch.contiguous())
-        dout_weight = drows.t() @ _rows(out.flatten(2))
+        dout_weight = _weight_gradient(drows, _rows(out.flatten(2)))
         dout = (drows @ w_out).view_as(out)
         dqkv, dposition, dkey, dvalue = attend_backward(dout, qkv, *where, *network, out, lse)
         dqkv = dqkv.flatten(2).flatten(0, 1)
@@ -155,8 +178,9 @@ class _Attend(torch.autograd.Function):
             dy, _contiguous(ds), s, stat, weight, bias, scale, ctx.moved
         )
         return (
-            dx, dprevious if ctx.needs_input_grad[1] else None, doffset, None, dweight, dbias, dqkv.t() @ _rows(y),
-            column_sums(dqkv), dposition, dkey, dvalue, dout_weight, None, None,
+            dx, dprevious if ctx.needs_input_grad[1] else None, doffset, None, dweight, dbias,
+            _weight_gradient(dqkv, _rows(y)), column_sums(dqkv), dposition, dkey, dvalue, dout_weight,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -166,11 +190,10 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, branch: Tensor, offset: Tensor, scale: Tensor | None, norm_weight: Tensor,
-        norm_bias: Tensor, first_weight: Tensor, first_bias: Tensor, last_weight: Tensor,
+        norm_bias: Tensor, first_weight: Tensor, first_bias: Tensor, last_weight: Tensor, w_first: Tensor, w_last: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from affmae_kernels.bias_gelu import triton_impl as gelu
 
-        w_first, w_last = first_weight.to(x.dtype), last_weight.to(x.dtype)
         norm = _Norm.forward(x, branch, offset, norm_weight, norm_bias, scale)
         y, s, *_ = norm
         hidden = _rows(y) @ w_first.t()
@@ -187,13 +210,14 @@ class _FeedForward(torch.autograd.Function):
         drows = _rows(dbranch.contiguous())
         dhidden, activated, dfirst_bias = gelu.launch_backward(drows @ w_last, hidden, b_first, again=True)
         assert activated is not None
-        dlast_weight = drows.t() @ activated
+        dlast_weight = _weight_gradient(drows, activated)
         del activated
         dy = (dhidden @ w_first).view_as(s)
         dx, dprevious, y, dweight, dbias, doffset = _Norm.backward(
             dy, _contiguous(ds), s, stat, weight, bias, scale, True
         )
-        return dx, dprevious, doffset, None, dweight, dbias, dhidden.t() @ _rows(y), dfirst_bias, dlast_weight
+        dfirst_weight = _weight_gradient(dhidden, _rows(y))
+        return dx, dprevious, doffset, None, dweight, dbias, dfirst_weight, dfirst_bias, dlast_weight, None, None
 
 
 class _Norm:

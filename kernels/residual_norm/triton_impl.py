@@ -22,8 +22,9 @@ from torch import Tensor
 
 from affmae_kernels.column_sums import column_sums
 
-MOST_PROGRAMS = 1056
-"""Of the backward pass, 8 for each of 132 multiprocessors; each leaves one row of partial sums."""
+PROGRAMS = 1056, 2112
+"""Fewest and most of the backward pass, where there are rows enough: 8 and 16 for each of 132 multiprocessors. Each
+leaves one row of partial sums."""
 
 
 @triton.jit
@@ -129,10 +130,12 @@ def _backward_kernel(
         tl.store(part + 2 * C, tl.sum(doffset, 0), mask=inside)
 
 
-def launch_options(width: int) -> dict[str, int]:
-    """Rows of a tile (R), padded channels (CP) and warps: 16 elements a thread, in whole rows."""
+def launch_options(width: int, *, backward: bool = False) -> dict[str, int]:
+    """Rows of a tile (R), padded channels (CP) and warps: 16 elements a thread, in whole rows. Backward a row's sums
+    stay within one warp: barriers in every turn of the loop cost more than anything else there."""
     padded = triton.next_power_of_2(width)
-    return {"CP": padded, "R": max(1, 2048 // padded), "num_warps": 4}
+    warps = 1 if backward else 4
+    return {"CP": padded, "R": max(1, 512 * warps // padded), "num_warps": warps}
 
 
 def _or_seed(tensor: Tensor | None, seed: Tensor) -> Tensor:
@@ -173,8 +176,9 @@ def launch_backward(
     dx = torch.empty_like(total)
     dbranch = torch.empty_like(total) if dropout or scale is not None else dx
     y = torch.empty_like(total) if again else None
-    options = launch_options(width)
-    programs = min(MOST_PROGRAMS, triton.cdiv(rows, options["R"]))
+    options = launch_options(width, backward=True)
+    tiles, (fewest, most) = triton.cdiv(rows, options["R"]), PROGRAMS
+    programs = min(tiles, most, max(fewest, tiles // 8))
     part = torch.empty(programs, (3 if moved else 2) * width, dtype=torch.float32, device=total.device)
     _backward_kernel[(programs,)](
         dy, dy if ds is None else ds, total, stat, weight, bias, seed, _or_seed(scale, seed), dx, dbranch,

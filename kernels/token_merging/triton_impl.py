@@ -27,7 +27,8 @@ from affmae_kernels.launch import precision_of
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.walks import GROUP, build_walks
 
-_SIZES = ["N", "K", "ENTRIES", "GROUPS", "C"]
+_SIZES = ["N", "K", "ENTRIES", "GROUPS"]
+"""Not C: that it is a multiple of 16 makes loads wide."""
 EPS = tl.constexpr(1e-5)
 
 

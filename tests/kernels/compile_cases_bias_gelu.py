@@ -1,5 +1,6 @@
 """Compile cases of GELU after a bias, and of the sums over rows."""
 
+import torch
 from compiling import CompileCase
 
 from affmae_kernels import column_sums
@@ -15,7 +16,9 @@ def _case(kernel, dtype: str, sizes: dict[str, str], constants: dict, warps: int
         signature,
         constants,
         num_warps=warps,
-        aligned=tuple(name for name in kernel.arg_names if signature.get(name, "").startswith("*")),
+        aligned=tuple(
+            name for name in kernel.arg_names if name in ("C", "M") or signature.get(name, "").startswith("*")
+        ),
     )
 
 
@@ -26,9 +29,7 @@ CASES += [
     _case(impl._backward_kernel, dtype, _SIZES, _TILE | {"AGAIN": again}, impl.WARPS)
     for dtype, again in (("bf16", True), ("fp16", False), ("fp32", True))
 ]
-for _dtype, _torch in (("bf16", "bfloat16"), ("fp32", "float32")):
-    import torch
-
-    _options = column_sums.launch_options(getattr(torch, _torch))
+for _dtype, _torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    _options = column_sums.launch_options(_torch)
     _warps = _options.pop("num_warps")
     CASES.append(_case(column_sums._kernel, _dtype, {"N": "i32", "M": "i32", "ROWS": "i32"}, _options, _warps))

@@ -6,7 +6,7 @@ from affmae_kernels.residual_norm import triton_impl as impl
 
 
 def _case(kernel, dtype: str, width: int, drop: float, **flags: bool) -> CompileCase:
-    options = impl.launch_options(width)
+    options = impl.launch_options(width, backward=kernel is impl._backward_kernel)
     warps = options.pop("num_warps")
     features = dict.fromkeys(["X", "BRANCH", "SUM", "Y", "DY", "DS", "DX", "DBRANCH"], f"*{dtype}")
     signature = features | dict.fromkeys(["WEIGHT", "BIAS", "OFFSET", "SCALE", "STAT", "PART"], "*fp32")

@@ -15,7 +15,7 @@ def _case(kernel, dtype: str) -> CompileCase:
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     types = dict.fromkeys(["FEAT", "OUT", "DZ", "DFEAT"], f"*{dtype}") | {"SURVIVORS": "*i64"}
     types |= dict.fromkeys(["SCORE", "PARAMETERS", "DSCORE", "PART"], "*fp32")
-    types |= dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32") | dict.fromkeys(impl._SIZES, "i32")
+    types |= dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32") | dict.fromkeys([*impl._SIZES, "C"], "i32")
     return CompileCase(
         f"{kernel.__name__} {dtype}",
         kernel,
@@ -23,7 +23,7 @@ def _case(kernel, dtype: str) -> CompileCase:
         {"R": 16, "PREC": precision_of(_DTYPES[dtype])} | options,
         num_warps=warps,
         num_stages=stages,
-        aligned=tuple(name for name in kernel.arg_names if types.get(name, "").startswith("*")),
+        aligned=("C", *(name for name in kernel.arg_names if types.get(name, "").startswith("*"))),
         hot=dtype != "fp32",
     )
 
