@@ -190,7 +190,8 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, branch: Tensor, offset: Tensor, scale: Tensor | None, norm_weight: Tensor,
-        norm_bias: Tensor, first_weight: Tensor, first_bias: Tensor, last_weight: Tensor, w_first: Tensor, w_last: Tensor,
+        norm_bias: Tensor, first_weight: Tensor, first_bias: Tensor, last_weight: Tensor, w_first: Tensor,
+        w_last: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from affmae_kernels.bias_gelu import triton_impl as gelu
 

@@ -26,7 +26,7 @@ _TILE = {"RB": impl.RB, "CB": impl.CB}
 _SIZES = {"N": "i32", "C": "i32"}
 CASES = [_case(impl._forward_kernel, dtype, _SIZES, _TILE, impl.WARPS) for dtype in ("bf16", "fp32")]
 CASES += [
-    _case(impl._backward_kernel, dtype, _SIZES, _TILE | {"AGAIN": again}, impl.WARPS)
+    _case(impl._backward_kernel, dtype, _SIZES, {"RB": impl.BACKWARD_RB, "CB": impl.CB, "AGAIN": again}, impl.WARPS)
     for dtype, again in (("bf16", True), ("fp16", False), ("fp32", True))
 ]
 for _dtype, _torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
