@@ -171,7 +171,12 @@ def _kernels(plan: Plan, *, reference: bool, json: bool, quiet: bool) -> None:
 
 
 def _networks(plan: Plan, *, json: bool, quiet: bool) -> None:
-    """The comparison; what was measured is written after every process, so that nothing is lost on the way."""
+    """The comparison; what was measured is written after every process, so that nothing is lost on the way.
+
+    Operations are checked while compilers run, which disturbs neither; nothing is timed before both are done.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
     from affmae_cli.bench_view import showing
     from affmae_engine.bench import comparison_report, report
     from affmae_engine.bench.card import CardWatch
@@ -179,11 +184,16 @@ def _networks(plan: Plan, *, json: bool, quiet: bool) -> None:
     from affmae_engine.bench.processes import Processes
 
     about = report.circumstances(plan.choice, plan.remarks)
-    with showing(quiet=quiet) as view, Processes(plan.timeout, ahead=plan.ahead) as processes:
+    with (
+        showing(quiet=quiet) as view,
+        ThreadPoolExecutor(1) as aside,
+        Processes(plan.timeout, ahead=plan.ahead) as processes,
+    ):
         comparison = Comparison(plan.cases, plan.comparison, view.changed)
-        gate = _gate(plan, view)
         view.follow(comparison.outcomes, comparison.clock)
-        comparison.compile_all(processes)
+        compiling = aside.submit(comparison.compile_all, processes)
+        gate = _gate(plan, view)
+        compiling.result()
         with CardWatch(plan.choice.device) as card:
             for _ in comparison.measure(processes):
                 values, results, ratios = _document(about, gate, plan, comparison, card.record())

@@ -96,7 +96,7 @@ def test_a_process_that_crashes_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", code))
     result = run(*SMALL, "--ops", "nearest_table", "-o", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert "ViT-MAE-tiny, pretraining at 64 px, 2 images at a time: failed; AFFMAE-tiny takes" in result.stdout
+    assert "ViT-MAE-tiny failed, pretraining at 64 px, 2 images at a time; AFFMAE-tiny takes" in result.stdout
     values = json.loads((tmp_path / "results.json").read_text())
     assert [r["status"] for r in values["results"]] == ["ok", "failed"]
     assert "signal 11" in values["results"][1]["note"] and values["ratios"][0]["speed"] is None
