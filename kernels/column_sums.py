@@ -18,7 +18,7 @@ PROGRAMS = 1024
 
 
 @triton.jit(do_not_specialize=["N", "ROWS"])  # that M is a multiple of 16 makes loads wide
-def _kernel(X, OUT, N, M, ROWS, RB: tl.constexpr, CB: tl.constexpr):
+def _column_sums_kernel(X, OUT, N, M, ROWS, RB: tl.constexpr, CB: tl.constexpr):
     """One program: CB columns of ROWS rows of X [N, M], into row p of OUT [P, M]."""
     first = tl.program_id(0) * ROWS
     last = tl.minimum(first + ROWS, N)
@@ -47,5 +47,5 @@ def column_sums(x_NM: Tensor) -> Tensor:
         each = triton.cdiv(triton.cdiv(rows, max(1, PROGRAMS // blocks)), tile) * tile
     parts = triton.cdiv(rows, each)
     out_PM = torch.empty(parts, columns, dtype=torch.float32, device=x_NM.device)
-    _kernel[(parts, blocks)](x_NM, out_PM, rows, columns, each, **options)
+    _column_sums_kernel[(parts, blocks)](x_NM, out_PM, rows, columns, each, **options)
     return out_PM.view(columns) if parts == 1 else column_sums(out_PM)

@@ -89,7 +89,7 @@ def _load_bias(BIAS, heads, inverse_scale):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _forward_kernel(
+def _attention_forward_kernel(
     QKV, POS, ENTRY, COUNT, BIAS, BLANK_K, BLANK_V, OUT, LSE, scale, N, ENTRIES, GROUPS, A,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +144,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_query_kernel(
+def _attention_query_kernel(
     QKV, POS, ENTRY, COUNT, BIAS, BLANK_K, BLANK_V, OUT, LSE, DOUT, DQKV, DELTA, PART, scale, N, ENTRIES, GROUPS, A,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -226,7 +226,7 @@ def _backward_query_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_key_kernel(
+def _attention_key_kernel(
     QKV, POS, ENTRY, COUNT, BIAS, LSE, DOUT, DQKV, DELTA, scale, N, ENTRIES, GROUPS, A,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -301,7 +301,9 @@ def attend(
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
     grid, sizes, constants = _launch(qkv, row_entry, row_count)
-    _forward_kernel[grid](qkv, pos, row_entry, row_count, bias, blank_key, blank_value, out, lse, *sizes, **constants)
+    _attention_forward_kernel[grid](
+        qkv, pos, row_entry, row_count, bias, blank_key, blank_value, out, lse, *sizes, **constants
+    )
     return out, lse
 
 
@@ -325,12 +327,12 @@ def attend_backward(
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     part = torch.empty(row_count.numel(), heads, 2 * width + 8, dtype=torch.float32, device=qkv.device)
     grid, sizes, constants = _launch(qkv, row_entry, row_count, query_gradient=True)
-    _backward_query_kernel[grid](
+    _attention_query_kernel[grid](
         qkv, pos, row_entry, row_count, bias, blank_key, blank_value, out, lse, dout, dqkv, delta, part, *sizes,
         **constants,
     )  # fmt: skip
     grid, sizes, constants = _launch(qkv, key_entry, key_count)
-    _backward_key_kernel[grid](qkv, pos, key_entry, key_count, bias, lse, dout, dqkv, delta, *sizes, **constants)
+    _attention_key_kernel[grid](qkv, pos, key_entry, key_count, bias, lse, dout, dqkv, delta, *sizes, **constants)
     total = column_sums(part.flatten(1)).view(heads, -1)[:, : 2 * width + 6]
     dblank_key, dblank_value, dbias = total.split([width, width, 6], 1)
     return dqkv, dbias.clone(), dblank_key.clone(), dblank_value.clone()  # an operator's results share no memory

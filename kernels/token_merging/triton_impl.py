@@ -97,7 +97,7 @@ def _weight_gradient(PARAMETERS, c: tl.constexpr, h, dg):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _forward_kernel(
+def _merging_forward_kernel(
     FEAT, SCORE, POS, SURVIVORS, ENTRY, COUNT, PARAMETERS, OUT, N, K, ENTRIES, GROUPS, C,
     R: tl.constexpr, TILE: tl.constexpr, CB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_token_kernel(
+def _merging_token_kernel(
     FEAT, SCORE, POS, SURVIVORS, ENTRY, COUNT, PARAMETERS, DZ, DFEAT, DSCORE, N, K, ENTRIES, GROUPS, C,
     R: tl.constexpr, TILE: tl.constexpr, CB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +205,7 @@ def _store_sums(part, t0, t1, t2, t3, t4, t5, t6, t7):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_weight_kernel(
+def _merging_weight_kernel(
     FEAT, SCORE, POS, SURVIVORS, ENTRY, COUNT, PARAMETERS, DZ, PART, N, K, ENTRIES, GROUPS, C,
     R: tl.constexpr, TILE: tl.constexpr, CB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -290,7 +290,7 @@ def _forward(
     out = torch.empty(batch, count, 4 * channels, dtype=feat.dtype, device=feat.device)
     constants = _constants(feat)
     grid = (batch * groups, triton.cdiv(channels, constants["CB"]))
-    _forward_kernel[grid](
+    _merging_forward_kernel[grid](
         feat, score, pos, survivors, row_entry, row_count, parameters, out,
         tokens, count, row_entry.shape[2], groups, channels, **constants,
     )  # fmt: skip
@@ -317,13 +317,13 @@ def _backward(
     dfeat = torch.empty_like(feat)
     dscore = torch.empty(blocks, batch, tokens, dtype=torch.float32, device=feat.device)
     groups = key_count.shape[1]
-    _backward_token_kernel[(batch * groups, blocks)](
+    _merging_token_kernel[(batch * groups, blocks)](
         feat, score, pos, survivors, key_entry, key_count, parameters, dz, dfeat, dscore,
         tokens, count, key_entry.shape[2], groups, channels, **constants,
     )  # fmt: skip
     groups = row_count.shape[1]
     part = torch.empty(batch * groups, 32, dtype=torch.float32, device=feat.device)
-    _backward_weight_kernel[(batch * groups,)](
+    _merging_weight_kernel[(batch * groups,)](
         feat, score, pos, survivors, row_entry, row_count, parameters, dz, part,
         tokens, count, row_entry.shape[2], groups, channels, **_constants(feat, weight_gradient=True),
     )  # fmt: skip

@@ -8,9 +8,9 @@ from affmae_kernels.launch import precision_of
 
 _SIZES = dict.fromkeys(["N", "ENTRIES", "GROUPS", "A"], "i32") | {"scale": "fp32"}
 _POINTERS = {
-    impl._forward_kernel: ["BLANK_K", "BLANK_V", "LSE"],
-    impl._backward_query_kernel: ["BLANK_K", "BLANK_V", "LSE", "DELTA", "PART"],
-    impl._backward_key_kernel: ["LSE", "DELTA"],
+    impl._attention_forward_kernel: ["BLANK_K", "BLANK_V", "LSE"],
+    impl._attention_query_kernel: ["BLANK_K", "BLANK_V", "LSE", "DELTA", "PART"],
+    impl._attention_key_kernel: ["LSE", "DELTA"],
 }
 
 
@@ -21,7 +21,7 @@ def _case(kernel, dtype: str, width: int, heads: int) -> CompileCase:
     features = dict.fromkeys(["QKV", "OUT", "DOUT", "DQKV"], f"*{dtype}")
     indices = dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32")
     signature = features | indices | dict.fromkeys(["BIAS", *_POINTERS[kernel]], "*fp32") | _SIZES
-    is_query_gradient = kernel is impl._backward_query_kernel
+    is_query_gradient = kernel is impl._attention_query_kernel
     options = impl.launch_options(heads, width, _DTYPES[dtype], query_gradient=is_query_gradient)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     return CompileCase(
