@@ -31,7 +31,13 @@ CASES += [
     )
     for dtype, again in (("bf16", True), ("fp16", False), ("fp32", True))
 ]
-for _dtype, _torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-    _options = column_sums.launch_options(_torch)
+for _dtype, _torch, _rows in (
+    ("bf16", torch.bfloat16, 9000),
+    ("fp32", torch.float32, 9000),
+    ("fp32", torch.float32, 700),
+):
+    _options = column_sums.launch_options(_torch, _rows)
     _warps = _options.pop("num_warps")
-    CASES.append(_case(column_sums._column_sums_kernel, _dtype, {"N": "i32", "M": "i32", "ROWS": "i32"}, _options, _warps))
+    CASES.append(
+        _case(column_sums._column_sums_kernel, _dtype, {"N": "i32", "M": "i32", "ROWS": "i32"}, _options, _warps)
+    )

@@ -23,6 +23,12 @@ SHAPES = {
 
 
 @pytest.fixture(autouse=True)
+def few_programs(monkeypatch) -> None:
+    """So that each takes several groups of the weights' gradient."""
+    monkeypatch.setattr("affmae_kernels.token_merging.triton_impl.WEIGHT_PROGRAMS", 3)
+
+
+@pytest.fixture(autouse=True)
 def poison(monkeypatch) -> None:
     """Memory that a kernel forgets to write shows up as NaN."""
     for name in ("empty", "empty_like"):
