@@ -1,7 +1,8 @@
 """Where a training step spends its time: the kernels of a few steps, by what they are for.
 
 The project's own kernels are recognised by name, which no two share: every function under `@triton.jit` in the folder
-of an operation belongs to that operation. What remains is sorted by patterns of the names that PyTorch's libraries give their kernels.
+of an operation belongs to that operation. What remains is sorted by patterns of the names that PyTorch's libraries give
+their kernels.
 """
 
 from __future__ import annotations
