@@ -26,6 +26,7 @@ _OPERATIONS = {
     "neighbourhoods": "neighbourhoods",
     "residual_norm": "residual LayerNorm",
     "bias_gelu": "GELU",
+    "linear_relu": "ReLU",
     "column_sums": "sums of partial sums",
 }
 """By folder, or by file where an operation is one."""

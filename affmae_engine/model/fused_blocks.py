@@ -26,6 +26,7 @@ from affmae_engine.model.norm import LayerNorm
 from affmae_kernels import bias_gelu, cluster_attention, residual_norm
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.products import weight_gradient
 
 
 def run_blocks(
@@ -119,13 +120,6 @@ def _lowered(blocks: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]
     return [tuple(copies[at : at + 5]) for at in range(0, len(copies), 5)]
 
 
-def _weight_gradient(dout: Tensor, features: Tensor) -> Tensor:
-    """dout^T features; where cuBLAS can, in fp32, in which the products are summed anyway."""
-    if dout.is_cuda and dout.dtype != torch.float32:
-        return torch.mm(dout.t(), features, out_dtype=torch.float32)
-    return dout.t() @ features
-
-
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
@@ -169,7 +163,7 @@ class _Attend(torch.autograd.Function):
         s, stat, weight, bias, scale, w_qkv, w_out, *network, qkv, out, lse = ctx.saved_tensors[:14]
         where = ctx.saved_tensors[14:]
         drows = _rows(dbranch.contiguous())
-        dout_weight = _weight_gradient(drows, _rows(out.flatten(2)))
+        dout_weight = weight_gradient(drows, _rows(out.flatten(2)))
         dout = (drows @ w_out).view_as(out)
         dqkv, *of_network = launch_backward(dout, qkv, *where, *network, out, lse)
         dqkv = dqkv.flatten(2).flatten(0, 1)
@@ -179,7 +173,7 @@ class _Attend(torch.autograd.Function):
         )
         return (
             dx, dprevious if ctx.needs_input_grad[1] else None, doffset, None, dweight, dbias,
-            _weight_gradient(dqkv, _rows(y)), column_sums(dqkv), *of_network, dout_weight,
+            weight_gradient(dqkv, _rows(y)), column_sums(dqkv), *of_network, dout_weight,
             None, None, None, None, None,
         )  # fmt: skip
 
@@ -211,13 +205,13 @@ class _FeedForward(torch.autograd.Function):
         drows = _rows(dbranch.contiguous())
         dhidden, activated, dfirst_bias = gelu.launch_backward(drows @ w_last, hidden, b_first, again=True)
         assert activated is not None
-        dlast_weight = _weight_gradient(drows, activated)
+        dlast_weight = weight_gradient(drows, activated)
         del activated
         dy = (dhidden @ w_first).view_as(s)
         dx, dprevious, y, dweight, dbias, doffset = _Norm.backward(
             dy, _contiguous(ds), s, stat, weight, bias, scale, True
         )
-        dfirst_weight = _weight_gradient(dhidden, _rows(y))
+        dfirst_weight = weight_gradient(dhidden, _rows(y))
         return dx, dprevious, doffset, None, dweight, dbias, dfirst_weight, dfirst_bias, dlast_weight, None, None
 
 
