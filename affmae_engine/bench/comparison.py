@@ -18,6 +18,7 @@ from affmae_engine.bench.batches import likely_gib
 from affmae_engine.bench.case import Case, Measurement, Request
 from affmae_engine.bench.largest import largest_that_fits
 from affmae_engine.bench.processes import Processes
+from affmae_engine.errors import Interrupted
 
 LARGEST_TRIED = 4096
 """Images; more than any card holds of the smallest network."""
@@ -147,7 +148,17 @@ class Comparison:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def measure(self, processes: Processes) -> Iterator[Outcome]:
-        """The rounds, then the largest batches where they are asked for; yields each outcome that has news."""
+        """The rounds, then the largest batches where they are asked for; yields each outcome that has news.
+
+        Raises:
+            Interrupted: by Ctrl-C; says how far it was.
+        """
+        try:
+            yield from self._measure(processes)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"after {self.clock.done} of {self.clock.total} measurements") from error
+
+    def _measure(self, processes: Processes) -> Iterator[Outcome]:
         for number in range(self.settings.rounds):
             for outcome in self.outcomes:
                 if outcome.failed:

@@ -80,11 +80,13 @@ def _measure(result: Measurement, request: Request, choice: DeviceChoice) -> Non
         result.modes_ms = {tried.network.how: tried.timing.ms for tried in (best, other)}
         best = min(best, other, key=lambda tried: tried.timing.ms)
     _take_over(result, best)
-    if case.work != "predict":
-        problem = _problem(partial(_time_forward, result, request, choice, best.network, batches[0]))
-        result.note = f"forward pass alone: {problem[1]}" if problem else ""
+    notes = []
+    if case.work != "predict" and (problem := _problem(partial(_time_forward, result, request, choice, best, batches))):
+        notes.append(f"forward pass alone: {problem[1]}")
     if request.data is not None and case.work == "pretrain":
-        with_loading(result, request, choice, best.network)
+        problem = _problem(partial(with_loading, result, request, choice, best.network))
+        notes += [f"with the dataset: {problem[1]}"] if problem else []
+    result.note = "; ".join(notes)
 
 
 def _warm_up(step: Call, request: Request, network: Network, device: torch.device) -> None:
@@ -123,10 +125,10 @@ def _take_over(result: Measurement, steps: _Steps) -> None:
 
 
 def _time_forward(
-    result: Measurement, request: Request, choice: DeviceChoice, network: Network, batch: dict[str, Tensor]
+    result: Measurement, request: Request, choice: DeviceChoice, steps: _Steps, batches: list[dict[str, Tensor]]
 ) -> None:
     result.forward_ms = None
-    forward = make_forward(network, choice, batch)
+    forward = make_forward(steps.network, choice, batches[0])
     for _ in range(2):
         forward()
     result.forward_ms = step_times(forward, choice.device, request.steps).ms

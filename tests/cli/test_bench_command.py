@@ -118,7 +118,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path) -> None:
         time.sleep(0.05)
     command.send_signal(signal.SIGINT)
     said = command.communicate(timeout=20)[1]
-    assert command.returncode == 130 and "Traceback" not in said, said
+    assert command.returncode == 130 and "stopped: after 1 of 4 measurements" in said and "Traceback" not in said, said
     values = json.loads((tmp_path / "results.json").read_text())
     assert [r["status"] for r in values["results"]] == ["ok", "waiting"]
 
