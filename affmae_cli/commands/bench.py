@@ -27,11 +27,21 @@ _NETWORKS, _HOW, _KERNELS = "What is compared", "How it is measured", "Single op
 def bench(
     sizes: Annotated[
         str | None,
-        typer.Option("--sizes", metavar="LIST", help="tiny, small, base. Default: small.", rich_help_panel=_NETWORKS),
+        typer.Option(
+            "--sizes",
+            metavar="LIST",
+            help="tiny, small, base. Default: small; full: small,base.",
+            rich_help_panel=_NETWORKS,
+        ),
     ] = None,
     resolutions: Annotated[
         str | None,
-        typer.Option("--resolutions", metavar="LIST", help="Edges in pixels. Default: 512.", rich_help_panel=_NETWORKS),
+        typer.Option(
+            "--resolutions",
+            metavar="LIST",
+            help="Edges in pixels. Default: 512; full: 512,1024.",
+            rich_help_panel=_NETWORKS,
+        ),
     ] = None,
     task: Annotated[
         str,
@@ -71,7 +81,11 @@ def bench(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Two rounds, AFFMAE not compiled: the default.", rich_help_panel=_HOW),
+        typer.Option(
+            "--quick",
+            help="Two rounds, AFFMAE not compiled. Default unless sizes or resolutions are named.",
+            rich_help_panel=_HOW,
+        ),
     ] = False,
     full: Annotated[
         bool,
@@ -130,7 +144,7 @@ def bench(
         bench_plan.Options(
             sizes=sizes, resolutions=resolutions, batch=batch, task=task, models=models, vit=vit, dtype=dtype,
             device=device, quick=quick, full=full, compile=compile_, rounds=rounds, steps=steps, max_batch=max_batch,
-            data=data, profile=profile, timeout=timeout, operations=ops, out=out,
+            data=data, profile=profile, timeout=timeout, kernels=kernels, operations=ops, out=out,
         )
     )  # fmt: skip
     if not quiet:

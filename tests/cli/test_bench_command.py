@@ -239,6 +239,8 @@ def test_plans_for_a_card() -> None:
     ]  # fmt: skip
     assert made.comparison.rounds == 3 and made.remarks == [] and made.comparison.max_batch
     assert made.comparison.request.device == "cuda" and made.comparison.request.precision == "bf16"
+    assert [s.batch for s in plan(kernels=True).settings] == [32, 32, 8, 8]  # of a large card, on every card
+    assert [s.size for s in plan(kernels=True, quick=True).settings] == ["small"]
     assert described(plan(sizes="base")) == described(plan(sizes="base", resolutions="512,1024"))
     assert [c.vit_mode for c in plan(vit="compile,eager").cases] == ["auto", "compile", "eager"]
     assert all(c.compile for c in plan(quick=True, compile=True).cases)
