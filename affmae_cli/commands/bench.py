@@ -30,7 +30,7 @@ def bench(
         typer.Option(
             "--sizes",
             metavar="LIST",
-            help="tiny, small, base. Default: small; full: small,base.",
+            help="tiny, small, base; small unless full.",
             rich_help_panel=_NETWORKS,
         ),
     ] = None,
@@ -39,7 +39,7 @@ def bench(
         typer.Option(
             "--resolutions",
             metavar="LIST",
-            help="Edges in pixels. Default: 512; full: 512,1024.",
+            help="Edges in pixels; 512 unless full.",
             rich_help_panel=_NETWORKS,
         ),
     ] = None,
@@ -83,7 +83,7 @@ def bench(
         bool,
         typer.Option(
             "--quick",
-            help="Two rounds, AFFMAE not compiled. Default unless sizes or resolutions are named.",
+            help="Few rounds, AFFMAE not compiled; unless sizes are named.",
             rich_help_panel=_HOW,
         ),
     ] = False,
