@@ -97,6 +97,13 @@ def test_prediction_with_tiles_of_another_size(data: Path, finetuned: tuple[Path
     assert labels.shape == (6, 96, 96) and labels.max() <= 1
 
 
+def test_pretraining_goes_on_from_a_segmenter(data: Path, finetuned: tuple[Path, dict], tmp_path) -> None:
+    out = tmp_path / "again"
+    done = affmae("pretrain", data / "em.zarr", *SMALL, *VIT, "--init-from", finetuned[0], "--steps", 1, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "is a segmenter: its heads were left out" in done.stderr
+
+
 def test_the_wrong_family_is_one_line(data: Path, pretrained: Path, tmp_path) -> None:
     labelled = ("--images", data / "image.tif", "--labels", data / "labels.tif")
     other = ("--set", "model.family=affmae")
