@@ -39,8 +39,8 @@ CPU_REMARK = (
 )
 TINY_REMARK = "A tiny network on small images: the figures do not carry over to small or base."
 QUICK_REMARK = (
-    "A quick look: AFFMAE's layers are not compiled, as in training runs of less than 2000 steps; compiled (--full, or "
-    "--compile) it is faster, for some two minutes of compiling the first time. ViT-MAE is compiled."
+    "A quick look: AFFMAE's layers are not compiled, as in training runs of less than 2000 steps; long runs compile "
+    "them and are faster (--full, or --compile; the first time it takes some two minutes). ViT-MAE is compiled."
 )
 
 
