@@ -112,9 +112,10 @@ def test_the_wrong_family_is_one_line(data: Path, pretrained: Path, tmp_path) ->
         ("finetune", *labelled, *SMALL, *other, "--init-from", pretrained, "-o", tmp_path / "b"),
         ("pretrain", "--resume", pretrained, *other, "--steps", 6),
     ]
-    for command in commands:
+    for i, command in enumerate(commands):
         done = affmae(*command)
         said = " ".join(done.stderr.split())
+        assert i == 2 or "use --set model.family=vit-mae" in said
         assert done.exit_code == 2 and "Traceback" not in said, done.output
         assert "vit-mae" in said and "affmae" in said and "model.family" in said
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
