@@ -68,15 +68,16 @@ def test_kernels_follow_the_reference_for_fifty_steps() -> None:
     exact = curve("reference", "fp32")
     assert exact[-5:].mean() < 0.95 * exact[:5].mean()  # it learns, so that there is something to follow
     found = {
-        "reference bf16": (curve("reference", "bf16"), 3e-3),
-        "kernels fp32": (curve("triton", "fp32"), 5e-4),
-        "kernels bf16": (curve("triton", "bf16"), 5e-3),
-        "kernels bf16, compiled and recorded": (curve("triton", "bf16", record=True, compiled=True), 5e-3),
+        "reference bf16": curve("reference", "bf16"),
+        "kernels fp32": curve("triton", "fp32"),
+        "kernels bf16": curve("triton", "bf16"),
+        "kernels bf16, compiled and recorded": curve("triton", "bf16", record=True, compiled=True),
     }
-    for name, (losses, limit) in found.items():
+    for name, losses in found.items():
         apart = (losses - exact).abs() / exact
         print(f"{name}: largest {apart.max():.1e}, mean {apart.mean():.1e}, last loss {losses[-1]:.5f}")
-        assert apart.max() < limit, name
+        # A score that rounds to the other side of another makes other survivors: single steps differ more than most.
+        assert apart.max() < 5e-3 and apart.mean() < 5e-4, name
 
 
 def test_a_recorded_run_has_the_bits_of_an_eager_one() -> None:
