@@ -6,7 +6,7 @@ the gathering of the merging. Norms, activations, softmax and sorting are left o
 
 Unusual: AFFMAE's stem and its reference operations work with dense matrices that are mostly zero (or look rows up), so
 a counter of matrix products sees other numbers there than the sparse formulas give. A `Part` therefore holds both:
-`flops`, and `seen`, what `torch.utils.flop_counter.FlopCounterMode` counts when the reference runs; a test compares that.
+`flops`, and `seen`, what `torch.utils.flop_counter.FlopCounterMode` counts on the reference path; a test compares that.
 
 Letters: N tokens, C channels, A heads, M neighbours, P slots (N padded to whole clusters), Q queries, S samples.
 """
