@@ -188,7 +188,7 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "finetune", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "finetune")
-    return run, watched_fit(run, config, task, quiet=quiet), report
+    return run, watched_fit(run, config, task, data=run.data, quiet=quiet), report
 
 
 def _prepare(
@@ -226,7 +226,7 @@ def _continue(root: Path, set_: list[str] | None, flags: dict[str, Any], *, quie
     check_same_data(recorded_data(run), store)
     config, task, _ = finetune_task(asked, store)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, resume=True, quiet=quiet)
+    return run, watched_fit(run, config, task, data=run.data, resume=True, quiet=quiet)
 
 
 def _transfer_table(report: TransferReport) -> Table:

@@ -107,7 +107,7 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "pretrain", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "pretrain")
-    return run, watched_fit(run, config, task, quiet=quiet)
+    return run, watched_fit(run, config, task, data=store.path, quiet=quiet)
 
 
 def _continue(
@@ -129,7 +129,7 @@ def _continue(
     check_same_data(recorded, store)
     config, task = pretrain_task(asked, store, init_from=None)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, resume=True, quiet=quiet)
+    return run, watched_fit(run, config, task, data=store.path, resume=True, quiet=quiet)
 
 
 def _open_store(data: list[Path] | None) -> Store:

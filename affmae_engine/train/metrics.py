@@ -63,16 +63,19 @@ class MetricsFile:
 
 
 class Recorder:
-    """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on."""
+    """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on.
 
-    def __init__(self, path: Path, sinks: Sequence[Sink]) -> None:
-        self._file = MetricsFile(path)
+    Without a path there is no file: of several processes only the first records.
+    """
+
+    def __init__(self, path: Path | None, sinks: Sequence[Sink]) -> None:
+        self._file = MetricsFile(path) if path is not None else None
         self._sinks = list(sinks)
         self._failing = False
 
     def emit(self, event: Event) -> None:
         """Record one event."""
-        problem = self._file.write(event)
+        problem = self._file.write(event) if self._file is not None else None
         if problem and not self._failing:
             _log.error("%s; training goes on and the lines are kept for later", problem)
         self._failing = problem is not None
@@ -85,11 +88,13 @@ class Recorder:
 
     def sync(self) -> None:
         """Force the metrics to the device."""
-        self._file.sync()
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
         """Close the metrics file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""One process's work on a run, apart from the steps themselves: log, evaluate, preview, save, and requests to stop."""
+"""One process's work on a run, apart from the steps themselves: log, evaluate, preview, save, and requests to stop.
+
+Of several processes the first one does all of it. The others read their (equal) means when a step is logged, so that
+they come to the same judgement, and wait for the first at their next step.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +21,7 @@ from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, StepL
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
 from affmae_engine.train.device import DeviceChoice, memory_gib
+from affmae_engine.train.distributed import Ranks
 from affmae_engine.train.metrics import Means, Recorder, Stopwatch
 from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.state import TrainState, save_state
@@ -43,8 +48,20 @@ class Session:
     recorder: Recorder
     stop: StopRequest
     watch: Stopwatch
+    ranks: Ranks = field(default_factory=Ranks)
     failed_saves: int = 0
     save_requested: bool = False
+    _stop_agreed: bool = False
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends after this step; several processes agreed on it during the step."""
+        return self._stop_agreed if self.ranks.world > 1 else self.stop.requested
+
+    def agree(self, out_of_memory: bool) -> bool:
+        """Once a step: whether any process ran out of memory. Requests to stop are agreed on along the way."""
+        failed, self._stop_agreed = self.ranks.any(out_of_memory, self.stop.requested)
+        return failed
 
     def log(self, rate: float) -> None:
         """Read the device, record the means since the last log, obey requests in control/.
@@ -72,10 +89,13 @@ class Session:
             )
         )
         self._judge(means)
-        self._take_requests()
+        if self.ranks.first:
+            self._take_requests()
 
     def evaluate(self) -> None:
         """Held-out figures; a best one asks for a checkpoint."""
+        if not self.ranks.first:
+            return
         start = time.monotonic()
         with self._evaluating():
             found = self.task.evaluate(self.state.model, self.choice.device)
@@ -97,6 +117,8 @@ class Session:
 
     def preview(self) -> None:
         """Write the task's pictures. A full disk costs the picture, not the run."""
+        if not self.ranks.first:
+            return
         with self._evaluating():
             pictures = self.task.preview(self.state.model, self.choice.device)
         for name, rgb in pictures.items():
@@ -118,6 +140,8 @@ class Session:
             DivergedError: a weight is not finite.
             ResourceError: the write failed, and this was the final one or the third failure in a row.
         """
+        if not self.ranks.first:
+            return
         start = time.monotonic()
         self.save_requested = False
         self.recorder.sync()
