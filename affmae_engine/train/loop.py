@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -22,18 +21,20 @@ import torch
 from affmae_engine import atomic
 from affmae_engine.config import RunConfig
 from affmae_engine.data.loading import batches
-from affmae_engine.errors import AffmaeError, ConfigError, Interrupted, ResourceError
-from affmae_engine.events import Event, RunEnded, RunStarted, finite
+from affmae_engine.errors import ConfigError, Interrupted, ResourceError
+from affmae_engine.events import Event, RunStarted
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
 from affmae_engine.train.compile import compile_regions
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.distributed import Ranks, current_ranks
+from affmae_engine.train.ending import Summary, ending, summarised
 from affmae_engine.train.environment import kernel_backends
 from affmae_engine.train.memory import free_memory, largest_divisor
-from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window
+from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window, drop_superseded
 from affmae_engine.train.optim import allocate_state, build_adamw, set_learning_rate
 from affmae_engine.train.report import line
+from affmae_engine.train.resume import rounding_notes
 from affmae_engine.train.schedule import due, learning_rate
 from affmae_engine.train.session import Session
 from affmae_engine.train.signals import StopRequest
@@ -45,20 +46,6 @@ _engine_log = logging.getLogger("affmae_engine")
 
 STEPS_WORTH_COMPILING = 2000
 """Compiling costs two minutes the first time, and saves some 50 ms a step (base, 512 px, 32 images, H200)."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended; summary.json. status: finished, stopped or failed. metrics: of the last evaluation."""
-
-    status: str
-    step: int
-    total_steps: int
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-    best_score: float | None = None
-    message: str = ""
 
 
 def fit(
@@ -92,6 +79,8 @@ def fit(
         ranks.check_device(choice.device)
         exact_fp32()
         saved, warnings = _starting_point(run, task, resume, ranks)
+        if saved is not None and ranks.first:
+            drop_superseded(run.metrics, saved.step)
         recorder = Recorder(
             run.metrics if ranks.first else None,
             [lambda event: _log_line(event, config.train.steps), *sinks] if ranks.first else (),
@@ -99,13 +88,13 @@ def fit(
         try:
             state = _new_state(config, task, choice)
             session = Session(run, config, task, choice, state, recorder, stop or StopRequest(), Stopwatch(), ranks)
-            with _ending(session):
+            with ending(session):
                 if saved is not None:
                     restore_state(saved, state, task)
                 if ranks.first:
                     _open(session, saved, warnings)
                 _train(session)
-            return _summary(session, "finished")
+            return summarised(session, "finished")
         finally:
             recorder.close()
 
@@ -113,8 +102,10 @@ def fit(
 def _open(session: Session, saved: checkpoint.Checkpoint | None, warnings: list[str]) -> None:
     """What happens once, before the first step."""
     run, config, task = session.run, session.config, session.task
-    if saved is not None and config != run.read_config():  # a longer run, for example
+    before = run.read_config() if saved is not None else config
+    if config != before:  # a longer run, for example
         run.write_config(config, task.name)
+        warnings = [*warnings, *rounding_notes(before, config)]
     session.recorder.emit(_started(session, resumed=saved is not None))
     for message in (*warnings, *task.notes):
         session.warn(message)
@@ -130,7 +121,10 @@ def _train(session: Session) -> None:
     state.model.train()
     while not _steps(session, micro):
         if micro == 1:
-            raise torch.OutOfMemoryError
+            raise ResourceError(
+                f"out of memory in step {state.step + 1}, even with one image at a time",
+                "close other programs on the card, or use a smaller data.crop_size or model.size",
+            )
         micro = largest_divisor(share, micro // 2)
         free_memory(session.choice.device)
         session.warn(
@@ -262,56 +256,6 @@ def _started(session: Session, *, resumed: bool) -> RunStarted:
         parameters=sum(parameter.numel() for parameter in session.state.model.parameters()),
         batch_size=config.train.batch_size,
         backends=kernel_backends(config.kernels.backend, session.choice.device),
-    )
-
-
-@contextlib.contextmanager
-def _ending(session: Session) -> Iterator[None]:
-    """Whatever ends the block is told in a last event and in summary.json."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        _close(session, "failed", "out of memory for a single image")
-        raise ResourceError(
-            f"out of memory at step {session.state.step}, even with one image at a time",
-            "close other programs on the card, or use a smaller data.crop_size or model.size",
-        ) from error
-    except Interrupted as error:
-        _close(session, "stopped", error.message)
-        raise
-    except BaseException as error:
-        _close(session, "failed", error.message if isinstance(error, AffmaeError) else repr(error))
-        if not isinstance(error, AffmaeError):
-            _engine_log.exception("the run failed")
-        raise
-    _close(session, "finished", "")
-
-
-def _close(session: Session, status: str, message: str) -> None:
-    if not session.ranks.first:
-        return
-    session.recorder.emit(
-        RunEnded(step=session.state.step, status=status, seconds=session.watch.seconds, message=message)
-    )
-    session.recorder.sync()
-    try:
-        atomic.commit_json(session.run.summary, finite(asdict(_summary(session, status, message))))
-    except ResourceError as error:
-        _engine_log.error("%s", error.message)
-
-
-def _summary(session: Session, status: str, message: str = "") -> Summary:
-    state = session.state
-    best_step, best_score = state.best or (None, None)
-    return Summary(
-        status=status,
-        step=state.step,
-        total_steps=session.config.train.steps,
-        seconds=session.watch.seconds,
-        metrics=state.metrics,
-        best_step=best_step,
-        best_score=best_score,
-        message=message,
     )
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from affmae_engine.events import Event, to_line
+from affmae_engine import atomic
+from affmae_engine.events import CheckpointSaved, Evaluated, Event, PreviewSaved, StepLogged, from_line, to_line
 
 Sink = Callable[[Event], None]
 
@@ -60,6 +61,26 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def drop_superseded(path: Path, step: int) -> None:
+    """Before a run goes on from the checkpoint of `step`: take out what was measured beyond it, as it is done again.
+
+    What tells of the processes themselves (`run_started`, `run_ended`, `warning`) stays. The file is replaced as a
+    whole, and only when there is something to take out.
+
+    Raises:
+        ResourceError: it cannot be written; the old one stands.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if not _measured_after(line, step)]
+    if len(kept) < len(lines):
+        atomic.commit_bytes(path, b"".join(kept))
+
+
+def _measured_after(line: bytes, step: int) -> bool:
+    event = from_line(line.decode("utf-8", "replace"))
+    return isinstance(event, (StepLogged, Evaluated, PreviewSaved, CheckpointSaved)) and event.step > step
 
 
 class Recorder:

@@ -79,7 +79,8 @@ def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task) -
     record = saved.state()
     try:
         state.step = int(record["step"])
-        state.scaler.load_state_dict(record["scaler"])
+        if record["scaler"]:  # empty when the run was not in fp16 so far
+            state.scaler.load_state_dict(record["scaler"])
         state.window.load_json(record["window"])
         state.best = None if record["best"] is None else (int(record["best"][0]), float(record["best"][1]))
         state.metrics = {name: float(value) for name, value in record["metrics"].items()}
