@@ -134,8 +134,9 @@ class TrainConfig(Section):
     """Length in passes over the data instead; turned into `steps` when the data is known."""
     batch_size: Positive = 32
     """Images per optimizer step, over all processes and accumulation."""
-    micro_batch: Positive | None = None
-    """Images per forward pass on one device; None takes the whole share of `batch_size`."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Images per forward pass on one device; `auto` measures what fits this card, None takes the whole share of
+    `batch_size`. Changes memory and speed, not the result; halved by itself when memory runs out."""
     precision: Precision = "auto"
     """`auto` is bf16 on a CUDA card that has it, fp16 on an older one, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -238,7 +239,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _whole_batches(self) -> RunConfig:
         micro = self.train.micro_batch
-        if micro is not None and self.train.batch_size % micro:
+        if isinstance(micro, int) and self.train.batch_size % micro:
             raise ValueError(
                 f"train.batch_size ({self.train.batch_size}) must be a multiple of train.micro_batch ({micro})"
             )

@@ -10,6 +10,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import (
+    BatchOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -46,6 +47,7 @@ def pretrain(
     set_: SetOption = None,
     steps: StepsOption = None,
     epochs: EpochsOption = None,
+    batch: BatchOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     out: OutOption = None,
@@ -61,7 +63,7 @@ def pretrain(
     The result is a run directory; `affmae finetune --init-from RUN` builds on it. Ctrl-C saves a checkpoint and
     ends; `affmae pretrain --resume RUN` goes on from there.
     """
-    flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
+    flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
 

@@ -30,7 +30,7 @@ from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.distributed import Ranks, current_ranks
 from affmae_engine.train.ending import Summary, ending, summarised
 from affmae_engine.train.environment import kernel_backends
-from affmae_engine.train.memory import free_memory, largest_divisor
+from affmae_engine.train.memory import free_memory, largest_divisor, measured_micro_batch
 from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window, drop_superseded
 from affmae_engine.train.optim import allocate_state, build_adamw, set_learning_rate
 from affmae_engine.train.report import line
@@ -90,7 +90,7 @@ def fit(
             session = Session(run, config, task, choice, state, recorder, stop or StopRequest(), Stopwatch(), ranks)
             with ending(session):
                 if saved is not None:
-                    restore_state(saved, state, task)
+                    restore_state(saved, state, task, config)
                 if ranks.first:
                     _open(session, saved, warnings)
                 _train(session)
@@ -117,19 +117,19 @@ def _open(session: Session, saved: checkpoint.Checkpoint | None, warnings: list[
 def _train(session: Session) -> None:
     state, stop, ranks, train = session.state, session.stop, session.ranks, session.config.train
     share = ranks.share(train.batch_size)
-    micro = largest_divisor(share, train.micro_batch or share)
     state.model.train()
-    while not _steps(session, micro):
-        if micro == 1:
+    state.micro_batch = _micro_batch(session, share)
+    while not _steps(session, state.micro_batch):
+        if state.micro_batch == 1:
             raise ResourceError(
                 f"out of memory in step {state.step + 1}, even with one image at a time",
                 "close other programs on the card, or use a smaller data.crop_size or model.size",
             )
-        micro = largest_divisor(share, micro // 2)
+        state.micro_batch = largest_divisor(share, (state.micro_batch + 1) // 2)
         free_memory(session.choice.device)
         session.warn(
-            f"out of memory in step {state.step + 1}, which is repeated: {micro} images at a time from here on "
-            f"({share // micro} times a step), with the same batch and the same samples"
+            f"out of memory in step {state.step + 1}, which is repeated: {_pieces(state.micro_batch, share)} from here "
+            "on, with the same batch and the same samples"
         )
     ranks.wait()  # for the last checkpoint of the first one
     if state.step < train.steps:
@@ -138,6 +138,33 @@ def _train(session: Session) -> None:
             f"continue with: affmae {session.task.name} --resume {session.run.root}",
             signal_number=stop.signal_number or 2,
         )
+
+
+def _micro_batch(session: Session, share: int) -> int:
+    """Images at a time: those of the run so far, as configured, or as measured. The same in all processes."""
+    state, task, ranks, asked = session.state, session.task, session.ranks, session.config.train.micro_batch
+    if state.micro_batch:
+        return largest_divisor(share, state.micro_batch)
+    if asked != "auto":
+        return largest_divisor(share, asked or share)
+    # Several processes keep a second copy of the gradients, for the exchange.
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in state.model.parameters())
+    found = measured_micro_batch(
+        state.model,
+        task.losses,
+        task.dataset.sample(0),
+        session.choice,
+        share,
+        extra=gradients if ranks.world > 1 else 0,
+    )
+    found = ranks.smallest(found)
+    session.warn(f"train.micro_batch is auto: {_pieces(found, share)}")
+    return found
+
+
+def _pieces(micro: int, share: int) -> str:
+    times = share // micro
+    return f"{micro} image{'s' if micro > 1 else ''} at a time, {times} time{'s' if times > 1 else ''} a step"
 
 
 def _steps(session: Session, micro: int) -> bool:

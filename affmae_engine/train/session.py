@@ -116,11 +116,15 @@ class Session:
         )
 
     def preview(self) -> None:
-        """Write the task's pictures. A full disk costs the picture, not the run."""
+        """Write the task's pictures. A full disk or a full card costs the picture, not the run."""
         if not self.ranks.first:
             return
-        with self._evaluating():
-            pictures = self.task.preview(self.state.model, self.choice.device)
+        try:
+            with self._evaluating():
+                pictures = self.task.preview(self.state.model, self.choice.device)
+        except torch.OutOfMemoryError:
+            self.warn("no picture: out of memory")
+            return
         for name, rgb in pictures.items():
             path = self.run.preview(self.state.step, name)
             try:

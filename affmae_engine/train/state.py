@@ -31,7 +31,7 @@ STATE_SCHEMA = 1
 @dataclass
 class TrainState:
     """What a checkpoint holds. `step` counts finished optimizer steps; `best` is (step, score); `metrics` the last
-    evaluation's."""
+    evaluation's; `micro_batch` the size in use, 0 before it is chosen."""
 
     model: nn.Module
     optimizer: torch.optim.AdamW
@@ -40,6 +40,7 @@ class TrainState:
     step: int = 0
     best: tuple[int, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    micro_batch: int = 0
 
 
 def save_state(run: RunDir, state: TrainState, config: RunConfig, task: Task) -> Path:
@@ -65,8 +66,10 @@ def save_state(run: RunDir, state: TrainState, config: RunConfig, task: Task) ->
     )
 
 
-def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task) -> None:
+def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task, config: RunConfig) -> None:
     """Put a checkpoint's content into `state`, whose model is on its device already.
+
+    The micro-batch in use (measured, or halved when memory ran out) is kept unless the configuration asks for another.
 
     Raises:
         CorruptError: the checkpoint does not fit this model, or lacks a part.
@@ -84,6 +87,8 @@ def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task) -
         state.window.load_json(record["window"])
         state.best = None if record["best"] is None else (int(record["best"][0]), float(record["best"][1]))
         state.metrics = {name: float(value) for name, value in record["metrics"].items()}
+        micro = record.get("micro_batch", {})  # absent in early checkpoints
+        state.micro_batch = int(micro["used"]) if micro.get("asked") == config.train.micro_batch else 0
         _set_generators(record["generators"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptError(f"{saved.path / checkpoint.STATE} lacks or garbles {error}", checkpoint.HINT) from error
@@ -110,6 +115,7 @@ def _to_json(state: TrainState, config: RunConfig, task: Task) -> dict[str, Any]
         "scaler": state.scaler.state_dict(),
         "window": state.window.to_json(),
         "best": state.best,
+        "micro_batch": {"asked": config.train.micro_batch, "used": state.micro_batch},
         "metrics": {name: value for name, value in state.metrics.items() if np.isfinite(value)},
         "generators": _generators(),
     }
