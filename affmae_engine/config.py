@@ -126,7 +126,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop: length, batch, precision and how often things happen. Every interval is in optimizer steps."""
+    """The loop: length, batch, precision and how often things happen. Intervals are in optimizer steps."""
 
     steps: Positive = 10_000
     """Optimizer steps of the run; ignored when `epochs` is given."""
@@ -151,6 +151,8 @@ class TrainConfig(Section):
     """Steps between two preview pictures; 0 only at the end."""
     checkpoint_every: NonNegative = 500
     """Steps between two checkpoints; 0 only at the end."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 15.0
+    """Minutes after which a checkpoint is saved, however few steps they were; 0 counts steps only."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept, besides the best one."""
     max_nonfinite: Positive = 25

@@ -87,12 +87,16 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A complete checkpoint exists at `path`, relative to the run directory."""
+    """A complete checkpoint exists at `path`, relative to the run directory.
+
+    It was written while training went on: `seconds` is how long that took, `stall_s` how long training stood still.
+    """
 
     kind = "checkpoint"
     step: int
     path: str
     seconds: float
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

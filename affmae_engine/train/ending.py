@@ -56,6 +56,11 @@ def ending(session: Session) -> Iterator[None]:
 def _close(session: Session, status: str, message: str) -> None:
     if not session.ranks.first:
         return
+    try:
+        session.settle(wait=True)  # a checkpoint that is being written still counts
+    except ResourceError as error:
+        _log.error("%s", error.message)
+    session.writer.close()
     session.recorder.emit(
         RunEnded(step=session.state.step, status=status, seconds=session.watch.seconds, message=message)
     )

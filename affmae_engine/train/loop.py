@@ -206,6 +206,7 @@ def _steps(session: Session, micro: int) -> bool:
             state.window.add(result.losses, result.grad_norm, result.bad)
             state.step += 1
             session.watch.stepped()
+            session.settle()
 
             if due(train.log_every, state.step, total):
                 session.log(rate)
@@ -214,7 +215,7 @@ def _steps(session: Session, micro: int) -> bool:
             if due(train.preview_every, state.step, total):
                 session.preview()
             last = state.step == total or session.stopping
-            if due(train.checkpoint_every, state.step, total) or session.save_requested or last:
+            if due(train.checkpoint_every, state.step, total) or session.save_due or last:
                 session.save(final=last)
     return True
 

@@ -75,6 +75,7 @@ FREE = frozenset(
         "train.eval_every",
         "train.preview_every",
         "train.checkpoint_every",
+        "train.checkpoint_minutes",
         "train.keep_checkpoints",
         "train.max_nonfinite",
         "data.workers",

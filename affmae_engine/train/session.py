@@ -23,8 +23,9 @@ from affmae_engine.train import checkpoint
 from affmae_engine.train.device import DeviceChoice, memory_gib
 from affmae_engine.train.distributed import Ranks
 from affmae_engine.train.metrics import Means, Recorder, Stopwatch
+from affmae_engine.train.saving import Writer
 from affmae_engine.train.signals import StopRequest
-from affmae_engine.train.state import TrainState, save_state
+from affmae_engine.train.state import TrainState, take_snapshot
 from affmae_engine.train.task import Evaluation, Task
 from affmae_engine.visualize import save_png
 
@@ -52,6 +53,11 @@ class Session:
     failed_saves: int = 0
     save_requested: bool = False
     _stop_agreed: bool = False
+    _stall_s: float = 0.0
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.writer = Writer(self.run, self.config.train.keep_checkpoints)
 
     @property
     def stopping(self) -> bool:
@@ -134,39 +140,52 @@ class Session:
                 return
             self.recorder.emit(PreviewSaved(step=self.state.step, path=str(path.relative_to(self.run.root))))
 
+    @property
+    def save_due(self) -> bool:
+        """Whether a checkpoint is due apart from the steps: asked for, or `train.checkpoint_minutes` have passed."""
+        minutes = self.config.train.checkpoint_minutes
+        return self.save_requested or (minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes)
+
     def save(self, *, final: bool) -> None:
-        """Write a checkpoint, note it if it is the best, and delete old ones.
+        """Copy the state and let it be written as a checkpoint, which is noted if it is the best. Old ones go.
 
         Args:
-            final: nothing comes after this one, so failing to write it is an error.
+            final: nothing comes after this one, so it is waited for and failing to write it is an error.
 
         Raises:
             DivergedError: a weight is not finite.
-            ResourceError: the write failed, and this was the final one or the third failure in a row.
+            ResourceError: a write failed, and this was the final one or the third failure in a row.
         """
         if not self.ranks.first:
             return
         start = time.monotonic()
-        self.save_requested = False
+        self.settle(wait=True)
+        self.save_requested, self._saved_at = False, start
         self.recorder.sync()
         with self._aside():
-            try:
-                folder = save_state(self.run, self.state, self.config, self.task)
-                if self.state.best is not None and self.state.best[0] == self.state.step:
-                    checkpoint.write_best(self.run, self.state.step, "score", self.state.best[1])
-            except ResourceError as error:
-                self._failed_save(error, final)
-                return
-            self.failed_saves = 0
-            checkpoint.prune(
-                self.run, self.config.train.keep_checkpoints, checkpoint.best_step(self.run), warn=self.warn
-            )
+            self.writer.start(take_snapshot(self.state, self.config, self.task))
+            self._stall_s = time.monotonic() - start
+            if final:
+                self.settle(wait=True, final=True)
+
+    def settle(self, *, wait: bool = False, final: bool = False) -> None:
+        """Report what became of the last checkpoint, if that is known by now.
+
+        Raises:
+            ResourceError: see `save`.
+        """
+        written = self.writer.collect(wait=wait)
+        if written is None:
+            return
+        if isinstance(written.outcome, ResourceError):
+            self._failed_save(written.step, written.outcome, final)
+            return
+        self.failed_saves = 0
+        for message in written.warnings:
+            self.warn(message)
+        path = str(written.outcome.relative_to(self.run.root))
         self.recorder.emit(
-            CheckpointSaved(
-                step=self.state.step,
-                path=str(folder.relative_to(self.run.root)),
-                seconds=time.monotonic() - start,
-            )
+            CheckpointSaved(step=written.step, path=path, seconds=written.seconds, stall_s=self._stall_s)
         )
 
     def warn(self, message: str) -> None:
@@ -205,6 +224,7 @@ class Session:
 
     def _judge(self, means: Means) -> None:
         if means.longest_streak >= self.config.train.max_nonfinite:
+            self.settle(wait=True)
             last = next(iter(self.run.checkpoint_steps()), None)
             kept = f"the checkpoint of step {last} is untouched" if last is not None else "there is no checkpoint yet"
             raise DivergedError(
@@ -229,15 +249,15 @@ class Session:
         finite = found.score == found.score and abs(found.score) != float("inf")
         return finite and (self.state.best is None or found.score > self.state.best[1])
 
-    def _failed_save(self, error: ResourceError, final: bool) -> None:
+    def _failed_save(self, step: int, error: ResourceError, final: bool) -> None:
         self.failed_saves += 1
         # The best one is what best.json says: a score without its checkpoint is of no use.
-        if self.state.best is not None and self.state.best[0] == self.state.step:
+        if self.state.best is not None and self.state.best[0] == step:
             record = self.run.read_json(self.run.best)
             self.state.best = (int(record["step"]), float(record["value"])) if "value" in record else None
         if final or self.failed_saves >= MAX_FAILED_SAVES:
             raise error
-        self.warn(f"no checkpoint of step {self.state.step}: {error.message}; {error.hint}")
+        self.warn(f"no checkpoint of step {step}: {error.message}; {error.hint}")
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from affmae_engine.train.metrics import Window
 from affmae_engine.train.optim import load_optimizer_tensors, optimizer_tensors
 from affmae_engine.train.schedule import learning_rate, warmup_length
 from affmae_engine.train.task import Task
+from affmae_engine.train.weights import WeightsMetadata
 
 STATE_SCHEMA = 1
 
@@ -43,12 +44,36 @@ class TrainState:
     micro_batch: int = 0
 
 
-def save_state(run: RunDir, state: TrainState, config: RunConfig, task: Task) -> Path:
-    """Write the checkpoint of `state.step`; returns its folder.
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint's content in host memory, independent of the training that goes on. `best` is its score if it is the
+    best so far."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    metadata: WeightsMetadata
+    best: float | None
+
+    def write(self, run: RunDir) -> Path:
+        """Write it, and note in best.json if it is the best; returns its folder.
+
+        Raises:
+            ResourceError: the write failed; nothing is left of the checkpoint.
+        """
+        folder = checkpoint.save(
+            run, weights=self.weights, optimizer=self.optimizer, state=self.state, metadata=self.metadata
+        )
+        if self.best is not None:
+            checkpoint.write_best(run, self.metadata.step, "score", self.best)
+        return folder
+
+
+def take_snapshot(state: TrainState, config: RunConfig, task: Task) -> Snapshot:
+    """Copy everything that a checkpoint of `state.step` holds to the host.
 
     Raises:
-        DivergedError: a weight is not finite; nothing is written.
-        ResourceError: the write failed; nothing is left.
+        DivergedError: a weight is not finite.
     """
     weights = dict(state.model.state_dict())
     if not _all_finite(weights):
@@ -56,13 +81,12 @@ def save_state(run: RunDir, state: TrainState, config: RunConfig, task: Task) ->
             f"the weights are not finite at step {state.step}; no checkpoint was written",
             "resume from the last one with a lower optim.lr",
         )
-    metadata = task.metadata.model_copy(update={"step": state.step, "config": config.model_dump(mode="json")})
-    return checkpoint.save(
-        run,
-        weights=weights,
-        optimizer=optimizer_tensors(state.optimizer, state.model),
+    return Snapshot(
+        weights=_copied(weights),
+        optimizer=_copied(optimizer_tensors(state.optimizer, state.model)),
         state=_to_json(state, config, task),
-        metadata=metadata,
+        metadata=task.metadata.model_copy(update={"step": state.step, "config": config.model_dump(mode="json")}),
+        best=state.best[1] if state.best is not None and state.best[0] == state.step else None,
     )
 
 
@@ -148,6 +172,10 @@ def _encode(state: Tensor) -> str:
 
 def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> bool:

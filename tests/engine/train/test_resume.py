@@ -197,8 +197,8 @@ def test_what_was_measured_beyond_the_checkpoint_is_taken_out(
     fit(run, config, make_toy().task, resume=True)
     kinds = [(record["kind"], record.get("step")) for record in map(json.loads, run.metrics.read_text().splitlines())]
     assert kinds.count(("step", 5)) == kinds.count(("checkpoint", 6)) == 1
-    assert kinds[:6] == [(r["kind"], r["step"]) for r in map(json.loads, before[:6])]
-    assert kinds[6:9] == [("run_ended", 6), ("from a later version", 6), ("run_started", 3)]
+    kept = [(r["kind"], r["step"]) for r in map(json.loads, before) if r["step"] <= 3 or r["kind"] == "run_ended"]
+    assert kinds[: len(kept) + 2] == [*kept, ("from a later version", 6), ("run_started", 3)]
 
 
 def test_generators_go_through_json() -> None:
