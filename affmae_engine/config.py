@@ -157,6 +157,11 @@ class TrainConfig(Section):
     """Newest checkpoints kept, besides the best one."""
     max_nonfinite: Positive = 25
     """Steps in a row with a non-finite loss or gradient (each is skipped) before the run is stopped."""
+    max_nonfinite_share: Fraction = 0.01
+    """Share of the last 1000 steps that may be non-finite before the run is stopped; 0 turns this off. Not with fp16,
+    whose loss scale is found by overflows."""
+    spike_factor: Annotated[float, Field(ge=0)] = 8.0
+    """A logged loss this many spreads (of the 50 logged before it) above their median is reported; 0 turns it off."""
 
 
 class FinetuneConfig(Section):

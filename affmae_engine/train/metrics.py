@@ -120,13 +120,18 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Means:
-    """What `Window.read` returns: means over the finite steps (NaN where there was none) and counts of the others."""
+    """What `Window.read` returns: means over the finite steps (NaN where there was none) and counts of the others.
+
+    longest_streak: of steps that were not finite, ending in this window. skipped: such steps so far. steps: of the
+    window.
+    """
 
     losses: dict[str, float]
     grad_norm: float
     longest_streak: int
     skipped: int
     skipped_in_window: int
+    steps: int
 
 
 class Window:
@@ -162,7 +167,8 @@ class Window:
         grad_norm = means.pop("grad_norm", float("nan"))
         self._sums.zero_()
         self._counts = torch.tensor([0, streak, streak, total, total], dtype=torch.float64, device=self._device)
-        return Means(means, grad_norm, int(longest), int(total), int(total - before))
+        skipped = int(total - before)
+        return Means(means, grad_norm, int(longest), int(total), skipped, int(finite) + skipped)
 
     def to_json(self) -> dict[str, Any]:
         """The sums as plain numbers, so that a resumed run logs the same means."""

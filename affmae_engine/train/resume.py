@@ -78,6 +78,8 @@ FREE = frozenset(
         "train.checkpoint_minutes",
         "train.keep_checkpoints",
         "train.max_nonfinite",
+        "train.max_nonfinite_share",
+        "train.spike_factor",
         "data.workers",
         "predict.batch_size",
     }

@@ -223,13 +223,14 @@ class Session:
             (self.run.control / name).unlink(missing_ok=True)
 
     def _judge(self, means: Means) -> None:
-        if means.longest_streak >= self.config.train.max_nonfinite:
+        train, health = self.config.train, self.state.health
+        reason = health.too_many_skipped(means, train, overflows_expected=self.state.scaler.is_enabled())
+        if reason:
             self.settle(wait=True)
             last = next(iter(self.run.checkpoint_steps()), None)
             kept = f"the checkpoint of step {last} is untouched" if last is not None else "there is no checkpoint yet"
             raise DivergedError(
-                f"{means.longest_streak} steps in a row had a non-finite loss or gradient, up to step "
-                f"{self.state.step}; {kept}",
+                f"{reason}, up to step {self.state.step} ({self._samples(means)}); {kept}",
                 "lower optim.lr, lengthen optim.warmup_steps, or check the data",
             )
         if means.skipped_in_window:
@@ -238,6 +239,21 @@ class Session:
                 f"{count} step{'s' if count > 1 else ''} with a non-finite loss or gradient skipped "
                 f"(weights unchanged, {means.skipped} so far)"
             )
+        loss = means.losses.get("loss", float("nan"))
+        usual = health.jump(loss, train.spike_factor)
+        if usual is not None:
+            self.warn(
+                f"the loss jumped to {loss:.4g}; its median before was {usual:.4g} ({self._samples(means)}). If it "
+                "does not come back, begin a new run from an earlier checkpoint (--init-from) with a lower optim.lr"
+            )
+
+    def _samples(self, means: Means) -> str:
+        """The samples of the window, for a search for bad data."""
+        size, last = self.config.train.batch_size, self.state.step
+        first = max(0, last - means.steps) * size
+        describe = getattr(self.task.dataset, "describe", None)
+        source = f", the first from {describe(first)}" if describe is not None else ""
+        return f"samples {first} to {last * size - 1}{source}"
 
     def _take_requests(self) -> None:
         if _taken(self.run, CHECKPOINT_FILE):

@@ -20,6 +20,7 @@ from affmae_engine.config import RunConfig
 from affmae_engine.errors import CorruptError, DivergedError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
+from affmae_engine.train.health import Health
 from affmae_engine.train.metrics import Window
 from affmae_engine.train.optim import load_optimizer_tensors, optimizer_tensors
 from affmae_engine.train.schedule import learning_rate, warmup_length
@@ -42,6 +43,7 @@ class TrainState:
     best: tuple[int, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     micro_batch: int = 0
+    health: Health = field(default_factory=Health)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task, c
         state.window.load_json(record["window"])
         state.best = None if record["best"] is None else (int(record["best"][0]), float(record["best"][1]))
         state.metrics = {name: float(value) for name, value in record["metrics"].items()}
-        micro = record.get("micro_batch", {})  # absent in early checkpoints
+        micro = record.get("micro_batch", {})  # absent in early checkpoints, as is "health"
+        state.health.load_json(record.get("health", {"losses": [], "windows": []}))
         state.micro_batch = int(micro["used"]) if micro.get("asked") == config.train.micro_batch else 0
         _set_generators(record["generators"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -138,6 +141,7 @@ def _to_json(state: TrainState, config: RunConfig, task: Task) -> dict[str, Any]
         },
         "scaler": state.scaler.state_dict(),
         "window": state.window.to_json(),
+        "health": state.health.to_json(),
         "best": state.best,
         "micro_batch": {"asked": config.train.micro_batch, "used": state.micro_batch},
         "metrics": {name: value for name, value in state.metrics.items() if np.isfinite(value)},
