@@ -56,6 +56,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_checkpoints_not_the_r
         run.checkpoints.touch()  # a file where the folder was
 
     def clear() -> None:
+        time.sleep(0.5)  # step 4's checkpoint is tried meanwhile
         run.checkpoints.unlink()
         aside.rename(run.checkpoints)
 
