@@ -38,8 +38,9 @@ class _WhileTraining(Exception):
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this process is one of several that a launcher started."""
+    described = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return described and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def led(command: Callable[..., None]) -> Callable[..., None]:

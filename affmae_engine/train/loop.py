@@ -72,6 +72,7 @@ def fit(
         BusyError: another process trains in this run.
         Interrupted: stopped on request, after a checkpoint.
         DivergedError, ResourceError, CorruptError: see errors.py; the last good checkpoint is untouched.
+        PeerLost: another process of the run is gone.
     """
     ranks = current_ranks()
     with _owned(run) if ranks.first else contextlib.nullcontext():
@@ -88,7 +89,7 @@ def fit(
         try:
             state = _new_state(config, task, choice)
             session = Session(run, config, task, choice, state, recorder, stop or StopRequest(), Stopwatch(), ranks)
-            with ending(session):
+            with ending(session), ranks.peers_expected():
                 if saved is not None:
                     restore_state(saved, state, task, config)
                 if ranks.first:
@@ -193,7 +194,7 @@ def _steps(session: Session, micro: int) -> bool:
         agree=session.agree,
     )
     with contextlib.closing(stream):
-        while state.step < total and not session.stopping:
+        while state.step < total:
             rate = learning_rate(
                 state.step, total_steps=total, warmup_steps=optim.warmup_steps, peak=optim.lr, minimum=optim.min_lr
             )
@@ -217,6 +218,8 @@ def _steps(session: Session, micro: int) -> bool:
             last = state.step == total or session.stopping
             if due(train.checkpoint_every, state.step, total) or session.save_due or last:
                 session.save(final=last)
+            if last:  # asked once, so that a request cannot come between the question whether to save and that to end
+                break
     return True
 
 

@@ -35,8 +35,7 @@ from affmae_engine.train.metrics import Stopwatch
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 EAGER_STEPS = 3
-"""Steps before the recording: they compile kernels, create optimizer state and find the largest workspaces."""
-
+"""Steps before the recording: they compile kernels and find the largest workspaces."""
 
 _LESS = "continue with --resume and a smaller train.micro_batch; the result stays the same"
 
@@ -175,8 +174,7 @@ class TrainStep:
                 self._agreed = True
                 if self._agree(False):
                     raise _Abandoned
-            with self._ranks.peers_expected():
-                self._scaler.scale(named["loss"] / self._accumulate).backward()
+            self._scaler.scale(named["loss"] / self._accumulate).backward()
         return {name: value.detach().float() / self._accumulate for name, value in named.items()}
 
     def _run_update(self, total: dict[str, Tensor]) -> dict[str, Tensor]:

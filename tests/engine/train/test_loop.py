@@ -159,6 +159,27 @@ def test_a_signal_saves_and_ends_cleanly(
     assert json.loads(run.summary.read_text())["status"] == "stopped"
 
 
+@pytest.mark.parametrize("reads", range(1, 6))
+def test_a_request_at_any_moment_of_a_step_ends_with_its_checkpoint(
+    reads: int, make_toy: Make, make_config: Make, make_run: Make
+) -> None:
+    class Late(StopRequest):
+        """Comes after it was looked at so many times."""
+
+        left = reads
+
+        @property
+        def requested(self) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+    config = make_config(checkpoint_every=0, eval_every=0, steps=50)
+    run = make_run(config)
+    with pytest.raises(Interrupted):
+        fit(run, config, make_toy().task, stop=Late())
+    assert run.checkpoint_steps() == [json.loads(run.summary.read_text())["step"]]
+
+
 def test_a_second_interrupt_takes_the_default_action() -> None:
     numbers = []
     with StopRequest(numbers.append).installed() as stop:
