@@ -116,7 +116,8 @@ def rounding_notes(before: RunConfig, now: RunConfig) -> list[str]:
 def check_length(run: RunDir, steps: int) -> None:
     """Raises ConfigError when a run of `steps` steps would not go beyond what the run has done already."""
     planned = run.read_config().train.steps
-    done = run.read_json(run.summary).get("status") == "finished"
+    finished = run.read_json(run.summary).get("status") == "finished"
+    done = finished and next(iter(run.checkpoint_steps()), 0) >= planned  # its last checkpoint may be lost
     if steps < planned:
         raise ConfigError(f"{run.root} is a run of {planned} steps; a continuation cannot make it shorter ({steps})")
     if done and steps == planned:
