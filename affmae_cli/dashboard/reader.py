@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from affmae_cli.dashboard.decode import StepBatch, decode
+from affmae_cli.dashboard.decode import decode
 from affmae_cli.dashboard.series import Series
 from affmae_cli.dashboard.state import RunState
 from affmae_cli.dashboard.status import Life, Status, status_of
@@ -106,11 +106,11 @@ class RunReader:
                     if not data:
                         break
                     joined = b"".join(data)[: None if end is None else end - start]
-                    for item in decode(joined, start):
-                        if isinstance(item, StepBatch):
-                            inside = (item.step_N >= low) & (item.step_N <= high)
-                            columns = {name: value[inside] for name, value in item.columns.items()}
-                            series.add(item.step_N[inside], columns, item.offset_N[inside])
+                    for steps in (segment.steps for segment in decode(joined, start)):
+                        if steps is not None:
+                            inside = (steps.step_N >= low) & (steps.step_N <= high)
+                            columns = {name: value[inside] for name, value in steps.columns.items()}
+                            series.add(steps.step_N[inside], columns, steps.offset_N[inside])
                     start += len(joined)
         except OSError:
             return Series()

@@ -7,11 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from affmae_cli.dashboard.decode import decode
+from affmae_cli.dashboard.decode import Segment, decode
 from affmae_cli.dashboard.state import RunState
 from affmae_cli.dashboard.status import Life, Status, status_of
 from affmae_cli.dashboard.tail import tail_bytes
-from affmae_engine.events import RunStarted
 from affmae_engine.run_dir import RunDir, list_runs
 
 _HEAD, _TAIL = 1 << 14, 1 << 17
@@ -67,7 +66,7 @@ def glance(root: Path) -> RunRow:
     run, now = RunDir(root), time.time()
     holder = run.holder()  # before reading: a trainer writes its last event before it lets the lock go
     state = RunState(root)
-    state.apply(item for item in decode(_head(run.metrics)) if isinstance(item, RunStarted))
+    state.apply(Segment(started=segment.started) for segment in decode(_head(run.metrics)))
     state.apply(decode(tail_bytes(run.metrics, _TAIL)))
     try:
         made = now - run.config.stat().st_mtime

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from affmae_cli.dashboard.decode import StepBatch
+from affmae_cli.dashboard.decode import Segment, StepBatch
 from affmae_cli.dashboard.series import Series
 from affmae_cli.dashboard.verdicts import Verdict, collapse_verdict, speed_verdict, system_verdicts
 from affmae_engine.config import RunConfig
@@ -32,11 +32,6 @@ from affmae_engine.train.schedule import due
 
 RECENT = 200
 """Events kept for the list of last events."""
-SYSTEM_COLUMNS = (
-    "gpu_memory_used", "gpu_memory_others", "gpu_utilisation", "power", "temperature", "sm_clock", "memory_clock",
-    "host_memory_used", "process_memory", "cpu",
-)  # fmt: skip
-"""Fields of `system` lines that are drawn over time."""
 
 
 class RunState:
@@ -73,13 +68,18 @@ class RunState:
         self._before_s = 0.0
         self._intervals: deque[float] = deque(maxlen=9)
 
-    def apply(self, items: Iterable[StepBatch | Event]) -> None:
+    def apply(self, segments: Iterable[Segment]) -> None:
         """Take in what was read, in order."""
-        for item in items:
-            if isinstance(item, StepBatch):
-                self._steps(item)
-            else:
-                self._event(item)
+        for segment in segments:
+            if segment.started is not None:
+                self._begin(segment.started)
+            if segment.steps is not None:
+                self._steps(segment.steps)
+            if segment.systems is not None:
+                self.system = segment.systems.last
+                self.systems.add(segment.systems.time_N, segment.systems.columns)
+                self.last_time = float(segment.systems.time_N[-1])
+            self._events(segment.events)
 
     @property
     def task(self) -> str:
@@ -183,29 +183,23 @@ class RunState:
         self.latest = batch.last
         self.last_time = self.last_progress = batch.last.time
 
-    def _event(self, event: Event) -> None:
-        self.last_time = event.time
-        if isinstance(event, SystemSampled):
-            self.system = event
-            values = {name: np.array([getattr(event, name)]) for name in SYSTEM_COLUMNS}
-            self.systems.add(np.array([event.time]), values)
-            return
-        self.recent.append(event)
-        match event:
-            case RunStarted():
-                self._begin(event)
-            case Evaluated():
-                self._evaluate(event)
-            case CheckpointSaved():
-                self.checkpoints = [*(c for c in self.checkpoints[-9:] if c.step < event.step), event]
-                self.longest_aside_s = max(self.longest_aside_s, event.seconds)
-            case PreviewSaved():
-                self.previews = [*(p for p in self.previews[-199:] if p.path != event.path), event]
-            case Warned():
-                self.warnings += 1
-            case RunEnded():
-                self.ended = event
-        self.last_progress = event.time
+    def _events(self, events: Sequence[Event]) -> None:
+        self.recent = deque([*self.recent, *events[-RECENT:]], RECENT)
+        for event in events:
+            match event:
+                case CheckpointSaved():
+                    self.checkpoints = [*(c for c in self.checkpoints[-9:] if c.step < event.step), event]
+                    self.longest_aside_s = max(self.longest_aside_s, event.seconds)
+                case PreviewSaved():
+                    self.previews = [*(p for p in self.previews[-199:] if p.path != event.path), event]
+                case Warned():
+                    self.warnings += 1
+                case RunEnded():
+                    self.ended = event
+        self._evaluations([event for event in events if isinstance(event, Evaluated)])
+        for event in events[-1:]:
+            self.last_progress = float(np.fmax(self.last_progress, event.time))
+            self.last_time = float(np.fmax(self.last_time, event.time))
 
     def _begin(self, event: RunStarted) -> None:
         if self.started is not None:
@@ -218,14 +212,23 @@ class RunState:
         self.held_out.cut(event.step + 0.5)
         self.checkpoints = [saved for saved in self.checkpoints if saved.step <= event.step]
 
-    def _evaluate(self, event: Evaluated) -> None:
-        self.evaluated = event
-        self.best = event if event.best else self.best
-        self.longest_aside_s = max(self.longest_aside_s, event.seconds)
-        values = dict(event.metrics)
-        values |= {f"{name}.{key}": value for name, found in event.per_class.items() for key, value in found.items()}
-        values |= {f"rank.{stage}": rank for stage, rank in enumerate(event.effective_rank, 1)}
-        self.held_out.add(np.array([event.step]), {name: np.array([value]) for name, value in values.items()})
-        if event.effective_rank:
-            tops = self.highest_ranks or event.effective_rank
-            self.highest_ranks = [float(np.fmax(*pair)) for pair in zip(event.effective_rank, tops, strict=False)]
+    def _evaluations(self, events: Sequence[Evaluated]) -> None:
+        if not events:
+            return
+        self.evaluated = events[-1]
+        self.best = next((event for event in reversed(events) if event.best), self.best)
+        self.longest_aside_s = max(self.longest_aside_s, *(event.seconds for event in events))
+        for ranks in (event.effective_rank for event in events if event.effective_rank):
+            tops = self.highest_ranks or ranks
+            self.highest_ranks = [float(np.fmax(*pair)) for pair in zip(ranks, tops, strict=False)]
+        rows = [_figures(event) for event in events]
+        columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in {**rows[0], **rows[-1]}}
+        self.held_out.add(np.array([event.step for event in events]), columns)
+
+
+def _figures(event: Evaluated) -> dict[str, float]:
+    """Every figure of an evaluation by the name of its curve."""
+    figures = dict(event.metrics)
+    for name, scores in event.per_class.items():
+        figures |= {f"{name}.{key}": value for key, value in scores.items()}
+    return figures | {f"rank.{stage}": rank for stage, rank in enumerate(event.effective_rank, 1)}
