@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, OverflowMethod, RenderableType
@@ -277,10 +277,16 @@ class Curve:
             return ""
         count = max(1, min(width, len(points)))
         bins = [points[i * len(points) // count : (i + 1) * len(points) // count] for i in range(count)]
-        means = [sum(part) / len(part) for part in bins]
-        low, high = min(means), max(means)
-        scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
-        return "".join(_SPARKS[round((value - low) * scale)] for value in means)
+        return sparks([sum(part) / len(part) for part in bins])
+
+
+def sparks(values: Sequence[float]) -> str:
+    """Values as block characters, one each, between the lowest and the highest of them; "" for fewer than two."""
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((value - low) * scale)] for value in values)
 
 
 def _write(console: Console, data: bytes) -> None:

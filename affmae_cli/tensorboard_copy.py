@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from affmae_cli.dashboard.decode import SYSTEM_COLUMNS
 from affmae_engine.errors import ConfigError
 from affmae_engine.events import CheckpointSaved, Evaluated, Event, PreviewSaved, RunStarted, StepLogged, SystemSampled
 from affmae_engine.run_dir import RunDir
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _STEP_FIELDS = ("lr", "grad_norm", "images_per_s", "data_wait", "step_s", "memory_gib", "memory_peak_gib")
-_SYSTEM_FIELDS = (
-    "gpu_memory_used", "gpu_memory_others", "gpu_utilisation", "power", "temperature", "sm_clock", "memory_clock",
-    "host_memory_used", "process_memory", "cpu",
-)  # fmt: skip
 
 
 def check_installed() -> None:
@@ -98,6 +95,6 @@ def scalars(event: Event) -> dict[str, float]:
                 found |= {f"class/{label}/{name}": value for name, value in scores.items()}
             return found | {f"effective_rank/stage{i}": rank for i, rank in enumerate(event.effective_rank, 1)}
         case SystemSampled():
-            return {f"system/{name}": getattr(event, name) for name in _SYSTEM_FIELDS}
+            return {f"system/{name}": getattr(event, name) for name in SYSTEM_COLUMNS}
         case _:
             return {}

@@ -30,7 +30,6 @@ from affmae_cli.options import (
     TensorBoardOption,
 )
 from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
-from affmae_cli.tensorboard_copy import check_installed
 from affmae_cli.trainer_process import dashboard_wanted, train_in_dashboard
 from affmae_engine.errors import ConfigError
 
@@ -88,6 +87,8 @@ def finetune(
     if dashboard_wanted(no_tui=no_tui or dry_run, quiet=quiet, as_json=json):
         raise typer.Exit(train_in_dashboard())
     if tensorboard:
+        from affmae_cli.tensorboard_copy import check_installed
+
         check_installed()
     flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
     sources = _Sources(images or [], labels or [], val_images or [], val_labels or [], pixel_size)

@@ -27,7 +27,6 @@ from affmae_cli.options import (
     StepsOption,
     TensorBoardOption,
 )
-from affmae_cli.tensorboard_copy import check_installed
 from affmae_cli.trainer_process import dashboard_wanted, train_in_dashboard
 from affmae_engine.errors import ConfigError, InputError
 
@@ -70,6 +69,8 @@ def pretrain(
     if dashboard_wanted(no_tui=no_tui or dry_run, quiet=quiet, as_json=json):
         raise typer.Exit(train_in_dashboard())
     if tensorboard:
+        from affmae_cli.tensorboard_copy import check_installed
+
         check_installed()
     flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
     if resume is not None:

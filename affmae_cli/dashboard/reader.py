@@ -7,6 +7,7 @@ while a long run is opened.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ class RunReader:
         self._tail = LineTail(self.run.metrics)
         self._exit_code, self._clock, self._now = exit_code, clock, now
         self._opening = True
-        self._holder, self._holder_at = Holder("unknown"), -float("inf")
+        self._holder, self._holder_at = Holder("unknown"), -math.inf
         self._heard = self._progressed = (0.0, clock())
         self._config_of: object = None
 
@@ -67,6 +68,16 @@ class RunReader:
             return min(1.0, self._tail.offset / max(1, self.run.metrics.stat().st_size))
         except OSError:
             return 1.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that trainers worked on the run, all its processes together."""
+        return self.state.elapsed_s(self.state.last_time if self.status.kind == "gone" else self._now())
+
+    @property
+    def eta_s(self) -> float:
+        """Seconds to the end of the whole run; 0 when it ended, NaN when it cannot be told."""
+        return math.nan if self.status.kind == "gone" else self.state.eta_s(self._now())
 
     def poll(self, seconds: float = 0.1) -> bool:
         """Read what is new, for about `seconds` at most; returns whether there was anything."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from affmae_cli.dashboard.decode import Segment, StepBatch
 from affmae_cli.dashboard.series import Series
-from affmae_cli.dashboard.verdicts import Verdict, collapse_verdict, speed_verdict, system_verdicts
+from affmae_cli.dashboard.verdicts import Verdict, collapse_verdict, possible_ranks, speed_verdict, system_verdicts
 from affmae_engine.config import RunConfig
 from affmae_engine.events import (
     CheckpointSaved,
@@ -124,7 +124,7 @@ class RunState:
     @property
     def on_cpu(self) -> bool:
         """Whether the run computes on the CPU."""
-        return self.started is not None and self.started.device.startswith("CPU")
+        return self.started is not None and "CPU (" in self.started.device
 
     @property
     def megapixels_per_s(self) -> float:
@@ -169,7 +169,8 @@ class RunState:
         """What the figures mean, the speed first."""
         found = [speed_verdict(self.data_wait, self.system, on_cpu=self.on_cpu), *system_verdicts(self.system)]
         ranks = self.evaluated.effective_rank if self.evaluated else []
-        collapse = collapse_verdict(ranks, self.highest_ranks)
+        possible = possible_ranks(self.config) if self.config is not None else [0.0] * len(ranks)
+        collapse = collapse_verdict(ranks, self.highest_ranks, possible)
         return [*found, collapse] if collapse is not None else found
 
     def _current(self) -> bool:
