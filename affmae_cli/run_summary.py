@@ -6,6 +6,7 @@ Every state is told in words, so nothing is lost without colours.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,8 @@ def summary_json(reader: RunReader) -> dict[str, Any]:
         "text": reader.status.text,
         "step": state.step,
         "total_steps": state.total_steps,
-        "elapsed_s": reader.elapsed_s,
-        "eta_s": reader.eta_s,
+        "elapsed_s": state.elapsed_s(time.time()),
+        "eta_s": state.eta_s(time.time()),
         "losses": latest.losses if latest else {},
         "held_out": state.evaluated.metrics if state.evaluated else {},
         "per_class": state.evaluated.per_class if state.evaluated else {},
@@ -88,9 +89,9 @@ def summary_json(reader: RunReader) -> dict[str, Any]:
 def _rows(reader: RunReader, width: int) -> Iterator[tuple[str, Text]]:
     state = reader.state
     if state.total_steps:
-        eta = "" if reader.status.ended else f"  {duration(reader.eta_s)} to go"
-        text = f"{state.step}/{state.total_steps}  {state.progress:.0%}  {duration(reader.elapsed_s)} so far{eta}"
-        yield "step", Text(text)
+        elapsed, eta = duration(state.elapsed_s(time.time())), duration(state.eta_s(time.time()))
+        to_go = "" if reader.status.ended else f"  {eta} to go"
+        yield "step", Text(f"{state.step}/{state.total_steps}  {state.progress:.0%}  {elapsed} so far{to_go}")
     if state.latest is not None:
         yield from _training_rows(state, width)
     if state.evaluated is not None:

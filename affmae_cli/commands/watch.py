@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from affmae_cli.dashboard.runs import RunRow
 
 DEFAULT_FOLDER = Path("runs")
+Screen = Literal["overview", "curves", "pictures", "system", "log", "config", "runs"]
 
 
 def watch(
@@ -33,6 +34,7 @@ def watch(
         Path | None, typer.Option("--export", metavar="OUT.svg", help="Save the screen and leave.")
     ] = None,
     size: Annotated[str, typer.Option("--size", metavar="COLUMNSxROWS", help="Size of the saved screen.")] = "160x48",
+    screen: Annotated[Screen, typer.Option("--screen", help="Which tab to save.")] = "overview",
     json: JsonOption = False,
 ) -> None:
     """Watch a run: losses, speed, card, pictures, events.
@@ -49,7 +51,7 @@ def watch(
     if export is not None:
         from affmae_cli.dashboard.app import export_screen
 
-        export_screen(root, export, size=columns_rows)
+        export_screen(root, export, size=columns_rows, screen=screen)
         output.show(f"{export}")
     if not (once or export or json):
         from affmae_cli.dashboard.app import run_dashboard

@@ -69,16 +69,6 @@ class RunReader:
         except OSError:
             return 1.0
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds that trainers worked on the run, all its processes together."""
-        return self.state.elapsed_s(self.state.last_time if self.status.kind == "gone" else self._now())
-
-    @property
-    def eta_s(self) -> float:
-        """Seconds to the end of the whole run; 0 when it ended, NaN when it cannot be told."""
-        return math.nan if self.status.kind == "gone" else self.state.eta_s(self._now())
-
     def poll(self, seconds: float = 0.1) -> bool:
         """Read what is new, for about `seconds` at most; returns whether there was anything."""
         exit_code = self._exit_code()
@@ -103,6 +93,7 @@ class RunReader:
             self.status = Status("waiting", f"reading the run: {self.share_read:.0%}")
         else:
             self.status = status_of(self.state, self._life(holder, exit_code))
+            self.state.left = self.status.kind == "gone"
         return found or restarted
 
     def zoom(self, low: float, high: float) -> Series:

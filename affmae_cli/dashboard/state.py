@@ -41,12 +41,14 @@ class RunState:
     `step_s`, `memory_gib`. held_out: over the step: `NAME` of each metric, `CLASS.iou`, `CLASS.dice`, `rank.1` and on.
     systems: over the time in seconds since 1970: `SYSTEM_COLUMNS`.
     started, latest, evaluated, best, system, ended: the newest event of that kind; ended is None while a trainer may be
-    at work. recent: the last notable events, oldest first. previews: newest last.
+    at work. left: the trainer is gone without such an event (set by the reader, which can tell). recent: the last
+    notable events, oldest first. previews: newest last.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config: RunConfig | None = None
+        self.left = False
         self.forget()
 
     def forget(self) -> None:
@@ -111,13 +113,13 @@ class RunState:
             return 0.0
         if self.ended is not None:
             return self._before_s + self.ended.seconds
-        return self._before_s + max(0.0, now - self.started.time)
+        return self._before_s + max(0.0, (self.last_time if self.left else now) - self.started.time)
 
     def eta_s(self, now: float) -> float:
         """Seconds to the end of the whole run; 0 when it ended, NaN when it cannot be told."""
         if self.ended is not None:
             return 0.0
-        if self.latest is None or not self._current():
+        if self.latest is None or self.left or not self._current():
             return math.nan
         return max(0.0, self.latest.eta_s - max(0.0, now - self.latest.time))
 
