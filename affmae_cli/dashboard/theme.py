@@ -15,9 +15,10 @@ _RAW_ON_LIGHT = ("#A6CCE3", "#E5C7A6", "#A6D2C6", "#DFBED0", "#D2C8A6", "#B9B9B9
 
 
 def series_variables(*, dark: bool) -> dict[str, str]:
-    """Stylesheet variables of the curves' colours: series-0 and so on, and raw-0 for the unsmoothed ones behind."""
+    """Stylesheet variables: `rule` for thin lines, the curves' `series-0` and so on, `raw-0` and so on behind them."""
     series, raw = (_ON_DARK, _RAW_ON_DARK) if dark else (_ON_LIGHT, _RAW_ON_LIGHT)
     return {
+        "rule": "#33424D" if dark else "#C3CCD3",
         **{f"series-{i}": colour for i, colour in enumerate(series)},
         **{f"raw-{i}": colour for i, colour in enumerate(raw)},
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from affmae_cli.dashboard.control import pending_requests
 from affmae_cli.dashboard.plot import Trace
-from affmae_cli.dashboard.series import Curve, Series
-from affmae_cli.dashboard.state import RunState
+from affmae_cli.dashboard.reader import RunReader
+from affmae_cli.dashboard.series import CAPACITY, Curve, Series
 from affmae_cli.dashboard.status import Status
 from affmae_cli.dashboard.verdicts import Verdict
 from affmae_engine.config import RunConfig
@@ -17,6 +18,8 @@ from affmae_engine.events import Evaluated, Event, PreviewSaved, RunEnded, RunSt
 
 POINTS = 2048
 """Points of a curve that are handed over: several for every column of a wide terminal."""
+ENOUGH = 512
+"""Points in a zoomed window below which the file is read again for more."""
 Curves = Mapping[str, Curve]
 
 
@@ -24,14 +27,16 @@ Curves = Mapping[str, Curve]
 class RunView:
     """One moment of a run. The events are the newest of their kind, None before there is one.
 
-    now: seconds since 1970. elapsed_s, eta_s: of the whole run; NaN when not known. data_wait: share of the wall time.
+    now: seconds since 1970. opening: there is more to be read at once. elapsed_s, eta_s: of the whole run; NaN when not known. data_wait: share of the wall time.
     steps, held_out, systems: curves by the names that `RunState` gives them, the same object while nothing was added.
-    recent: notable events, oldest first. requests: what the trainer was asked for and has not taken yet.
+    detail: the steps of the part that is zoomed in on, None when `steps` serves. recent: notable events, oldest first.
+    requests: what the trainer was asked for and has not taken yet.
     """
 
     root: Path
     status: Status
     now: float
+    opening: bool = False
     config: RunConfig | None = None
     started: RunStarted | None = None
     latest: StepLogged | None = None
@@ -53,24 +58,41 @@ class RunView:
     previews: tuple[PreviewSaved, ...] = ()
     requests: tuple[str, ...] = ()
     steps: Curves = field(default_factory=dict)
+    detail: Curves | None = None
     held_out: Curves = field(default_factory=dict)
     systems: Curves = field(default_factory=dict)
 
 
-class Viewer:
-    """Makes views of one state; curves are made anew only when their series grew."""
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """The curves of one of several runs that are compared."""
 
-    def __init__(self, state: RunState) -> None:
-        self._state = state
+    root: Path
+    last: float
+    steps: Curves
+    held_out: Curves
+
+
+class Viewer:
+    """Makes views of what a reader reads; curves are made anew only when their series grew or the window changed."""
+
+    def __init__(self, reader: RunReader) -> None:
+        self._reader = reader
         self._made: dict[str, tuple[object, Curves]] = {}
 
-    def view(self, status: Status, requests: list[str], now: float) -> RunView:
-        """The present moment. now: seconds since 1970."""
-        state = self._state
+    def view(self, window: tuple[float, float] | None, now: float) -> RunView:
+        """The present moment.
+
+        Args:
+            window: steps that are zoomed in on; None for the whole run.
+            now: seconds since 1970.
+        """
+        state = self._reader.state
         return RunView(
             root=state.root,
-            status=status,
+            status=self._reader.status,
             now=now,
+            opening=self._reader.behind,
             config=state.config,
             started=state.started,
             latest=state.latest,
@@ -90,19 +112,40 @@ class Viewer:
             verdicts=tuple(state.verdicts()),
             recent=tuple(state.recent),
             previews=tuple(state.previews),
-            requests=tuple(requests),
+            requests=tuple(pending_requests(state.root)),
             steps=self._curves("steps", state.steps),
+            detail=None if window is None else self._detail(state.steps, *window),
             held_out=self._curves("held_out", state.held_out),
             systems=self._curves("systems", state.systems),
         )
 
+    def compared(self) -> Compared:
+        """The curves alone."""
+        state = self._reader.state
+        steps, held_out = self._curves("steps", state.steps), self._curves("held_out", state.held_out)
+        return Compared(state.root, float(state.step), steps, held_out)
+
     def _curves(self, kind: str, series: Series) -> Curves:
-        mark = (series, len(series), series.extent)
+        return self._cached(kind, (series, len(series), series.extent), lambda: _all(series))
+
+    def _detail(self, series: Series, low: float, high: float) -> Curves:
+        def made() -> Curves:
+            # The whole run's buckets are merged points; where few lie in the window, the file has more.
+            coarse = series.stride > 1 and (high - low) * CAPACITY < ENOUGH * (series.extent or (0, 0))[1]
+            return _all(self._reader.zoom(low, high) if coarse else series, low, high)
+
+        return self._cached("detail", (series, len(series), low, high), made)
+
+    def _cached(self, kind: str, mark: object, make: Callable[[], Curves]) -> Curves:
         known, curves = self._made.get(kind, (None, {}))
         if known != mark:
-            curves = {name: series.curve(name, points=POINTS) for name in series.names}
+            curves = make()
             self._made[kind] = (mark, curves)
         return curves
+
+
+def _all(series: Series, low: float = -math.inf, high: float = math.inf) -> Curves:
+    return {name: series.curve(name, low=low, high=high, points=POINTS) for name in series.names}
 
 
 def trace(name: str, curve: Curve, ink: int, *, marks: bool = False, factor: float = 1.0) -> Trace:

@@ -55,3 +55,12 @@ class Zoom:
         at = (x0 + x1) / 2 if at is None else at
         right = at + (x1 - at) * span / (x1 - x0)
         return Zoom(span, None if right >= last else max(right, first + span))
+
+
+@dataclass(frozen=True)
+class ChartSettings:
+    """How all charts of a screen are drawn."""
+
+    log: bool = False
+    smoothing: bool = True
+    zoom: Zoom = Zoom()

@@ -63,7 +63,7 @@ class PreviewWall(Widget):
 
     watch_first = watch_edge = on_resize
 
-    @work(thread=True, exclusive=True, exit_on_error=False)
+    @work(thread=True, exclusive=True, group="preview", exit_on_error=False)
     def _read(self, path: Path) -> None:
         self.post_message(self.Loaded(path, read_tiles(path)))
 

@@ -9,19 +9,10 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from affmae_cli.dashboard.signs import SIGNS
 from affmae_cli.dashboard.view import RunView
+from affmae_cli.output import printable
 from affmae_engine.train.report import duration
-
-SIGNS = {
-    "waiting": "◌",
-    "running": "●",
-    "stalled": "▲",
-    "finished": "✔",
-    "stopped": "■",
-    "failed": "✖",
-    "gone": "✖",
-}
-"""A sign for each state, besides its word and colour."""
 
 
 class StatusLine(Widget):
@@ -80,6 +71,4 @@ class StatusLine(Widget):
 
 
 def _shown(text: str) -> str:
-    from affmae_cli.output import printable
-
     return printable(text).replace("\n", " ")
