@@ -188,9 +188,13 @@ EVENTS: dict[str, type[Event]] = {
 def to_line(event: Event) -> str:
     """One event as a line of JSON with its `kind` first, without the line end. Non-finite numbers become null.
 
-    ASCII only: a message may hold any text (line separators, undecodable file names) and must stay one line.
+    A field that is NaN by default is left out when nothing is known of it. ASCII only: a message may hold any text
+    (line separators, undecodable file names) and must stay one line.
     """
-    return json.dumps({"kind": event.kind, **finite(asdict(event))}, allow_nan=False)
+    optional = {f.name for f in fields(event) if f.default != f.default}
+    values = finite(asdict(event)).items()
+    record = {name: value for name, value in values if not (value is None and name in optional)}
+    return json.dumps({"kind": event.kind, **record}, allow_nan=False)
 
 
 def from_line(line: str) -> Event | None:

@@ -72,6 +72,11 @@ class RunDir:
         return self.root / "log.txt"
 
     @property
+    def console(self) -> Path:
+        """console.txt: what a trainer without a terminal would have written to one."""
+        return self.root / "console.txt"
+
+    @property
     def summary(self) -> Path:
         """summary.json: written at the end."""
         return self.root / "summary.json"
@@ -100,6 +105,11 @@ class RunDir:
     def data(self) -> Path:
         """data.zarr: the labelled store that a finetune run makes from its images and labels."""
         return self.root / "data.zarr"
+
+    @property
+    def tensorboard(self) -> Path:
+        """tensorboard: a copy of the events for TensorBoard, where it was asked for."""
+        return self.root / "tensorboard"
 
     @property
     def best(self) -> Path:

@@ -7,6 +7,7 @@ while a long run is opened.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ class RunReader:
         self._tail = LineTail(self.run.metrics)
         self._exit_code, self._clock, self._now = exit_code, clock, now
         self._opening = True
-        self._holder, self._holder_at = Holder("unknown"), -float("inf")
+        self._holder, self._holder_at = Holder("unknown"), -math.inf
         self._heard = self._progressed = (0.0, clock())
         self._config_of: object = None
 
@@ -92,6 +93,7 @@ class RunReader:
             self.status = Status("waiting", f"reading the run: {self.share_read:.0%}")
         else:
             self.status = status_of(self.state, self._life(holder, exit_code))
+            self.state.left = self.status.kind == "gone"
         return found or restarted
 
     def zoom(self, low: float, high: float) -> Series:

@@ -15,7 +15,7 @@ import numpy as np
 
 from affmae_cli.dashboard.decode import Segment, StepBatch
 from affmae_cli.dashboard.series import Series
-from affmae_cli.dashboard.verdicts import Verdict, collapse_verdict, speed_verdict, system_verdicts
+from affmae_cli.dashboard.verdicts import Verdict, collapse_verdict, possible_ranks, speed_verdict, system_verdicts
 from affmae_engine.config import RunConfig
 from affmae_engine.events import (
     CheckpointSaved,
@@ -41,12 +41,14 @@ class RunState:
     `step_s`, `memory_gib`. held_out: over the step: `NAME` of each metric, `CLASS.iou`, `CLASS.dice`, `rank.1` and on.
     systems: over the time in seconds since 1970: `SYSTEM_COLUMNS`.
     started, latest, evaluated, best, system, ended: the newest event of that kind; ended is None while a trainer may be
-    at work. recent: the last notable events, oldest first. previews: newest last.
+    at work. left: the trainer is gone without such an event (set by the reader, which can tell). recent: the last
+    notable events, oldest first. previews: newest last.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config: RunConfig | None = None
+        self.left = False
         self.forget()
 
     def forget(self) -> None:
@@ -111,20 +113,20 @@ class RunState:
             return 0.0
         if self.ended is not None:
             return self._before_s + self.ended.seconds
-        return self._before_s + max(0.0, now - self.started.time)
+        return self._before_s + max(0.0, (self.last_time if self.left else now) - self.started.time)
 
     def eta_s(self, now: float) -> float:
         """Seconds to the end of the whole run; 0 when it ended, NaN when it cannot be told."""
         if self.ended is not None:
             return 0.0
-        if self.latest is None or not self._current():
+        if self.latest is None or self.left or not self._current():
             return math.nan
         return max(0.0, self.latest.eta_s - max(0.0, now - self.latest.time))
 
     @property
     def on_cpu(self) -> bool:
         """Whether the run computes on the CPU."""
-        return self.started is not None and self.started.device.startswith("CPU")
+        return self.started is not None and "CPU (" in self.started.device
 
     @property
     def megapixels_per_s(self) -> float:
@@ -169,7 +171,8 @@ class RunState:
         """What the figures mean, the speed first."""
         found = [speed_verdict(self.data_wait, self.system, on_cpu=self.on_cpu), *system_verdicts(self.system)]
         ranks = self.evaluated.effective_rank if self.evaluated else []
-        collapse = collapse_verdict(ranks, self.highest_ranks)
+        possible = possible_ranks(self.config) if self.config is not None else [0.0] * len(ranks)
+        collapse = collapse_verdict(ranks, self.highest_ranks, possible)
         return [*found, collapse] if collapse is not None else found
 
     def _current(self) -> bool:

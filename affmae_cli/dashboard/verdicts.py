@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from affmae_engine.config import RunConfig
 from affmae_engine.events import SystemSampled
+from affmae_engine.model.sizes import SIZES
 
 DATA_BOUND, DATA_PARTLY = 0.2, 0.05
 """Shares of the wall time spent waiting for data, above which the run is data-bound, or partly so."""
@@ -15,8 +17,8 @@ IDLE = 0.5
 """Utilisation of the card below which it idles."""
 OTHERS_SHARE = 0.1
 """Share of the card's memory held by others that is worth saying."""
-COLLAPSE_RANK, COLLAPSE_SHARE = 4.0, 0.5
-"""A stage's features collapse below this effective rank, or this share of the highest that the stage had."""
+COLLAPSE_OF_BEST, COLLAPSE_OF_POSSIBLE = 0.25, 0.02
+"""A stage's features collapse below this share of the highest effective rank that it had, or of the possible one."""
 
 Level = Literal["good", "note", "bad"]
 
@@ -60,7 +62,8 @@ def system_verdicts(system: SystemSampled | None) -> list[Verdict]:
         return []
     found = []
     if system.gpu_missing:
-        found.append(Verdict("note", f"no figures of the card: {system.gpu_missing}"))
+        prefix = "no figures of the card: " if system.gpu else ""
+        found.append(Verdict("note", prefix + system.gpu_missing))
     if system.gpu_memory_others > OTHERS_SHARE * system.gpu_memory_total:
         found.append(Verdict("note", f"other processes hold {system.gpu_memory_others:.1f} GiB of the card"))
     if system.gpu_memory_used > 0.97 * system.gpu_memory_total:
@@ -70,22 +73,29 @@ def system_verdicts(system: SystemSampled | None) -> list[Verdict]:
     return found
 
 
-def collapse_verdict(ranks: Sequence[float], highest: Sequence[float]) -> Verdict | None:
+def collapse_verdict(ranks: Sequence[float], highest: Sequence[float], possible: Sequence[float]) -> Verdict | None:
     """Whether the features of a stage collapse; None when no rank is known.
 
     Args:
         ranks: effective rank of each encoder stage.
         highest: the highest so far, per stage.
+        possible: see `possible_ranks`.
     """
-    known = [(stage, rank, top) for stage, (rank, top) in enumerate(zip(ranks, highest, strict=False), 1)]
-    known = [found for found in known if math.isfinite(found[1])]
-    if not known:
-        return None
-    stage, rank, top = min(known, key=lambda found: found[1] / max(found[2], COLLAPSE_RANK / COLLAPSE_SHARE))
-    if rank < COLLAPSE_RANK or rank < COLLAPSE_SHARE * top:
-        since = f", {top:.0f} at most before" if top > rank else ""
-        return Verdict("bad", f"stage {stage} collapses (effective rank {rank:.1f}{since}): lower optim.lr")
-    return Verdict("good", "no stage collapses")
+    found = None
+    for stage, (rank, top, most) in enumerate(zip(ranks, highest, possible, strict=False), 1):
+        if rank < COLLAPSE_OF_BEST * top or rank < COLLAPSE_OF_POSSIBLE * most:
+            return Verdict("bad", f"stage {stage} collapses (effective rank {rank:.1f}, was {top:.1f}): lower optim.lr")
+        if math.isfinite(rank):
+            found = Verdict("good", "no stage collapses")
+    return found
+
+
+def possible_ranks(config: RunConfig) -> list[float]:
+    """The highest effective rank that each encoder stage can have: its width, or one less than its tokens."""
+    model = config.model
+    tokens = (config.image_size / model.patch_size) ** 2 * (1 - config.mask.ratio)
+    dims = SIZES[model.size].dims
+    return [min(width, tokens * model.merge_keep**stage - 1) for stage, width in enumerate(dims)]
 
 
 def _thermal(system: SystemSampled | None) -> Verdict | None:

@@ -104,7 +104,8 @@ def fit(
                 session.clear_requests()
                 session.reconcile()
                 session.check_space()
-                _train(session)
+                with session.monitor():
+                    _train(session)
             return _summary(session, "finished")
         finally:
             recorder.close()
@@ -273,7 +274,9 @@ def _rank_and_world() -> tuple[int, int]:
 
 
 def _log_line(event: Event, total_steps: int) -> None:
-    _engine_log.info("%s", line(event, total_steps))
+    text = line(event, total_steps)
+    if text:
+        _engine_log.info("%s", text)
 
 
 class _LogFile(logging.FileHandler):

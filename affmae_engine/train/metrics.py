@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -63,15 +64,23 @@ class MetricsFile:
 
 
 class Recorder:
-    """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on."""
+    """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on.
+
+    Events may come from several threads; they are recorded one after the other.
+    """
 
     def __init__(self, path: Path, sinks: Sequence[Sink]) -> None:
         self._file = MetricsFile(path)
         self._sinks = list(sinks)
         self._failing = False
+        self._lock = threading.RLock()
 
     def emit(self, event: Event) -> None:
         """Record one event."""
+        with self._lock:
+            self._emit(event)
+
+    def _emit(self, event: Event) -> None:
         problem = self._file.write(event)
         if problem and not self._failing:
             _log.error("%s; training goes on and the lines are kept for later", problem)
