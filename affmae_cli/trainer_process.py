@@ -63,7 +63,8 @@ def train_in_dashboard() -> int:
         output.say(f"the dashboard failed; training goes on. Watch it with: affmae watch {root}", label="warning")
         raise
     if result.outcome == "detach":
-        output.say(f"training goes on; look again with: affmae watch {root}")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            output.say(f"training goes on; look again with: affmae watch {root}")
         return 0
     return trainer.see_out(root)
 

@@ -184,7 +184,7 @@ class Session:
             if name == CHECKPOINT:
                 self.save_requested = True
             elif name == STOP:
-                self.stop.request()
+                self.stop.request(by="request")
 
     def monitor(self) -> Monitor:
         """Samples the machine and takes requests while its block runs, however long a step takes."""
