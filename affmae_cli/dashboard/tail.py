@@ -61,9 +61,9 @@ class LineTail:
             os.close(descriptor)
         full = len(data) == self._chunk
         end = data.rfind(b"\n") + 1
-        if not end and full:  # its rest, up to a line end, will be skipped as a line that means nothing
-            end, data = len(data), b"\n" * len(data)
         lines = Lines(data[:end], self._offset, restarted, full)
+        if not end and full:  # passed over; its rest, up to a line end, is a line that means nothing
+            end = len(data)
         self._offset += end
         self._before = (self._before + data[max(0, end - _REMEMBERED) : end])[-_REMEMBERED:]
         return lines
