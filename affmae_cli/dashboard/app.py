@@ -40,10 +40,7 @@ class DashboardApp(App[DashboardResult]):
     CSS_PATH = "dashboard.tcss"
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("q", "leave", "Leave", id="app.leave", tooltip="Leave the dashboard"),
-        Binding("ctrl+c,ctrl+q", "leave", "Leave", id="app.leave-at-once", show=False, priority=True),
-        Binding("t", "theme", "Theme", id="app.theme", tooltip="Dark or light"),
-        Binding("question_mark", "help", "Help", id="app.help", key_display="?"),
+        Binding("ctrl+c,ctrl+q", "leave", "Leave", id="app.leave", show=False, priority=True),
     ]
 
     def __init__(self, root: Path, *, child: TrainerProcess | None = None, tab: str = "overview") -> None:

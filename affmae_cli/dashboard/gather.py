@@ -13,29 +13,30 @@ from affmae_cli.dashboard.view import Compared, Curves, RunView, trace
 from affmae_cli.output import printable
 
 _HELD_OUT_INK = 4
+_LEFT_OUT = ("score", "iou_per_image", "accuracy")  # metrics that repeat or blur the others in a chart
 
 
 @dataclass(frozen=True)
 class ChartSpec:
     """A chart of the Curves tab. key: for its id; empty: said while there is nothing to draw; floor: lowest height.
-    may_log: whether a logarithmic axis makes sense."""
+    may_log, may_smooth: whether a logarithmic axis and moving means make sense."""
 
     key: str
     title: str
     empty: str
     floor: float | None = None
     may_log: bool = False
+    may_smooth: bool = True
 
 
 SPECS = (
     ChartSpec("loss", "loss", "waiting for the first step", may_log=True),
     ChartSpec("held-out", "held-out metrics", "not evaluated yet"),
-    ChartSpec("lr", "learning rate", "waiting for the first step", 0.0, may_log=True),
+    ChartSpec("lr", "learning rate", "waiting for the first step", 0.0, may_log=True, may_smooth=False),
     ChartSpec("gradient", "gradient norm, before clipping", "waiting for the first step", may_log=True),
     ChartSpec("speed", "images/s", "waiting for the first step", 0.0),
     ChartSpec("wait", "data wait, % of the time", "waiting for the first step", 0.0),
     ChartSpec("rank", "effective rank per encoder stage", "not measured (yet)", 0.0),
-    ChartSpec("memory", "memory of this run, GiB", "waiting for the first step", 0.0),
 )
 
 
@@ -46,8 +47,7 @@ def traces(view: RunView, key: str) -> tuple[Trace, ...]:
         case "loss":
             return _losses(view, steps)
         case "held-out":
-            names = [n for n in view.held_out if not n.startswith("rank.") and not n.endswith((".pixels", ".dice"))]
-            names = [n for n in names if n != "score" or names == ["score"]]
+            names = [n for n in view.held_out if n.endswith(".iou") or not (n in _LEFT_OUT or "." in n)]
             return tuple(trace(n.replace(".iou", " IoU"), view.held_out[n], i) for i, n in enumerate(names))
         case "rank":
             names = [name for name in view.held_out if name.startswith("rank.")]
@@ -57,7 +57,6 @@ def traces(view: RunView, key: str) -> tuple[Trace, ...]:
         "gradient": ("grad_norm", "gradient", 1.0),
         "speed": ("images_per_s", "images/s", 1.0),
         "wait": ("data_wait", "wait", 100.0),
-        "memory": ("memory_gib", "memory", 1.0),
     }[key]
     return (trace(name, steps[column], 0, factor=factor),) if column in steps else ()
 

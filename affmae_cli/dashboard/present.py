@@ -14,48 +14,42 @@ NOT_AVAILABLE = "not available"
 
 
 def training(view: RunView) -> tuple[Figure, ...]:
-    """Throughput, step time, wait for data, what limits the speed, and the learning rate."""
+    """Throughput, step time, learning rate, wait for data."""
     step = view.latest
     if step is None:
         return (Figure("speed", "no step yet", "muted"),)
     megapixels = f"  {rate(view.megapixels_per_s)} Mpx/s" if math.isfinite(view.megapixels_per_s) else ""
     rows = [
         Figure("speed", f"{rate(step.images_per_s)} images/s{megapixels}", "strong"),
-        Figure("step", f"{seconds(step.step_s)}   lr {step.lr:.1e}   gradient {number(step.grad_norm)}"),
+        Figure("step", f"{seconds(step.step_s)}   lr {step.lr:.1e}"),
         Figure("data wait", share(view.data_wait), bar=_bar(view.data_wait)),
     ]
-    rows += [Figure("verdict", v.text, _TONES[v.level]) for v in view.verdicts[:1]]
     if step.skipped:
         rows.append(Figure("skipped", f"{step.skipped} steps that were not finite", "warn"))
     return tuple(rows)
 
 
-def verdicts(view: RunView) -> tuple[Figure, ...]:
-    """All of them, worst first."""
+def verdicts(view: RunView, most: int | None = None) -> tuple[Figure, ...]:
+    """What the figures mean, worst first; `most`: at most so many."""
     order = ("bad", "note", "good")
     found = sorted(view.verdicts, key=lambda verdict: order.index(verdict.level))
-    return tuple(Figure({"bad": "✖", "note": "▲", "good": "✔"}[v.level], v.text, _TONES[v.level]) for v in found)
+    return tuple(Figure({"bad": "✖", "note": "▲", "good": "✔"}[v.level], v.text, _TONES[v.level]) for v in found[:most])
 
 
 def losses(view: RunView) -> tuple[Figure, ...]:
-    """The newest losses, and what was held out."""
-    step = view.latest
+    """The newest losses, beside each the held-out one of that name, and the other held-out metrics."""
+    step, found = view.latest, view.evaluated
     if step is None:
         return (Figure("loss", "no step yet", "muted"),)
-    rows = [Figure(name, number(value), "strong" if name == "loss" else "plain") for name, value in step.losses.items()]
-    return (*rows, *held_out(view))
-
-
-def held_out(view: RunView) -> list[Figure]:
-    """Metrics of the newest evaluation, and which was the best."""
-    found = view.evaluated
-    if found is None:
-        return [Figure("held-out", "not evaluated yet", "muted")]
-    metrics = {k: v for k, v in found.metrics.items() if k != "score" or len(found.metrics) == 1}
-    rows = [Figure(f"held-out {name}", number(value)) for name, value in metrics.items()]
-    if view.best is not None:
-        rows.append(Figure("best", f"at step {view.best.step}", "muted"))
-    return rows
+    held_out = dict(found.metrics) if found else {}
+    rows = []
+    for name, value in step.losses.items():
+        beside = f"   held-out {number(held_out.pop(name))}" if name in held_out else ""
+        rows.append(Figure(name, f"{number(value)}{beside}", "strong" if name == "loss" else "plain"))
+    held_out.pop("score", None)  # the one of the others that decides
+    rows += [Figure(f"held-out {name.replace('_', ' ')}", number(value)) for name, value in held_out.items()]
+    rows.append(Figure("best", f"at step {view.best.step:,}" if view.best else "not evaluated yet", "muted"))
+    return tuple(rows)
 
 
 def classes(view: RunView) -> tuple[Figure, ...]:

@@ -23,16 +23,27 @@ class Column:
     right: bool = False
 
 
+def _steps(row: RunRow) -> str:
+    return f"{row.step:,} of {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
+
+
+def _known(value: float, write: Callable[[float], str]) -> str:
+    return write(value) if math.isfinite(value) else "-"
+
+
+def _last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
 COLUMNS = (
     Column("state", lambda row: f"{SIGNS[row.status.kind]} {row.status.kind}", lambda row: row.status.kind),
     Column("run", lambda row: printable(row.name).replace("\n", " "), lambda row: row.name),
     Column("task", lambda row: row.task or "-", lambda row: row.task),
-    Column("step", lambda row: f"{row.step:,}", lambda row: -row.step, right=True),
-    Column("of", lambda row: f"{row.total_steps:,}" if row.total_steps else "-", lambda row: -row.total_steps, True),
+    Column("step", _steps, lambda row: -row.step, right=True),
     Column("loss", lambda row: _known(row.loss, number), lambda row: _last(row.loss), right=True),
     Column("best", lambda row: _known(row.best, number), lambda row: _last(row.best), right=True),
-    Column("images/s", lambda row: _known(row.images_per_s, rate), lambda row: -_last(-row.images_per_s), right=True),
-    Column("last event", lambda row: f"{duration(row.age_s)} ago", lambda row: row.age_s, right=True),
+    Column("img/s", lambda row: _known(row.images_per_s, rate), lambda row: -_last(-row.images_per_s), right=True),
+    Column("age", lambda row: duration(row.age_s), lambda row: row.age_s, right=True),
 )
 
 
@@ -46,10 +57,3 @@ def cells(row: RunRow) -> tuple[str, ...]:
     """The text of every cell of a row."""
     return tuple(column.text(row) for column in COLUMNS)
 
-
-def _known(value: float, write: Callable[[float], str]) -> str:
-    return write(value) if math.isfinite(value) else "-"
-
-
-def _last(value: float) -> float:
-    return value if math.isfinite(value) else math.inf

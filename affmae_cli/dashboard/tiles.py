@@ -62,22 +62,29 @@ def split(whole: Rgb) -> list[Tile]:
     return [Tile(i, TITLES[count][c], row[c]) for i, row in enumerate(rows, 1) for c in _BEST_FIRST[count]]
 
 
-def arrangement(count: int, width: int, height: int, edge: int) -> tuple[int, int]:
-    """Columns and rows of tiles: as many of `count` as are at least `edge` pixels wide, then the widest.
+def arrangement(count: int, width: int, height: int, edge: int | None = None) -> tuple[int, int]:
+    """Columns and rows of tiles.
 
     Args:
         count: tiles there are; at least one.
         width, height: characters; one column stands between tiles, one row above each is its title.
-        edge: pixels that a tile should have at least; a single one may have fewer.
+        edge: pixels that a tile should have at least: then as many as possible are shown. None: the arrangement that
+            covers most of the area, with more tiles where two cover the same.
     """
-    best, score = (1, 1), (1.0, 0.0, 0.0)
+    best, score = (1, 1), (-1.0, 0.0, 0)
     for columns in range(1, count + 1):
         for rows in range(1, -(-count // columns) + 1):
-            size = min((width - columns + 1) // columns, 2 * (height // rows - 1))
-            found = (float(min(columns * rows, count)), float(size), float(-columns * rows))
-            if (size >= edge or (columns, rows) == (1, 1)) and found > score:
+            size = tile_edge(columns, rows, width, height)
+            shown = min(columns * rows, count)
+            found = (shown * size**2, shown, -rows) if edge is None else (shown, size, -rows)
+            if size >= (edge or 1) and found > score:
                 best, score = (columns, rows), found
     return best
+
+
+def tile_edge(columns: int, rows: int, width: int, height: int) -> int:
+    """Pixels that square tiles have at most in an arrangement."""
+    return max(0, min((width - columns + 1) // columns, 2 * (height // rows - 1)))
 
 
 def _runs(inside: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from textual.app import ComposeResult
-from textual.containers import Grid, VerticalScroll
+from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Static
 
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Figure, Figures
 from affmae_cli.output import printable, toml_value
+
+
+COLUMNS = 3
 
 
 class ConfigPane(Pane):
@@ -27,7 +30,9 @@ class ConfigPane(Pane):
         """Boxes that scroll together."""
         with VerticalScroll(id="config-scroll"):
             yield Static("", id="config-problem", markup=False)
-            yield Grid(id="config-grid")
+            with Container(id="config-columns"):
+                for _ in range(COLUMNS):
+                    yield Vertical(classes="config-column")
 
     def show(self, view: RunView) -> None:
         """The text comes by itself, see `take`."""
@@ -42,10 +47,23 @@ class ConfigPane(Pane):
         except tomllib.TOMLDecodeError:
             tables = {}
         text = problem if tables else "\n".join(part for part in (problem, printable(config)) if part)
-        self.query_one("#config-problem", Static).update(text or "")
-        grid = self.query_one(Grid)
-        await grid.remove_children()
-        await grid.mount_all([_box(name, table) for name, table in {**tables, "environment": environment}.items()])
+        said = self.query_one("#config-problem", Static)
+        said.update(text)
+        said.display = bool(text)
+        boxes = [_box(name, table) for name, table in {**tables, "environment": environment}.items()]
+        for column, dealt in zip(self.query(".config-column"), deal(boxes), strict=True):
+            await column.remove_children()
+            await column.mount_all(dealt)
+
+
+def deal(boxes: list[Figures]) -> list[list[Figures]]:
+    """Boxes in columns of about the same height, in reading order downwards."""
+    total, columns, height = sum(len(box.rows) + 1 for box in boxes), [[] for _ in range(COLUMNS)], 0
+    for box in boxes:
+        size = len(box.rows) + 1
+        columns[min(int((height + size / 2) * COLUMNS / total), COLUMNS - 1)].append(box)
+        height += size
+    return columns
 
 
 def _box(name: str, table: Mapping[str, Any]) -> Figures:

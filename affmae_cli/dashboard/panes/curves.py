@@ -26,7 +26,12 @@ class CurvesPane(Pane):
         with Grid(id="curves-grid"):
             for spec in SPECS:
                 yield Chart(
-                    spec.title, empty=spec.empty, floor=spec.floor, may_log=spec.may_log, id=f"curves-{spec.key}"
+                    spec.title,
+                    empty=spec.empty,
+                    floor=spec.floor,
+                    may_log=spec.may_log,
+                    may_smooth=spec.may_smooth,
+                    id=f"curves-{spec.key}",
                 )
 
     def on_mount(self) -> None:

@@ -9,7 +9,7 @@ from textual.content import Content
 from affmae_cli.dashboard import present
 from affmae_cli.dashboard.gather import traces
 from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import RunView
+from affmae_cli.dashboard.view import Curves, RunView
 from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_cli.dashboard.widgets.event_list import EventList
 from affmae_cli.dashboard.widgets.figures import Figures
@@ -18,6 +18,10 @@ from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
 
 class OverviewPane(Pane):
     """The tab that is open most of the time."""
+
+    def __init__(self, **kwargs: str) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self._drawn: tuple[Curves | None, ...] = ()
 
     def compose(self) -> ComposeResult:
         """Chart and picture, three columns of figures, events."""
@@ -28,14 +32,21 @@ class OverviewPane(Pane):
             yield Figures("training", id="overview-training")
             yield Figures("losses", id="overview-losses")
             yield Figures("machine", id="overview-machine")
+        yield Figures(id="overview-verdict")
         yield EventList(id="overview-events")
 
     def show(self, view: RunView) -> None:
         """Draw the view."""
-        self.query_one("#overview-loss", Chart).traces = traces(view, "loss")
+        if self._drawn != (source := (view.steps, view.held_out, view.detail)):
+            self._drawn = source
+            chart = self.query_one("#overview-loss", Chart)
+            chart.traces, chart.last = traces(view, "loss"), float(view.step)
         self.query_one("#overview-training", Figures).rows = present.training(view)
+        self.query_one("#overview-verdict", Figures).rows = present.verdicts(view, 1)
         scores = present.classes(view) if view.task == "finetune" else ()
-        self.query_one("#overview-losses", Figures).rows = scores or present.losses(view)
+        middle = self.query_one("#overview-losses", Figures)
+        middle.rows = scores or present.losses(view)
+        middle.border_title = Content("classes" if scores else "losses")
         self.query_one("#overview-machine", Figures).rows = present.machine(view)
         newest = view.previews[-1] if view.previews else None
         if newest is not None:

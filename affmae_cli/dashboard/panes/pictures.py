@@ -6,6 +6,8 @@ of a tile.
 
 from __future__ import annotations
 
+import math
+
 from textual.app import ComposeResult
 from textual.content import Content
 from textual.reactive import reactive
@@ -14,9 +16,9 @@ from affmae_cli.dashboard import present
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Figures
-from affmae_cli.dashboard.widgets.preview_wall import EDGE, PreviewWall
+from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
 
-_SMALLEST, _LARGEST = 12, 240
+_GROWTH = 1.4
 
 
 class PicturesPane(Pane):
@@ -40,7 +42,8 @@ class PicturesPane(Pane):
         number = max(0, len(view.previews) - 1 - self.back)
         chosen = view.previews[number]
         wall.path = view.root / chosen.path
-        wall.border_title = Content(f"preview of step {chosen.step:,}  {number + 1} of {len(view.previews)}")
+        of = f"{number + 1} of {len(view.previews)}"
+        wall.border_title = Content(f"preview of step {chosen.step:,}   ← → {of}   ↑ ↓ further tiles   + - size")
 
     def watch_back(self) -> None:
         """Another preview."""
@@ -49,9 +52,7 @@ class PicturesPane(Pane):
 
     def zoom(self, direction: int) -> bool:
         """Larger or smaller tiles."""
-        wall = self.query_one(PreviewWall)
-        factor = {1: 1.5, -1: 1 / 1.5}.get(direction)
-        wall.edge = EDGE if factor is None else round(min(max(wall.edge * factor, _SMALLEST), _LARGEST))
+        self.query_one(PreviewWall).resize_tiles({1: _GROWTH, -1: 1 / _GROWTH}.get(direction))
         return True
 
     def pan(self, across: int, down: int) -> bool:
@@ -60,5 +61,6 @@ class PicturesPane(Pane):
         count = len(self.view.previews) if self.view else 0
         self.back = min(max(self.back - across, 0), max(count - 1, 0))
         if down:
-            wall.first = min(max(wall.first + down * wall.shown, 0), max(len(wall.tiles) - 1, 0))
+            shown = math.prod(wall.layout_of_tiles)
+            wall.first = min(max(wall.first + down * shown, 0), max(len(wall.tiles) - 1, 0) // shown * shown)
         return True

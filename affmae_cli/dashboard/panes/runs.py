@@ -32,8 +32,8 @@ class RunsPane(Pane):
     """order: the column that sorts; marked: runs that are compared; shown: which curve of theirs."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "mark", "Compare", id="runs.compare"),
-        Binding("o", "order", "Order", id="runs.order"),
+        Binding("space", "mark", "Compare", id="runs.compare", show=False),
+        Binding("o", "order", "Order", id="runs.order", show=False),
     ]
 
     order: reactive[int] = reactive(_NEWEST_FIRST, init=False)
@@ -50,7 +50,7 @@ class RunsPane(Pane):
 
     def compose(self) -> ComposeResult:
         """Table above, chart below."""
-        yield DataTable(id="runs-table", cursor_type="row", zebra_stripes=True)
+        yield DataTable(id="runs-table", cursor_type="row", zebra_stripes=True, cell_padding=1)
         yield Chart("loss", empty="mark runs with the space bar to compare them here", id="runs-chart")
 
     def on_mount(self) -> None:
@@ -150,8 +150,9 @@ class RunsPane(Pane):
             ]
             table.add_row(Text("◆" if marked else "·"), *line)
         table.move_cursor(row=min(at, max(len(rows) - 1, 0)))
-        way = "descending" if self.reverse else "ascending"
-        table.border_title = Content(f"{len(rows)} runs, ordered by {COLUMNS[self.order].title} ({way})")
+        order = f"{COLUMNS[self.order].title}{', reversed' if self.reverse else ''}"
+        count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
+        table.border_title = Content(f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
 
     def _draw_chart(self) -> None:
         chart, comparison = self.query_one(Chart), COMPARISONS[self.shown]

@@ -61,11 +61,14 @@ class RunScreen(Screen[None]):
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "app.leave", "Leave", id="run.leave", tooltip="Leave the dashboard"),
         Binding("c", "checkpoint", "Checkpoint", id="run.checkpoint", tooltip="Ask for a checkpoint now"),
         Binding("s", "stop", "Stop", id="run.stop", tooltip="Ask the trainer to save and end"),
         Binding("p", "pause", "Pause", id="run.pause", tooltip="Hold the view still; the run goes on"),
         Binding("r", "tab('runs')", "Runs", id="run.switch", tooltip="Switch to another run, compare runs"),
         Binding("y", "copy", "Copy path", id="run.copy", tooltip="Copy the run's path"),
+        Binding("t", "app.theme", "Theme", id="run.theme", tooltip="Dark or light"),
+        Binding("question_mark", "app.help", "Help", id="run.help", tooltip="All keys", key_display="?"),
         *(
             Binding(str(number), f"tab('{name}')", name.capitalize(), id=f"tab.{name}", show=False)
             for number, name in enumerate(TABS, 1)

@@ -27,7 +27,8 @@ _PARTS = {AXIS_INK: "chart--axis", GRID_INK: "chart--grid", NO_INK: "chart--blan
 class Chart(Widget):
     """Draws `traces`, the first one on top; draws anew only when a reactive or its size changes.
 
-    last: the newest step of the run; the whole view is from 0 to there. may_log: whether the log setting concerns it.
+    last: the newest step of the run; the whole view is from 0 to there. may_log, may_smooth: whether these settings
+    concern it.
     """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -47,10 +48,18 @@ class Chart(Widget):
         at: float | None
 
     def __init__(
-        self, title: str, *, empty: str, floor: float | None = None, may_log: bool = True, **kwargs: str
+        self,
+        title: str,
+        *,
+        empty: str,
+        floor: float | None = None,
+        may_log: bool = True,
+        may_smooth: bool = True,
+        **kwargs: str,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        self.title, self._empty, self._floor, self._may_log = title, empty, floor, may_log
+        self.title, self._empty, self._floor = title, empty, floor
+        self._may_log, self._may_smooth = may_log, may_smooth
         self._frame: Frame | None = None
         self._retitle()
 
@@ -91,10 +100,14 @@ class Chart(Widget):
 
     def _draw(self) -> Frame | None:
         x0, x1 = self.settings.zoom.window(0.0, self.last)
-        drawn = layers(self.traces, x0, x1, smoothing=self.settings.smoothing)
-        log = self.settings.log and self._may_log
+        log, smoothing = self._applied()
+        drawn = layers(self.traces, x0, x1, smoothing=smoothing)
         view = fitting_view(drawn, x0, x1, log=log, floor=self._floor)
         return view and draw_frame(drawn, view, *self.size)
+
+    def _applied(self) -> tuple[bool, bool]:
+        """Whether the height is logarithmic, and the lines smoothed."""
+        return self.settings.log and self._may_log, self.settings.smoothing and self._may_smooth
 
     def _ink_style(self, ink: int, faint: bool) -> Style:
         name = _PARTS.get(ink) or f"chart--{'raw' if faint else 'series'}-{ink % INKS}"
@@ -105,9 +118,9 @@ class Chart(Widget):
         return self._frame.x_at(inside.x) if inside and self._frame else None
 
     def _retitle(self, pointed: str = "") -> None:
-        settings = self.settings
-        parts = ["log axis" if settings.log and self._may_log else "", "smoothed" if settings.smoothing else ""]
-        if not settings.zoom.whole:
-            parts.append("steps {} to {}".format(*map(count_label, settings.zoom.window(0.0, self.last))))
+        zoom, (log, smoothing) = self.settings.zoom, self._applied()
+        parts = ["log axis" if log else "", "smoothed" if smoothing else ""]
+        if not zoom.whole:
+            parts.append("steps {} to {}".format(*map(count_label, zoom.window(0.0, self.last))))
         said = pointed or ", ".join(part for part in parts if part)
         self.border_title = Content(f"{self.title}  {said}" if said else self.title)

@@ -31,18 +31,17 @@ class EventList(Widget):
     def render(self) -> Text:
         """The newest events."""
         shown = [(event, line(event, 0)) for event in self.events[-self.size.height :]] if self.size.height else []
-        text = Text(no_wrap=True, overflow="ellipsis", end="")
+        style = self.get_component_rich_style
         if not shown:
-            text.append("nothing has happened yet", self.get_component_rich_style("events--time"))
-        for number, (event, words) in enumerate(shown):
-            text.append("\n" if number else "")
-            at = time.strftime("%H:%M:%S", time.localtime(event.time))
-            text.append(f"{at} ", self.get_component_rich_style("events--time"))
+            return Text("nothing has happened yet", style("events--time"), end="")
+        lines = []
+        for event, words in shown:
             kind, sign = _kind(event)
-            text.append(
-                f"{sign} {printable(words).replace(chr(10), ' ')}", self.get_component_rich_style(f"events--{kind}")
-            )
-        return text
+            text = Text(time.strftime("%H:%M:%S ", time.localtime(event.time)), style("events--time"))
+            text.append(f"{sign} {printable(words)}".replace("\n", " "), style(f"events--{kind}"))
+            text.truncate(self.size.width, overflow="ellipsis")
+            lines.append(text)
+        return Text("\n", end="").join(lines)
 
 
 def _kind(event: Event) -> tuple[str, str]:

@@ -17,21 +17,22 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from affmae_cli.dashboard.halfblocks import UPPER_HALF, fitting_size, half_blocks
-from affmae_cli.dashboard.tiles import Tile, arrangement, read_tiles
+from affmae_cli.dashboard.tiles import Tile, arrangement, read_tiles, tile_edge
 from affmae_cli.output import printable
 
-EDGE = 30
-"""Pixels (columns) that a tile has at least."""
+
+SMALLEST = 8
+"""Pixels of the smallest tile that still shows something."""
 
 
 class PreviewWall(Widget):
-    """Draws the preview at `path`, from tile number `first` on; reads it in a thread."""
+    """Draws the preview at `path`, from tile number `first` on; reads it in a thread. edge: see `arrangement`."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"wall--title", "wall--sentence"}
 
     path: reactive[Path | None] = reactive(None)
     first: reactive[int] = reactive(0)
-    edge: reactive[int] = reactive(EDGE)
+    edge: reactive[int | None] = reactive(None)
 
     @dataclass
     class Loaded(Message, bubble=False):
@@ -47,10 +48,14 @@ class PreviewWall(Widget):
         self._strips: list[Strip] | None = None
 
     @property
-    def shown(self) -> int:
-        """How many tiles fit."""
-        columns, rows = arrangement(max(1, len(self.tiles)), self.size.width, self.size.height, self.edge)
-        return columns * rows
+    def layout_of_tiles(self) -> tuple[int, int]:
+        """Columns and rows of tiles."""
+        return arrangement(max(1, len(self.tiles)), self.size.width, self.size.height, self.edge)
+
+    def resize_tiles(self, factor: float | None) -> None:
+        """Tiles that are `factor` times as large; None: of the size that fills the place best."""
+        now = tile_edge(*self.layout_of_tiles, *self.size)
+        self.edge = None if factor is None else max(SMALLEST, min(round(now * factor), tile_edge(1, 1, *self.size)))
 
     def watch_path(self, path: Path | None) -> None:
         """Read another picture."""
@@ -90,7 +95,7 @@ class PreviewWall(Widget):
             lines = Content(printable(self._sentence)).wrap(max(width, 1))
             strips = [Strip([Segment(line.plain, style("wall--sentence"))]) for line in lines]
             return [strip.adjust_cell_length(width, self.rich_style) for strip in strips]
-        columns, rows = arrangement(len(self.tiles), width, height, self.edge)
+        columns, rows = self.layout_of_tiles
         cell = (width - columns + 1) // columns, height // rows - 1
         drawn = [_drawn(tile, *cell, style("wall--title"), self.rich_style) for tile in tiles[: columns * rows]]
         strips = []
