@@ -66,7 +66,7 @@ def train_in_dashboard() -> int:
         with contextlib.suppress(OSError):  # the terminal may be gone
             output.say(f"training goes on; look again with: affmae watch {root}")
         return 0
-    return trainer.see_out(root)
+    return trainer.see_out(root, asked=result.outcome == "stop")
 
 
 class Trainer:
@@ -124,10 +124,10 @@ class Trainer:
         self._words, self._passed_on = Path(found["console"]).open("rb"), found["offset"]  # noqa: SIM115
         return Path(found["run"])
 
-    def see_out(self, root: Path) -> int:
-        """Wait for the trainer to end, pass on its last words, return its exit code."""
+    def see_out(self, root: Path, *, asked: bool) -> int:
+        """Wait for the trainer, which was asked to stop or has ended, pass on its last words, return its exit code."""
         if self.poll() is None:
-            with output.console().status("stopping after this step, with a checkpoint ..."):
+            with output.console().status("stopping after this step, with a checkpoint ..." if asked else "ending ..."):
                 try:
                     self._process.wait()
                 except KeyboardInterrupt:

@@ -72,7 +72,7 @@ class DashboardApp(App[DashboardResult]):
     @work(exclusive=True)
     async def action_leave(self) -> None:
         """Leave; with a trainer of ours at work, ask what becomes of it. Asked for twice, it goes on."""
-        if self._child is None or self._child.poll() is not None:
+        if self._child is None or self._child.poll() is not None or self._run_ended():
             self.exit(DashboardResult("ended" if self._run_ended() else "detach"))
             return
         if not isinstance(self.screen, RunScreen):
