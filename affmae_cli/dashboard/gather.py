@@ -42,7 +42,7 @@ SPECS = (
 
 def traces(view: RunView, key: str) -> tuple[Trace, ...]:
     """The curves of a chart."""
-    steps = view.steps if view.detail is None else view.detail
+    steps = view.detail or view.steps
     match key:
         case "loss":
             return _losses(view, steps)

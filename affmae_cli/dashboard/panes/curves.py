@@ -8,7 +8,7 @@ from textual.reactive import reactive
 
 from affmae_cli.dashboard.gather import SPECS, traces
 from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import Curves, RunView
+from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.chart import Chart
 
 
@@ -19,7 +19,7 @@ class CurvesPane(Pane):
 
     def __init__(self, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        self._drawn: dict[str, tuple[Curves, ...]] = {}
+        self._drawn: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
         """All charts; the stylesheet decides which are seen."""
@@ -39,12 +39,11 @@ class CurvesPane(Pane):
         self._chart(0).add_class("-main")
 
     def show(self, view: RunView) -> None:
-        """Draw the charts whose curves changed."""
-        for spec in SPECS:
-            chart = self.query_one(f"#curves-{spec.key}", Chart)
-            source = (view.steps, view.held_out, view.detail)
-            if self._drawn.get(spec.key) != source:
-                self._drawn[spec.key] = source
+        """Draw the charts when their curves changed."""
+        if self._drawn != (view.root, view.revision):
+            self._drawn = (view.root, view.revision)
+            for spec in SPECS:
+                chart = self.query_one(f"#curves-{spec.key}", Chart)
                 chart.traces, chart.last = traces(view, spec.key), float(view.step)
 
     def turn(self) -> None:

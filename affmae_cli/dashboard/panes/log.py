@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.text import Text
 from textual.app import ComposeResult
-from textual.content import Content
 from textual.widgets import RichLog
 
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.view import RunView
+from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 
 LINES = 500
@@ -25,7 +25,7 @@ class LogPane(Pane):
     def compose(self) -> ComposeResult:
         """One scrolling text."""
         log = RichLog(id="log-text", max_lines=LINES, markup=False, highlight=False, wrap=True, min_width=20)
-        log.border_title = Content("log.txt")
+        retitle(log, "log.txt")
         yield log
 
     def show(self, view: RunView) -> None:

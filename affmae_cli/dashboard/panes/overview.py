@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal
-from textual.content import Content
 
 from affmae_cli.dashboard import present
 from affmae_cli.dashboard.gather import traces
 from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import Curves, RunView
+from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_cli.dashboard.widgets.event_list import EventList
 from affmae_cli.dashboard.widgets.figures import Figures
 from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
+from affmae_cli.dashboard.widgets.title import retitle
 
 
 class OverviewPane(Pane):
@@ -21,7 +21,7 @@ class OverviewPane(Pane):
 
     def __init__(self, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        self._drawn: tuple[Curves | None, ...] = ()
+        self._drawn: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
         """Chart and picture, three columns of figures, events."""
@@ -37,8 +37,8 @@ class OverviewPane(Pane):
 
     def show(self, view: RunView) -> None:
         """Draw the view."""
-        if self._drawn != (source := (view.steps, view.held_out, view.detail)):
-            self._drawn = source
+        if self._drawn != (view.root, view.revision):
+            self._drawn = (view.root, view.revision)
             chart = self.query_one("#overview-loss", Chart)
             chart.traces, chart.last = traces(view, "loss"), float(view.step)
         self.query_one("#overview-training", Figures).rows = present.training(view)
@@ -46,10 +46,11 @@ class OverviewPane(Pane):
         scores = present.classes(view) if view.task == "finetune" else ()
         middle = self.query_one("#overview-losses", Figures)
         middle.rows = scores or present.losses(view)
-        middle.border_title = Content("classes" if scores else "losses")
+        retitle(middle, "classes" if scores else "losses")
         self.query_one("#overview-machine", Figures).rows = present.machine(view)
         newest = view.previews[-1] if view.previews else None
         if newest is not None:
             wall = self.query_one(PreviewWall)
-            wall.path, wall.border_title = view.root / newest.path, Content(f"preview, step {newest.step:,}")
+            wall.path = view.root / newest.path
+            retitle(wall, f"preview of step {newest.step:,}")
         self.query_one(EventList).events = view.recent[-40:]

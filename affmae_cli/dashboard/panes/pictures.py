@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 from textual.app import ComposeResult
-from textual.content import Content
 from textual.reactive import reactive
 
 from affmae_cli.dashboard import present
@@ -17,6 +16,7 @@ from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Figures
 from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
+from affmae_cli.dashboard.widgets.title import retitle
 
 _GROWTH = 1.4
 
@@ -43,7 +43,7 @@ class PicturesPane(Pane):
         chosen = view.previews[number]
         wall.path = view.root / chosen.path
         of = f"{number + 1} of {len(view.previews)}"
-        wall.border_title = Content(f"preview of step {chosen.step:,}   ← → {of}   ↑ ↓ further tiles   + - size")
+        retitle(wall, f"preview of step {chosen.step:,}   ← → {of}   ↑ ↓ further tiles   + - size")
 
     def watch_back(self) -> None:
         """Another preview."""

@@ -10,7 +10,6 @@ from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.content import Content
 from textual.reactive import reactive
 from textual.widgets import DataTable
 from textual.worker import get_current_worker
@@ -23,6 +22,7 @@ from affmae_cli.dashboard.run_table import COLUMNS, cells, ordered
 from affmae_cli.dashboard.runs import RunRow, RunsFolder
 from affmae_cli.dashboard.view import Compared, RunView, Viewer
 from affmae_cli.dashboard.widgets.chart import Chart
+from affmae_cli.dashboard.widgets.title import retitle
 
 SECONDS_BETWEEN_LOOKS = 1.0
 _NEWEST_FIRST = len(COLUMNS) - 1
@@ -152,7 +152,7 @@ class RunsPane(Pane):
         table.move_cursor(row=min(at, max(len(rows) - 1, 0)))
         order = f"{COLUMNS[self.order].title}{', reversed' if self.reverse else ''}"
         count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
-        table.border_title = Content(f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
+        retitle(table, f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
 
     def _draw_chart(self) -> None:
         chart, comparison = self.query_one(Chart), COMPARISONS[self.shown]

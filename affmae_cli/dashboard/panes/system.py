@@ -8,7 +8,7 @@ from textual.containers import Grid, Horizontal
 from affmae_cli.dashboard import present
 from affmae_cli.dashboard.gather import SYSTEM_SPECS, system_traces
 from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import Curves, RunView
+from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_cli.dashboard.widgets.figures import Figures
 from affmae_cli.dashboard.zoom import ChartSettings
@@ -19,7 +19,7 @@ class SystemPane(Pane):
 
     def __init__(self, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        self._drawn: Curves | None = None
+        self._drawn: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
         """Verdicts on top, figures, charts where there is room."""
@@ -42,8 +42,8 @@ class SystemPane(Pane):
         self.query_one("#system-card", Figures).rows = present.card(view)
         self.query_one("#system-memory", Figures).rows = (*present.memory(view), *present.host(view))
         self.query_one("#system-about", Figures).rows = present.about(view)
-        if self._drawn is not view.systems:
-            self._drawn = view.systems
+        if self._drawn != (view.root, view.revision):
+            self._drawn = (view.root, view.revision)
             for spec in SYSTEM_SPECS:
                 found = system_traces(view, spec.key)
                 chart = self.query_one(f"#system-chart-{spec.key}", Chart)

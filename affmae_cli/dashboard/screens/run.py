@@ -140,7 +140,7 @@ class RunScreen(Screen[None]):
         viewer, shown = Viewer(reader), None
         while not worker.is_cancelled:
             try:
-                reader.poll()
+                reader.poll(SECONDS_BETWEEN_READS)
                 zoom = self.settings.zoom
                 window = None if zoom.whole else zoom.window(0.0, float(reader.state.step))
                 self.post_message(RunRead(viewer.view(window, time.time())))
@@ -173,7 +173,7 @@ class RunScreen(Screen[None]):
             self._failures.add(text)
             self.notify(f"cannot read the run: {text}", severity="error", markup=False)
 
-    def watch_view(self, view: RunView | None) -> None:
+    def watch_view(self, before: RunView | None, view: RunView | None) -> None:
         """Draw a moment: the status, and the tab that is seen."""
         if view is None:
             return
@@ -182,8 +182,10 @@ class RunScreen(Screen[None]):
         told = [(asked, asked.progress(view)) for asked in self._asked]
         self._asked = [asked for asked, text in told if text]
         status.asked = "; ".join(text for _, text in told if text)
-        self.pane.view = view
-        self.refresh_bindings()
+        if not view.opening:  # what is half read is not worth drawing
+            self.pane.view = view
+        if before is None or before.status.ended != view.status.ended:
+            self.refresh_bindings()
 
     @on(TabbedContent.TabActivated)
     def _seen(self) -> None:

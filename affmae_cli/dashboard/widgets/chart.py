@@ -8,7 +8,6 @@ from typing import ClassVar
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.content import Content
 from textual.message import Message
 from textual.reactive import reactive
 from textual.strip import Strip
@@ -17,6 +16,7 @@ from textual.widget import Widget
 from affmae_cli.dashboard.frame import AXIS_INK, Frame, draw_frame
 from affmae_cli.dashboard.plot import GRID_INK, NO_INK, Trace, fitting_view, layers, value_at
 from affmae_cli.dashboard.ticks import count_label
+from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.dashboard.zoom import ChartSettings
 from affmae_engine.train.report import number
 
@@ -123,4 +123,4 @@ class Chart(Widget):
         if not zoom.whole:
             parts.append("steps {} to {}".format(*map(count_label, zoom.window(0.0, self.last))))
         said = pointed or ", ".join(part for part in parts if part)
-        self.border_title = Content(f"{self.title}  {said}" if said else self.title)
+        retitle(self, f"{self.title}  {said}" if said else self.title)

@@ -6,10 +6,10 @@ import time
 from typing import ClassVar
 
 from rich.text import Text
-from textual.content import Content
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 from affmae_engine.events import CheckpointSaved, Evaluated, Event, RequestTaken, RunEnded, Warned
 from affmae_engine.train.report import line
@@ -26,7 +26,7 @@ class EventList(Widget):
 
     def on_mount(self) -> None:
         """Name the box."""
-        self.border_title = Content("events")
+        retitle(self, "events")
 
     def render(self) -> Text:
         """The newest events."""

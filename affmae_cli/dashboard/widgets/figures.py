@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rich.text import Text
-from textual.content import Content
 from textual.geometry import Size
 from textual.reactive import reactive
 from textual.widget import Widget
+
+from affmae_cli.dashboard.widgets.title import retitle
 
 Tone = Literal["plain", "strong", "good", "warn", "bad", "muted"]
 _KINDS = ("label", "own", "others", "free", "plain", "strong", "good", "warn", "bad", "muted")
@@ -53,15 +54,22 @@ class Figures(Widget):
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {f"figures--{kind}" for kind in _KINDS}
 
-    rows: reactive[tuple[Figure, ...]] = reactive((), layout=True)
+    rows: reactive[tuple[Figure, ...]] = reactive(())
 
     def __init__(self, title: str = "", **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        self.border_title = Content(title)
+        retitle(self, title)
+        self._height = 0
+
+    def watch_rows(self, before: tuple[Figure, ...], after: tuple[Figure, ...]) -> None:
+        """Lay the screen out anew only when the box grows or shrinks."""
+        if len(before) != len(after) or self._height != len(self._lines(self.size.width)):
+            self.refresh(layout=True)
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         """As many lines as the rows need at `width`."""
-        return len(self._lines(width))
+        self._height = len(self._lines(width))
+        return self._height
 
     def render(self) -> Text:
         """All rows as one text."""
