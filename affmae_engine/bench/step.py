@@ -28,7 +28,6 @@ from affmae_engine.model.vit_mae import VitMae
 from affmae_engine.train.compile import compile_regions
 from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.environment import kernel_backends
-from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, decay_groups, set_learning_rate
 from affmae_engine.train.step import EAGER_STEPS, TrainStep, seed_forward
@@ -105,7 +104,7 @@ def measure_step(case: StepCase, choice: DeviceChoice, *, steps: int, warmup: in
     except AffmaeError:
         raise
     except Exception as error:  # one side's failure must not hide the other's result
-        out = out_of_memory(error)
+        out = _memory_error(error)
         result.status = "out of memory" if out else "failed"
         result.note = _first_line(out or error)
         result.ms = result.low_ms = result.high_ms = result.images_per_s = None
@@ -223,6 +222,16 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _memory_error(error: BaseException) -> BaseException | None:
+    """The out-of-memory error behind an exception: compiler and autograd wrap it at times."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(seen):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _first_line(error: BaseException) -> str:
