@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import typer
+
 from affmae_cli import output
 from affmae_cli.errors import report
 from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, PeerLost
@@ -117,13 +119,16 @@ def _leave(raised: BaseException, ranks: Ranks) -> NoReturn:
     """Say what went wrong where no other process does, and end."""
     training = isinstance(raised, _WhileTraining)
     error = raised.__cause__ if training and raised.__cause__ is not None else raised
-    code = error.exit_code if isinstance(error, AffmaeError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    if not isinstance(error, (AffmaeError, KeyboardInterrupt)):
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted("interrupted")
+    code = error.exit_code if isinstance(error, (AffmaeError, typer.Exit)) else 1
+    if isinstance(error, AffmaeError):
+        if ranks.first:
+            report(error)
+        elif not isinstance(error, (*_SHARED, PeerLost)):
+            report(AffmaeError(f"process {ranks.rank}: {error.message}", error.hint))
+    elif not isinstance(error, (typer.Exit, BrokenPipeError)):
         traceback.print_exception(error)
-    elif isinstance(error, AffmaeError) and ranks.first:
-        report(error)
-    elif isinstance(error, AffmaeError) and not isinstance(error, (*_SHARED, PeerLost)):
-        report(AffmaeError(f"process {ranks.rank}: {error.message}", error.hint))
     with contextlib.suppress(Exception):
         output.flush_results()
         sys.stderr.flush()

@@ -4,9 +4,9 @@ Accumulation over micro-batches gives the gradients of the whole batch, up to ro
 memory and speed alone. It always divides a process's share of the batch.
 
 Unusual: the size that fits a card is measured, not estimated: forward and backward passes of a few sizes on real
-samples, which change no weight and no random generator. A line through what they took leads to the size, so the card is
-hardly ever driven out of memory, which others on a desktop would feel. The passes are plain ones, as compiling for every
-size tried would take minutes; should compiled or recorded steps need more, the loop goes down as at any other shortage.
+samples, which change no weight and no random generator. A line through what they took leads to the size, so the card
+is hardly ever driven out of memory, which others on a desktop would feel. The passes are plain ones, as compiling for
+every size tried would take minutes; should compiled or recorded steps need more, the loop halves as at any shortage.
 """
 
 from __future__ import annotations
