@@ -84,8 +84,8 @@ def finetune(
     """Learn to segment from labelled images.
 
     Classes, class weights and the validation part are found from the labels. The result is a run directory that holds
-    its data; `affmae predict STACK -m RUN` uses it. Ctrl-C saves a checkpoint and ends; `affmae finetune --resume RUN`
-    goes on from there.
+    its data; `affmae predict STACK -m RUN` uses it. In a terminal the dashboard opens; leaving it asks whether to stop
+    or go on. With --no-tui Ctrl-C saves a checkpoint and ends. `affmae finetune --resume RUN` goes on from there.
     """
     if dashboard_wanted(no_tui=no_tui or dry_run or several(), quiet=quiet, as_json=json):
         raise typer.Exit(train_in_dashboard())

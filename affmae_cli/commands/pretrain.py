@@ -66,8 +66,9 @@ def pretrain(
 ) -> None:
     """Learn from images without labels.
 
-    The result is a run directory; `affmae finetune --init-from RUN` builds on it. Ctrl-C saves a checkpoint and
-    ends; `affmae pretrain --resume RUN` goes on from there.
+    The result is a run directory; `affmae finetune --init-from RUN` builds on it. In a terminal the dashboard opens;
+    leaving it asks whether to stop or go on. With --no-tui Ctrl-C saves a checkpoint and ends. `affmae pretrain
+    --resume RUN` goes on from there.
     """
     if dashboard_wanted(no_tui=no_tui or dry_run or several(), quiet=quiet, as_json=json):
         raise typer.Exit(train_in_dashboard())

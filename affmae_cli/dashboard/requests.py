@@ -26,7 +26,7 @@ class Asked:
         later = later[seen + 1 :]
         taken = next((i for i, e in enumerate(later) if isinstance(e, RequestTaken) and e.request == self.name), None)
         if taken is None:
-            return f"{self.name} requested; the trainer has not seen it yet"
+            return f"{self.name} requested, not yet seen by the trainer"
         if self.name == CHECKPOINT and any(isinstance(event, CheckpointSaved) for event in later[taken:]):
             return ""
-        return f"{self.name} acknowledged; it comes after the step under way"
+        return f"{self.name} acknowledged, it comes after this step"

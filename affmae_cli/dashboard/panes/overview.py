@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal
+from textual.widgets import Static
 
 from affmae_cli.dashboard import present
 from affmae_cli.dashboard.gather import traces
@@ -14,6 +15,10 @@ from affmae_cli.dashboard.widgets.event_list import EventList
 from affmae_cli.dashboard.widgets.figures import Figures
 from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
 from affmae_cli.dashboard.widgets.title import retitle
+from affmae_cli.output import printable
+
+
+LOG_LINES = 5
 
 
 class OverviewPane(Pane):
@@ -33,7 +38,16 @@ class OverviewPane(Pane):
             yield Figures("losses", id="overview-losses")
             yield Figures("machine", id="overview-machine")
         yield Figures(id="overview-verdict")
+        yield Static(id="overview-log", markup=False)
         yield EventList(id="overview-events")
+
+    def on_mount(self) -> None:
+        """Name the end of the log, which is seen when the run broke."""
+        retitle(self.query_one("#overview-log"), "end of log.txt")
+
+    def take(self, log: list[str]) -> None:
+        """The last lines of the log."""
+        self.query_one("#overview-log", Static).update(printable("\n".join(log[-LOG_LINES:])))
 
     def show(self, view: RunView) -> None:
         """Draw the view."""
@@ -42,6 +56,7 @@ class OverviewPane(Pane):
             chart = self.query_one("#overview-loss", Chart)
             chart.traces, chart.last = traces(view, "loss"), float(view.step)
         self.query_one("#overview-training", Figures).rows = present.training(view)
+        self.set_class(view.status.kind in ("failed", "gone"), "-broken")
         self.query_one("#overview-verdict", Figures).rows = present.verdicts(view, 1)
         scores = present.classes(view) if view.task == "finetune" else ()
         middle = self.query_one("#overview-losses", Figures)

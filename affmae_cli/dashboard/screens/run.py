@@ -84,6 +84,7 @@ class RunScreen(Screen[None]):
         Binding("down", "pan(0, 1)", "Next pictures", id="pictures.next", show=False),
         Binding("n", "turn", "Next curve", id="chart.next", show=False),
     ]
+    AUTO_FOCUS = ""  # focus in a tab that is not seen would bring it up
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-middle"), (160, "-wide")]
     VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall"), (50, "-high")]
 
@@ -164,6 +165,7 @@ class RunScreen(Screen[None]):
         """The newest log and configuration."""
         if message.root == self.root and not self.paused:
             self.query_one(LogPane).take(message.log)
+            self.query_one(OverviewPane).take(message.log)
             await self.query_one(ConfigPane).take(message.config, message.environment, message.problem)
 
     def on_reading_failed(self, message: ReadingFailed) -> None:
