@@ -289,12 +289,19 @@ def _nearest_runs(root: Path) -> str:
 
 
 def _is_bare(root: Path) -> bool:
-    """Whether nothing is in it, or only what `create` makes: a run that failed before it had a configuration."""
+    """Whether nothing is in it but what comes before the configuration: what a run that was killed then left behind."""
     run = RunDir(root)
     made = (run.checkpoints, run.previews, run.control)
-    return all(
-        entry == run.lock or (entry in made and entry.is_dir() and not any(entry.iterdir())) for entry in root.iterdir()
-    )
+
+    def early(entry: Path) -> bool:
+        torn = entry.name.startswith(".") and entry.name.endswith(atomic.PARTIAL_SUFFIX)
+        return torn or entry in (run.lock, run.environment) or (entry in made and _is_empty(entry))
+
+    return all(early(entry) for entry in root.iterdir())
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _remove_contents(root: Path) -> None:

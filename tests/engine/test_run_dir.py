@@ -68,6 +68,12 @@ class TestCreate:
         assert (tmp_path / "thesis.txt").read_text() == "years of work"
         assert list(tmp_path.iterdir()) == [tmp_path / "thesis.txt"]
 
+    def test_a_run_that_was_killed_before_it_had_a_configuration_can_be_begun_again(self, tmp_path):
+        run = run_dir.create(tmp_path / "a")
+        run.environment.write_text("{}")
+        (run.root / ".config.toml.0123abcd.partial").write_text("[mod")
+        assert run_dir.create(run.root) == run
+
     def test_checkpoints_without_a_configuration_are_never_deleted(self, tmp_path):
         run = make(tmp_path / "a")
         run.config.unlink()
