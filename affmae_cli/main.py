@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, demo, doctor, finetune, ingest, predict, presets, pretrain
+from affmae_cli.commands import bench, demo, doctor, finetune, ingest, predict, presets, pretrain, watch
 from affmae_cli.errors import ErrorGroup
 from affmae_cli.processes import led
 
@@ -24,6 +24,7 @@ Pretraining and segmentation for electron microscopy.
 [bold]affmae pretrain -o runs/em[/bold]                learn from them, without labels
 [bold]affmae finetune --images I --labels L --init-from runs/em -o runs/seg[/bold]
 [bold]affmae predict stack.tif -m runs/seg[/bold]      segment a stack of any size
+[bold]affmae watch[/bold]                              see how a run is doing
 """
 
 app = typer.Typer(
@@ -35,11 +36,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, bench, presets, doctor.
+# In the order in which the help lists them: ingest, pretrain, finetune, predict, watch, demo, bench, presets, doctor.
 app.command()(ingest.ingest)
 app.command()(led(pretrain.pretrain))
 app.command()(led(finetune.finetune))
 app.command()(predict.predict)
+app.command()(watch.watch)
 app.command()(demo.demo)
 app.command()(bench.bench)
 app.command("benchmark", hidden=True)(bench.bench)

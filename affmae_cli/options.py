@@ -89,3 +89,7 @@ InitFromOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the result, warnings and errors.")]
+NoTuiOption = Annotated[bool, typer.Option("--no-tui", help="Print lines instead of opening the dashboard.")]
+TensorBoardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Write TensorBoard files to RUN/tensorboard as well.")
+]

@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from affmae_cli import output
-from affmae_engine.events import Evaluated, Event, RunEnded, RunStarted, StepLogged, Warned
+from affmae_engine.events import Evaluated, Event, RunEnded, RunStarted, StepLogged, SystemSampled, Warned
 
 if TYPE_CHECKING:
     from affmae_engine.config import RunConfig
@@ -36,19 +36,44 @@ _STOPPING = "stopping after this step; Ctrl-C once more leaves at once, without 
 
 
 def watched_fit(
-    run: RunDir, config: RunConfig, task: Task, *, data: Path, resume: bool = False, quiet: bool = False
+    run: RunDir,
+    config: RunConfig,
+    task: Task,
+    *,
+    data: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    tensorboard: bool = False,
 ) -> Summary:
-    """`fit` with signals caught and progress shown on stderr; errors as `fit` raises them. `data` is the dataset."""
+    """`fit` with signals caught and progress shown on stderr, or in the dashboard of the process that started this one.
+
+    Args:
+        run: as for `fit`.
+        config: as for `fit`.
+        task: as for `fit`.
+        data: the dataset, which other processes of the same training open too.
+        resume: as for `fit`.
+        quiet: show warnings only.
+        tensorboard: write TensorBoard files too.
+
+    Raises:
+        ConfigError: TensorBoard files were asked for and the package is missing.
+        AffmaeError: as `fit`.
+    """
     from affmae_cli.processes import announced
+    from affmae_cli.tensorboard_copy import tensorboard_copy
+    from affmae_cli.trainer_process import announcer, is_trainer
     from affmae_engine.train.loop import fit
     from affmae_engine.train.signals import StopRequest
 
-    with (
-        announced(run, config, task.name, data, resume=resume),
-        watching(output.console(), quiet=quiet) as view,
-        StopRequest(view.on_signal).installed() as stop,
-    ):
-        return fit(run, config, task, sinks=[view], resume=resume, stop=stop)
+    with announced(run, config, task.name, data, resume=resume), contextlib.ExitStack() as stack:
+        copies = [stack.enter_context(tensorboard_copy(run))] if tensorboard else []
+        if is_trainer():
+            stop = stack.enter_context(StopRequest().installed())
+            return fit(run, config, task, sinks=[announcer(run), *copies], resume=resume, stop=stop)
+        view = stack.enter_context(watching(output.console(), quiet=quiet))
+        stop = stack.enter_context(StopRequest(view.on_signal).installed())
+        return fit(run, config, task, sinks=[view, *copies], resume=resume, stop=stop)
 
 
 @contextlib.contextmanager
@@ -75,6 +100,8 @@ class PlainLines:
 
     def __call__(self, event: Event) -> None:
         """Print what the event says."""
+        if isinstance(event, SystemSampled):
+            return
         if isinstance(event, RunStarted):
             self._total = event.total_steps
         if self._quiet and not isinstance(event, Warned):
@@ -133,7 +160,7 @@ class LiveView:
                 self._best = event if event.best else self._best
             case RunEnded():
                 self._ended = event
-        if not isinstance(event, (RunStarted, StepLogged, RunEnded)):
+        if not isinstance(event, (RunStarted, StepLogged, SystemSampled, RunEnded)):
             self._remember(event)
 
     def on_signal(self, _number: int) -> None:
@@ -260,10 +287,16 @@ class Curve:
             return ""
         count = max(1, min(width, len(points)))
         bins = [points[i * len(points) // count : (i + 1) * len(points) // count] for i in range(count)]
-        means = [sum(part) / len(part) for part in bins]
-        low, high = min(means), max(means)
-        scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
-        return "".join(_SPARKS[round((value - low) * scale)] for value in means)
+        return sparks([sum(part) / len(part) for part in bins])
+
+
+def sparks(values: Sequence[float]) -> str:
+    """Values as block characters, one each, between the lowest and the highest of them; "" for fewer than two."""
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((value - low) * scale)] for value in values)
 
 
 def _write(console: Console, data: bytes) -> None:

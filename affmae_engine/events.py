@@ -119,6 +119,51 @@ class Warned(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SystemSampled(Event):
+    """The machine every few seconds, for whoever watches from elsewhere; NaN where nothing can be told.
+
+    It comes from a thread of its own, so it goes on while a step, an evaluation or the data hang: a sign of life.
+
+    gpu: the card's name, "" without one. gpu_missing: why there are no figures of a card. Memory in GiB:
+    gpu_memory_used and gpu_memory_total of the card as a whole, gpu_memory_others what does not belong to this
+    trainer, gpu_memory_reserved what its allocator holds. gpu_utilisation: share of the time a kernel ran, 0 to 1.
+    power and power_limit in W, temperature in degrees Celsius, clocks in MHz. throttled: why the clocks are held back,
+    in words. host_memory_used, host_memory_total, process_memory (resident set of the trainer) in GiB; cpu: load of
+    all cores, 0 to 1.
+    """
+
+    kind = "system"
+    step: int
+    gpu: str = ""
+    gpu_missing: str = ""
+    gpu_memory_used: float = math.nan
+    gpu_memory_total: float = math.nan
+    gpu_memory_others: float = math.nan
+    gpu_memory_reserved: float = math.nan
+    gpu_utilisation: float = math.nan
+    power: float = math.nan
+    power_limit: float = math.nan
+    temperature: float = math.nan
+    sm_clock: float = math.nan
+    sm_clock_max: float = math.nan
+    memory_clock: float = math.nan
+    throttled: list[str] = field(default_factory=list)
+    host_memory_used: float = math.nan
+    host_memory_total: float = math.nan
+    process_memory: float = math.nan
+    cpu: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestTaken(Event):
+    """A request in control/ was read at `step` and will be met after the step that is under way."""
+
+    kind = "request"
+    step: int
+    request: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
     """The trainer stopped. status: finished, stopped (by request or signal), failed."""
 
@@ -130,16 +175,31 @@ class RunEnded(Event):
 
 
 EVENTS: dict[str, type[Event]] = {
-    cls.kind: cls for cls in (RunStarted, StepLogged, Evaluated, CheckpointSaved, PreviewSaved, Warned, RunEnded)
+    cls.kind: cls
+    for cls in (
+        RunStarted,
+        StepLogged,
+        Evaluated,
+        CheckpointSaved,
+        PreviewSaved,
+        Warned,
+        SystemSampled,
+        RequestTaken,
+        RunEnded,
+    )
 }
 
 
 def to_line(event: Event) -> str:
     """One event as a line of JSON with its `kind` first, without the line end. Non-finite numbers become null.
 
-    ASCII only: a message may hold any text (line separators, undecodable file names) and must stay one line.
+    A field that is NaN by default is left out when nothing is known of it. ASCII only: a message may hold any text
+    (line separators, undecodable file names) and must stay one line.
     """
-    return json.dumps({"kind": event.kind, **finite(asdict(event))}, allow_nan=False)
+    optional = {f.name for f in fields(event) if f.default != f.default}
+    values = finite(asdict(event)).items()
+    record = {name: value for name, value in values if not (value is None and name in optional)}
+    return json.dumps({"kind": event.kind, **record}, allow_nan=False)
 
 
 def from_line(line: str) -> Event | None:

@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 import socket
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import ValidationError
@@ -28,6 +29,20 @@ from affmae_engine.config import RunConfig
 from affmae_engine.errors import BusyError, ConfigError, CorruptError, InputError, ResourceError
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
+_HOLDER = re.compile(r"process (\d+) on (.+)")
+_LOCK_ATTEMPTS = 5
+STOP, CHECKPOINT = REQUESTS = ("stop", "checkpoint")
+"""What can be asked of a trainer in control/: stop as after Ctrl-C; save a checkpoint now."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The trainer of a run. state: "held" (it is alive), "free" (none), "unknown" (the file system cannot tell).
+    process and host: of the present or the last one, where the lock file names it."""
+
+    state: Literal["held", "free", "unknown"]
+    process: int | None = None
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,11 @@ class RunDir:
         return self.root / "log.txt"
 
     @property
+    def console(self) -> Path:
+        """console.txt: what a trainer without a terminal would have written to one."""
+        return self.root / "console.txt"
+
+    @property
     def summary(self) -> Path:
         """summary.json: written at the end."""
         return self.root / "summary.json"
@@ -73,7 +93,7 @@ class RunDir:
 
     @property
     def control(self) -> Path:
-        """Folder of requests to the trainer."""
+        """Folder of requests to the trainer: empty files named as in `REQUESTS`."""
         return self.root / "control"
 
     @property
@@ -85,6 +105,11 @@ class RunDir:
     def data(self) -> Path:
         """data.zarr: the labelled store that a finetune run makes from its images and labels."""
         return self.root / "data.zarr"
+
+    @property
+    def tensorboard(self) -> Path:
+        """tensorboard: a copy of the events for TensorBoard, where it was asked for."""
+        return self.root / "tensorboard"
 
     @property
     def best(self) -> Path:
@@ -144,6 +169,23 @@ class RunDir:
             return {}
         return value if isinstance(value, dict) else {}
 
+    def holder(self) -> Holder:
+        """Whether a trainer works here, without disturbing it."""
+        try:
+            with self.lock.open("rb") as handle:
+                found = _HOLDER.fullmatch(handle.read(512).decode("utf-8", "replace").strip())
+                process, host = (int(found[1]), found[2]) if found else (None, "")
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released with the handle, an instant later
+                except BlockingIOError:
+                    return Holder("held", process, host)
+        except FileNotFoundError:
+            return Holder("free")
+        except OSError:
+            return Holder("unknown")
+        # Not every network file system passes locks on: that another machine's lock looks free proves nothing.
+        return Holder("free" if host in ("", socket.gethostname()) else "unknown", process, host)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the kernel releases the lock when the holder dies.
@@ -156,7 +198,7 @@ class RunDir:
             with atomic.translated_write_errors(self.lock):
                 handle = stack.enter_context(self.lock.open("a+", encoding="utf-8"))
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take_lock(handle.fileno())
             except BlockingIOError as error:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
@@ -226,6 +268,18 @@ def free_name(folder: Path, stem: str) -> Path:
     while candidate.exists():
         candidate, number = folder / f"{stem}-{number}", number + 1
     return candidate
+
+
+def _take_lock(descriptor: int) -> None:
+    # A viewer that looks whether the lock is held has it for an instant (`RunDir.holder`).
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt == _LOCK_ATTEMPTS - 1:
+                raise
+            time.sleep(0.02)
 
 
 def _nearest_runs(root: Path) -> str:

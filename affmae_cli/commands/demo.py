@@ -106,7 +106,7 @@ class _Story:
         run = self._run("pretrain")
         with self._step("pretrain", store, "--preset", self.preset, "-o", run):
             pretrain.pretrain(
-                [store], preset=self.preset, seed=self.seed, device=self.device, out=run, quiet=self.quiet
+                [store], preset=self.preset, seed=self.seed, device=self.device, out=run, quiet=self.quiet, no_tui=True
             )
 
     def finetune(self, specimen: _Specimen, name: str) -> Score:
@@ -135,6 +135,7 @@ class _Story:
                 device=self.device,
                 out=run,
                 quiet=self.quiet,
+                no_tui=True,
             )
         truth = [specimen.test_labels] if specimen.test_labels else None
         words = ["--labels", specimen.test_labels] if specimen.test_labels else []

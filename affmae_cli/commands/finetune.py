@@ -19,6 +19,7 @@ from affmae_cli.options import (
     EpochsOption,
     InitFromOption,
     JsonOption,
+    NoTuiOption,
     OutOption,
     OverwriteOption,
     PresetOption,
@@ -27,8 +28,11 @@ from affmae_cli.options import (
     SeedOption,
     SetOption,
     StepsOption,
+    TensorBoardOption,
 )
 from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
+from affmae_cli.processes import several
+from affmae_cli.trainer_process import dashboard_wanted, train_in_dashboard
 from affmae_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,13 +78,21 @@ def finetune(
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    no_tui: NoTuiOption = False,
+    tensorboard: TensorBoardOption = False,
 ) -> None:
     """Learn to segment from labelled images.
 
     Classes, class weights and the validation part are found from the labels. The result is a run directory that holds
-    its data; `affmae predict STACK -m RUN` uses it. Ctrl-C saves a checkpoint and ends; `affmae finetune --resume RUN`
-    goes on from there.
+    its data; `affmae predict STACK -m RUN` uses it. In a terminal the dashboard opens; leaving it asks whether to stop
+    or go on. With --no-tui Ctrl-C saves a checkpoint and ends. `affmae finetune --resume RUN` goes on from there.
     """
+    if dashboard_wanted(no_tui=no_tui or dry_run or several(), quiet=quiet, as_json=json):
+        raise typer.Exit(train_in_dashboard())
+    if tensorboard:
+        from affmae_cli.tensorboard_copy import check_installed
+
+        check_installed()
     flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     sources = _Sources(images or [], labels or [], val_images or [], val_labels or [], pixel_size)
     if resume is not None:
@@ -90,7 +102,7 @@ def finetune(
         given |= {"val_images": val_images, "val_labels": val_labels}
         given |= {"preset": preset != "auto", "config": config, "out": out}
         refuse_with_resume(**given, init_from=init_from, overwrite=overwrite, dry_run=dry_run)
-        run, summary, report = *_continue(resume, set_, flags, quiet=quiet), None
+        run, summary, report = *_continue(resume, set_, flags, quiet=quiet, tensorboard=tensorboard), None
     else:
         from affmae_cli.settings import resolve
 
@@ -101,7 +113,9 @@ def finetune(
             return
         if note and not quiet:
             output.say(note)
-        run, summary, report = _begin(resolved, sources, out, init_from, overwrite=overwrite, quiet=quiet)
+        run, summary, report = _begin(
+            resolved, sources, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard
+        )
     _show(run, summary, report, as_json=json)
 
 
@@ -156,7 +170,14 @@ def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
 
 
 def _begin(
-    resolved: Resolved, sources: _Sources, out: Path | None, init_from: Path | None, *, overwrite: bool, quiet: bool
+    resolved: Resolved,
+    sources: _Sources,
+    out: Path | None,
+    init_from: Path | None,
+    *,
+    overwrite: bool,
+    quiet: bool,
+    tensorboard: bool,
 ) -> tuple[RunDir, Summary, TransferReport | None]:
     from affmae_cli.progress import watched_fit
     from affmae_engine.run_dir import create, free_name
@@ -190,7 +211,7 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "finetune", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "finetune")
-    return run, watched_fit(run, config, task, data=run.data, quiet=quiet), report
+    return run, watched_fit(run, config, task, data=run.data, quiet=quiet, tensorboard=tensorboard), report
 
 
 def _prepare(
@@ -211,7 +232,9 @@ def _prepare(
     return config, task, report, store
 
 
-def _continue(root: Path, set_: list[str] | None, flags: dict[str, Any], *, quiet: bool) -> tuple[RunDir, Summary]:
+def _continue(
+    root: Path, set_: list[str] | None, flags: dict[str, Any], *, quiet: bool, tensorboard: bool
+) -> tuple[RunDir, Summary]:
     from affmae_cli.progress import watched_fit
     from affmae_cli.resume import resolve_continuation
     from affmae_engine.data.store import Store
@@ -228,7 +251,7 @@ def _continue(root: Path, set_: list[str] | None, flags: dict[str, Any], *, quie
     check_same_data(recorded_data(run), store)
     config, task, _ = finetune_task(asked, store)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, data=run.data, resume=True, quiet=quiet)
+    return run, watched_fit(run, config, task, data=run.data, resume=True, quiet=quiet, tensorboard=tensorboard)
 
 
 def _transfer_table(report: TransferReport) -> Table:

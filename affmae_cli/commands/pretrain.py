@@ -17,6 +17,7 @@ from affmae_cli.options import (
     EpochsOption,
     InitFromOption,
     JsonOption,
+    NoTuiOption,
     OutOption,
     OverwriteOption,
     PresetOption,
@@ -25,7 +26,10 @@ from affmae_cli.options import (
     SeedOption,
     SetOption,
     StepsOption,
+    TensorBoardOption,
 )
+from affmae_cli.processes import several
+from affmae_cli.trainer_process import dashboard_wanted, train_in_dashboard
 from affmae_engine.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -57,12 +61,21 @@ def pretrain(
     dry_run: DryRunOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    no_tui: NoTuiOption = False,
+    tensorboard: TensorBoardOption = False,
 ) -> None:
     """Learn from images without labels.
 
-    The result is a run directory; `affmae finetune --init-from RUN` builds on it. Ctrl-C saves a checkpoint and
-    ends; `affmae pretrain --resume RUN` goes on from there.
+    The result is a run directory; `affmae finetune --init-from RUN` builds on it. In a terminal the dashboard opens;
+    leaving it asks whether to stop or go on. With --no-tui Ctrl-C saves a checkpoint and ends. `affmae pretrain
+    --resume RUN` goes on from there.
     """
+    if dashboard_wanted(no_tui=no_tui or dry_run or several(), quiet=quiet, as_json=json):
+        raise typer.Exit(train_in_dashboard())
+    if tensorboard:
+        from affmae_cli.tensorboard_copy import check_installed
+
+        check_installed()
     flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
@@ -70,7 +83,7 @@ def pretrain(
         refuse_with_resume(
             preset=preset != "auto", config=config, out=out, init_from=init_from, overwrite=overwrite, dry_run=dry_run
         )
-        run, summary = _continue(resume, data, set_, flags, quiet=quiet)
+        run, summary = _continue(resume, data, set_, flags, quiet=quiet, tensorboard=tensorboard)
     else:
         from affmae_cli.settings import resolve
 
@@ -78,7 +91,7 @@ def pretrain(
         if dry_run:
             output.show_dry_run(resolved, as_json=json)
             return
-        run, summary = _begin(resolved, data, out, init_from, overwrite=overwrite, quiet=quiet)
+        run, summary = _begin(resolved, data, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard)
     _show(run, summary, as_json=json)
 
 
@@ -90,6 +103,7 @@ def _begin(
     *,
     overwrite: bool,
     quiet: bool,
+    tensorboard: bool,
 ) -> tuple[RunDir, Summary]:
     from affmae_cli.progress import watched_fit
     from affmae_engine.run_dir import create, free_name
@@ -109,11 +123,17 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "pretrain", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "pretrain")
-    return run, watched_fit(run, config, task, data=store.path, quiet=quiet)
+    return run, watched_fit(run, config, task, data=store.path, quiet=quiet, tensorboard=tensorboard)
 
 
 def _continue(
-    root: Path, data: list[Path] | None, set_: list[str] | None, flags: dict[str, Any], *, quiet: bool
+    root: Path,
+    data: list[Path] | None,
+    set_: list[str] | None,
+    flags: dict[str, Any],
+    *,
+    quiet: bool,
+    tensorboard: bool,
 ) -> tuple[RunDir, Summary]:
     from affmae_cli.progress import watched_fit
     from affmae_cli.resume import resolve_continuation
@@ -131,7 +151,7 @@ def _continue(
     check_same_data(recorded, store)
     config, task = pretrain_task(asked, store, init_from=None)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, data=store.path, resume=True, quiet=quiet)
+    return run, watched_fit(run, config, task, data=store.path, resume=True, quiet=quiet, tensorboard=tensorboard)
 
 
 def _open_store(data: list[Path] | None) -> Store:

@@ -95,7 +95,8 @@ def fit(
                     restore_state(saved, state, task, config)
                 if ranks.first:
                     _open(session, saved, warnings)
-                _train(session)
+                with session.monitor() if ranks.first else contextlib.nullcontext():
+                    _train(session)
             return summarised(session, "finished")
         finally:
             recorder.close()
@@ -292,7 +293,9 @@ def _started(session: Session, *, resumed: bool) -> RunStarted:
 
 
 def _log_line(event: Event, total_steps: int) -> None:
-    _engine_log.info("%s", line(event, total_steps))
+    text = line(event, total_steps)
+    if text:
+        _engine_log.info("%s", text)
 
 
 class _LogFile(logging.FileHandler):

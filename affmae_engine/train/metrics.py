@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -86,16 +87,22 @@ def _measured_after(line: bytes, step: int) -> bool:
 class Recorder:
     """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on.
 
-    Without a path there is no file: of several processes only the first records.
+    Events may come from several threads; they are recorded one after the other. Without a path there is no file: of
+    several processes only the first records.
     """
 
     def __init__(self, path: Path | None, sinks: Sequence[Sink]) -> None:
         self._file = MetricsFile(path) if path is not None else None
         self._sinks = list(sinks)
         self._failing = False
+        self._lock = threading.RLock()
 
     def emit(self, event: Event) -> None:
         """Record one event."""
+        with self._lock:
+            self._emit(event)
+
+    def _emit(self, event: Event) -> None:
         problem = self._file.write(event) if self._file is not None else None
         if problem and not self._failing:
             _log.error("%s; training goes on and the lines are kept for later", problem)

@@ -9,11 +9,15 @@ from affmae_engine.events import (
     Evaluated,
     Event,
     PreviewSaved,
+    RequestTaken,
     RunEnded,
     RunStarted,
     StepLogged,
     Warned,
 )
+from affmae_engine.run_dir import CHECKPOINT, STOP
+
+_REQUESTED = {STOP: "stop", CHECKPOINT: "save a checkpoint"}
 
 
 def duration(seconds: float) -> str:
@@ -63,6 +67,8 @@ def line(event: Event, total_steps: int) -> str:
             return f"picture {event.path}"
         case Warned():
             return f"warning: {event.message}"
+        case RequestTaken():
+            return f"asked to {_REQUESTED.get(event.request, event.request)}: after this step"
         case RunEnded():
             tail = f": {event.message}" if event.message else ""
             return f"{event.status} at step {event.step} after {duration(event.seconds)}{tail}"

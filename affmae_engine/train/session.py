@@ -17,12 +17,14 @@ import torch
 
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import DivergedError, ResourceError, human_bytes
-from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, StepLogged, Warned
-from affmae_engine.run_dir import RunDir
+from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, RequestTaken, StepLogged, Warned
+from affmae_engine.run_dir import CHECKPOINT, REQUESTS, STOP, RunDir
 from affmae_engine.train import checkpoint
+from affmae_engine.train.card import Card
 from affmae_engine.train.device import DeviceChoice, memory_gib
 from affmae_engine.train.distributed import Ranks
 from affmae_engine.train.metrics import Means, Recorder, Stopwatch
+from affmae_engine.train.monitor import Monitor
 from affmae_engine.train.saving import Writer
 from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.state import TrainState, take_snapshot
@@ -31,8 +33,6 @@ from affmae_engine.visualize import save_png
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail (disk full) before the run stops."""
-STOP_FILE, CHECKPOINT_FILE = "stop", "checkpoint"
-"""Names in control/: stop as after Ctrl-C; save a checkpoint now. Read when a step is logged, and removed."""
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Session:
         )
         self._judge(means)
         if self.ranks.first:
-            self._take_requests()
+            self.take_requests()
 
     def evaluate(self) -> None:
         """Held-out figures; a best one asks for a checkpoint."""
@@ -219,8 +219,28 @@ class Session:
 
     def clear_requests(self) -> None:
         """Drop requests that an earlier process left behind."""
-        for name in (STOP_FILE, CHECKPOINT_FILE):
+        for name in REQUESTS:
             (self.run.control / name).unlink(missing_ok=True)
+
+    def take_requests(self) -> None:
+        """Acknowledge and remove requests in control/; they are met after the step under way. Safe in any thread."""
+        for name in REQUESTS:
+            if not _taken(self.run, name):
+                continue
+            self.recorder.emit(RequestTaken(step=self.state.step, request=name))
+            if name == CHECKPOINT:
+                self.save_requested = True
+            elif name == STOP:
+                self.stop.request(by="request")
+
+    def monitor(self) -> Monitor:
+        """Samples the machine and takes requests while its block runs, however long a step takes."""
+        return Monitor(
+            Card(self.choice.device),
+            step=lambda: self.state.step,
+            emit=self.recorder.emit,
+            take_requests=self.take_requests,
+        )
 
     def _judge(self, means: Means) -> None:
         train, health = self.config.train, self.state.health
@@ -254,12 +274,6 @@ class Session:
         describe = getattr(self.task.dataset, "describe", None)
         source = f", the first from {describe(first)}" if describe is not None else ""
         return f"samples {first} to {last * size - 1}{source}"
-
-    def _take_requests(self) -> None:
-        if _taken(self.run, CHECKPOINT_FILE):
-            self.save_requested = True
-        if _taken(self.run, STOP_FILE):
-            self.stop.request()
 
     def _is_best(self, found: Evaluation) -> bool:
         finite = found.score == found.score and abs(found.score) != float("inf")

@@ -26,6 +26,7 @@ class StopRequest:
     def __init__(self, on_signal: Callable[[int], None] | None = None) -> None:
         self._on_signal = on_signal
         self.signal_number: int | None = None
+        self._by = ""
 
     @property
     def requested(self) -> bool:
@@ -35,11 +36,12 @@ class StopRequest:
     @property
     def reason(self) -> str:
         """What asked for the stop, for messages."""
-        return signal.Signals(self.signal_number).name if self.signal_number else ""
+        return self._by
 
-    def request(self, signal_number: int = signal.SIGINT) -> None:
-        """Ask for a stop as if that signal had come."""
-        self.signal_number = self.signal_number or int(signal_number)
+    def request(self, signal_number: int = signal.SIGINT, *, by: str = "") -> None:
+        """Ask for a stop as if that signal had come. by: what asked, when it was no signal."""
+        if self.signal_number is None:
+            self.signal_number, self._by = int(signal_number), by or signal.Signals(signal_number).name
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopRequest]:

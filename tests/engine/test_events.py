@@ -38,6 +38,8 @@ EXAMPLES = [
     events.CheckpointSaved(step=3, path="checkpoints/step-000003", seconds=0.5),
     events.PreviewSaved(step=3, path="previews/step-000003.png"),
     events.Warned(step=4, message="slow"),
+    events.SystemSampled(step=4, gpu="NVIDIA X", power=310.5, throttled=["power limit"]),
+    events.RequestTaken(step=4, request="stop"),
     events.RunEnded(step=5, status="finished", seconds=9.0),
 ]
 
@@ -47,8 +49,14 @@ def test_round_trip(event):
     line = events.to_line(event)
     assert "\n" not in line
     assert next(iter(json.loads(line))) == "kind"
-    assert events.from_line(line) == event
-    assert events.from_line(line + "\n") == event
+    for back in (events.from_line(line), events.from_line(line + "\n")):
+        assert type(back) is type(event)
+        assert repr(back) == repr(event)  # what is not known of the machine is NaN, which equals nothing
+
+
+def test_what_is_not_known_of_the_machine_is_left_out():
+    record = json.loads(events.to_line(events.SystemSampled(step=1, temperature=math.nan, cpu=0.5)))
+    assert set(record) == {"kind", "time", "step", "gpu", "gpu_missing", "throttled", "cpu"}
 
 
 def test_every_kind_has_an_example():

@@ -12,7 +12,7 @@ import torch
 
 from affmae_engine import events
 from affmae_engine.errors import BusyError, ConfigError, DivergedError, Interrupted, ResourceError
-from affmae_engine.run_dir import RunDir
+from affmae_engine.run_dir import CHECKPOINT, STOP, RunDir
 from affmae_engine.train import checkpoint, session
 from affmae_engine.train.loop import fit
 from affmae_engine.train.signals import StopRequest
@@ -204,11 +204,11 @@ def test_requests_in_the_control_folder_are_obeyed_and_removed(
 ) -> None:
     config = make_config(steps=10, eval_every=0, checkpoint_every=0)
     run = make_run(config)
-    (run.control / session.STOP_FILE).touch()  # left behind by an earlier process
+    (run.control / STOP).touch()  # left behind by an earlier process
 
     def ask(event: events.Event) -> None:
         if isinstance(event, events.StepLogged) and event.step in (2, 6):
-            (run.control / (session.CHECKPOINT_FILE if event.step == 2 else session.STOP_FILE)).touch()
+            (run.control / (CHECKPOINT if event.step == 2 else STOP)).touch()
 
     with pytest.raises(Interrupted):
         fit(run, config, make_toy().task, sinks=[ask])

@@ -1,0 +1,163 @@
+"""The dashboard's application: themes, the keys that every screen has, and how it is left.
+
+`run_dashboard` opens it on a terminal, `export_screen` saves one screen without a terminal. It reads run directories
+and writes requests; the training neither knows nor notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from textual import work
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.pilot import Pilot
+
+from affmae_cli.dashboard import theme
+from affmae_cli.dashboard.control import request_stop
+from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
+from affmae_cli.dashboard.screens.help import HelpScreen
+from affmae_cli.dashboard.screens.question import Answer, Question
+from affmae_cli.dashboard.screens.run import RunScreen
+from affmae_cli.dashboard.terminal import signals_handled
+from affmae_cli.output import printable
+from affmae_engine import atomic
+from affmae_engine.errors import AffmaeError
+
+
+class DashboardApp(App[DashboardResult]):
+    """The application on one run.
+
+    Args:
+        root: run directory.
+        child: the run's trainer, where the command that opened the dashboard started it.
+        tab: which tab is seen first.
+    """
+
+    CSS_PATH = "dashboard.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+c,ctrl+q", "leave", "Leave", id="app.leave", show=False, priority=True),
+    ]
+
+    def __init__(self, root: Path, *, child: TrainerProcess | None = None, tab: str = "overview") -> None:
+        super().__init__()
+        self.register_theme(theme.DARK)
+        self.register_theme(theme.LIGHT)
+        self.theme = theme.DARK.name
+        self._root, self._child, self._first_tab = root, child, tab
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        """Colours of curves, for every theme."""
+        return theme.series_variables(dark=self.current_theme.dark)
+
+    def on_mount(self) -> None:
+        """Open the run."""
+        self.push_screen(RunScreen(self._root, self._exit_code, self._first_tab))
+
+    def action_theme(self) -> None:
+        """Dark or light."""
+        self.theme = (theme.LIGHT if self.current_theme.dark else theme.DARK).name
+
+    def action_help(self) -> None:
+        """Every key of the present screen."""
+        if isinstance(self.screen, RunScreen):
+            shown = {a.binding.id: a.binding for a in self.screen.active_bindings.values() if a.binding.id}
+            keys = [(self.get_key_display(binding), binding.tooltip or binding.description) for binding in shown.values()]
+            self.push_screen(HelpScreen(keys))
+
+    @work(exclusive=True)
+    async def action_leave(self) -> None:
+        """Leave; with a trainer of ours at work, ask what becomes of it. Asked for twice, it goes on."""
+        if self._child is None or self._child.poll() is not None or self._run_ended():
+            self.exit(DashboardResult("ended" if self._run_ended() else "detach"))
+            return
+        if not isinstance(self.screen, RunScreen):
+            self.exit(DashboardResult("detach"))
+            return
+        answers = [
+            Answer("detach", "d", "Detach", "training goes on; affmae watch shows it again", "primary"),
+            Answer("stop", "s", "Stop after a checkpoint", "the trainer saves and ends; it can be resumed", "warning"),
+        ]
+        match await self.push_screen_wait(Question(f"{printable(self._root.name)} is still training", answers)):
+            case "detach":
+                self.exit(DashboardResult("detach"))
+            case "stop":
+                self._stop()
+
+    def leave_by_signal(self, _number: int) -> None:
+        """The terminal or the session ends: give it back in order. Training goes on."""
+        self.exit(DashboardResult("detach"))
+
+    def _stop(self) -> None:
+        try:
+            request_stop(self._root)
+        except AffmaeError as error:
+            self.notify(error.message, severity="error", markup=False)
+            return
+        self.exit(DashboardResult("stop"))
+
+    def _exit_code(self, root: Path) -> int | None:
+        return self._child.poll() if self._child is not None and root == self._root else None
+
+    def _run_ended(self) -> bool:
+        screens = [screen for screen in self.screen_stack if isinstance(screen, RunScreen)]
+        return bool(screens and screens[0].view is not None and screens[0].view.status.ended)
+
+
+def run_dashboard(root: Path, *, child: TrainerProcess | None = None) -> DashboardResult:
+    """Open the dashboard on this terminal; returns when it was left. See `result` for what it returns when.
+
+    Raises:
+        RuntimeError: a bug of the dashboard ended it; its traceback was printed after the terminal was restored.
+    """
+    app = DashboardApp(root, child=child)
+
+    async def main() -> DashboardResult | None:
+        with signals_handled(app.leave_by_signal):
+            return await app.run_async()
+
+    result = asyncio.run(main())
+    if result is None:
+        raise RuntimeError("the dashboard ended unexpectedly; the training is not affected")
+    return result
+
+
+def export_screen(root: Path, out: Path, *, size: tuple[int, int], screen: str = "overview") -> None:
+    """Save one tab of the dashboard as SVG, without a terminal.
+
+    Args:
+        root: run directory.
+        out: the file.
+        size: (columns, rows).
+        screen: name of the tab.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    app = DashboardApp(root, tab=screen)
+    pictures: list[str] = []
+
+    async def photograph(pilot: Pilot[DashboardResult]) -> None:
+        await settled(pilot)
+        pictures.append(app.export_screenshot(title=f"affmae watch {printable(root.name)}"))
+        app.exit(DashboardResult("detach"))
+
+    asyncio.run(app.run_async(headless=True, size=size, auto_pilot=photograph))
+    atomic.commit_text(out, pictures[0])
+
+
+async def settled(pilot: Pilot[DashboardResult], seconds: float = 30.0) -> None:
+    """Wait until the run is read whole and the seen tab, with its pictures, is drawn; at most `seconds`."""
+    app, until = pilot.app, time.monotonic() + seconds
+    while time.monotonic() < until:
+        await pilot.pause(0.05)
+        screen = app.screen
+        if isinstance(screen, RunScreen) and screen.read_whole:
+            for worker in [worker for worker in app.workers if worker.group == "preview"]:
+                await worker.wait()
+            await pilot.pause()
+            return

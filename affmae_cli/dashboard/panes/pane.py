@@ -1,0 +1,48 @@
+"""What every tab has in common: it draws views of the run while it is seen, and obeys the keys that concern it."""
+
+from __future__ import annotations
+
+from textual.containers import Container
+from textual.reactive import reactive
+
+from affmae_cli.dashboard.view import RunView
+from affmae_cli.dashboard.widgets.chart import Chart
+from affmae_cli.dashboard.zoom import ChartSettings
+
+
+class Pane(Container):
+    """Base of the tabs' contents. `view` is set only while the tab is seen; subclasses draw it in `show`.
+
+    keys: the keys that do something here, for the help line, as (key, what it does).
+    """
+
+    keys: tuple[tuple[str, str], ...] = ()
+
+    view: reactive[RunView | None] = reactive(None)
+    settings: reactive[ChartSettings] = reactive(ChartSettings())
+
+    def watch_view(self, view: RunView | None) -> None:
+        """Draw a new moment."""
+        if view is not None:
+            self.show(view)
+
+    def watch_settings(self, settings: ChartSettings) -> None:
+        """Draw charts otherwise."""
+        for chart in self.query(Chart):
+            chart.settings = settings
+
+    def show(self, view: RunView) -> None:
+        """Hand parts of the view to the widgets."""
+        raise NotImplementedError
+
+    def zoom(self, direction: int) -> bool:
+        """In (1), out (-1), whole (0); False: this tab has nothing of its own to zoom, so its charts are."""
+        return False
+
+    def pan(self, across: int, down: int) -> bool:
+        """By one step; False: this tab has nothing of its own to move through, so its charts are."""
+        return False
+
+    def turn(self) -> None:
+        """The next of several things, where the tab shows one at a time."""
+

@@ -1,0 +1,161 @@
+"""Runs: all runs of the folder in a sortable table; those that are marked are compared in one chart."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+from rich.text import Text
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.reactive import reactive
+from textual.widgets import DataTable
+from textual.worker import get_current_worker
+
+from affmae_cli.dashboard.gather import COMPARISONS, comparison_traces
+from affmae_cli.dashboard.messages import RunChosen, RunsRead
+from affmae_cli.dashboard.panes.pane import Pane
+from affmae_cli.dashboard.reader import RunReader
+from affmae_cli.dashboard.run_table import COLUMNS, cells, ordered
+from affmae_cli.dashboard.runs import RunRow, RunsFolder
+from affmae_cli.dashboard.view import Compared, RunView, Viewer
+from affmae_cli.dashboard.widgets.chart import Chart
+from affmae_cli.dashboard.widgets.title import retitle
+
+SECONDS_BETWEEN_LOOKS = 1.0
+_NEWEST_FIRST = len(COLUMNS) - 1
+
+
+class RunsPane(Pane):
+    """order: the column that sorts; marked: runs that are compared; shown: which curve of theirs."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "mark", "Compare", id="runs.compare", show=False),
+        Binding("o", "order", "Order", id="runs.order", show=False),
+    ]
+
+    order: reactive[int] = reactive(_NEWEST_FIRST, init=False)
+    reverse: reactive[bool] = reactive(False, init=False)
+    marked: reactive[tuple[Path, ...]] = reactive((), init=False)
+    shown: reactive[int] = reactive(0, init=False)
+
+    def __init__(self, **kwargs: str) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.rows: list[RunRow] = []
+        self._compared: list[Compared] = []
+        self._drawn: object = None
+        self._wake = threading.Event()
+
+    def compose(self) -> ComposeResult:
+        """Table above, chart below."""
+        yield DataTable(id="runs-table", cursor_type="row", zebra_stripes=True, cell_padding=1)
+        yield Chart("loss", empty="mark runs with the space bar to compare them here", id="runs-chart")
+
+    def on_mount(self) -> None:
+        """The table's head."""
+        table = self.query_one(DataTable)
+        table.add_column(Text(""), key="mark")
+        for number, column in enumerate(COLUMNS):
+            table.add_column(Text(column.title, justify="right" if column.right else "left"), key=str(number))
+
+    def show(self, view: RunView) -> None:
+        """The run that is followed is written bold."""
+        self._draw_table()
+
+    @work(thread=True, exclusive=True, group="runs", exit_on_error=False)
+    def follow(self, folder: Path) -> None:
+        """Look at the folder again and again, until the worker is cancelled."""
+        worker, runs = get_current_worker(), RunsFolder(folder)
+        viewers: dict[Path, tuple[RunReader, Viewer]] = {}
+        while not worker.is_cancelled:
+            rows = runs.rows()
+            for root in self.marked:
+                if root not in viewers:
+                    reader = RunReader(root)
+                    viewers[root] = reader, Viewer(reader)
+            behind = [reader.poll() and reader.behind for root, (reader, _) in viewers.items() if root in self.marked]
+            self.post_message(RunsRead(rows, [viewers[root][1].compared() for root in self.marked]))
+            self._wake.wait(0.0 if any(behind) else SECONDS_BETWEEN_LOOKS)
+            self._wake.clear()
+
+    def leave(self) -> None:
+        """Stop looking."""
+        self.workers.cancel_group(self, "runs")
+        self._wake.set()
+
+    def on_runs_read(self, message: RunsRead) -> None:
+        """Draw what was found."""
+        self.rows, self._compared = message.rows, message.compared
+        self._draw_table()
+        self._draw_chart()
+
+    def turn(self) -> None:
+        """Compare another curve."""
+        self.shown = (self.shown + 1) % len(COMPARISONS)
+
+    def action_mark(self) -> None:
+        """Add the run under the cursor to the comparison, or take it out."""
+        root = self._under_cursor()
+        if root is not None:
+            self.marked = tuple(r for r in self.marked if r != root) if root in self.marked else (*self.marked, root)
+            self._wake.set()
+
+    def action_order(self) -> None:
+        """Order by the next column."""
+        self.order, self.reverse = (self.order + 1) % len(COLUMNS), False
+
+    @on(DataTable.HeaderSelected)
+    def _order_by(self, event: DataTable.HeaderSelected) -> None:
+        if event.column_key.value not in (None, "mark"):
+            chosen = int(event.column_key.value)
+            self.order, self.reverse = chosen, self.order == chosen and not self.reverse
+
+    @on(DataTable.RowSelected)
+    def _open(self) -> None:
+        root = self._under_cursor()
+        if root is not None:
+            self.post_message(RunChosen(root))
+
+    def watch_order(self) -> None:
+        """Order anew."""
+        self._draw_table()
+
+    watch_reverse = watch_marked = watch_order
+
+    def watch_shown(self) -> None:
+        """Another curve."""
+        self._draw_chart()
+
+    def _under_cursor(self) -> Path | None:
+        rows = ordered(self.rows, self.order, reverse=self.reverse)
+        at = self.query_one(DataTable).cursor_row
+        return rows[at].root if 0 <= at < len(rows) else None
+
+    def _draw_table(self) -> None:
+        table, followed = self.query_one(DataTable), self.view.root if self.view else None
+        rows = ordered(self.rows, self.order, reverse=self.reverse)
+        drawn = [(cells(row), row.root in self.marked, row.root == followed) for row in rows]
+        if drawn == self._drawn:
+            return
+        self._drawn = drawn
+        at = table.cursor_row
+        table.clear()
+        for texts, marked, bold in drawn:
+            style = "bold" if bold else ""
+            line = [
+                Text(text, style, justify="right" if column.right else "left")
+                for text, column in zip(texts, COLUMNS, strict=True)
+            ]
+            table.add_row(Text("◆" if marked else "·"), *line)
+        table.move_cursor(row=min(at, max(len(rows) - 1, 0)))
+        order = f"{COLUMNS[self.order].title}{', reversed' if self.reverse else ''}"
+        count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
+        retitle(table, f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
+
+    def _draw_chart(self) -> None:
+        chart, comparison = self.query_one(Chart), COMPARISONS[self.shown]
+        chart.title = comparison.title
+        chart.traces = comparison_traces(self._compared, comparison)
+        chart.last = max((run.last for run in self._compared), default=0.0)

@@ -1,0 +1,59 @@
+"""The table of runs: its columns, how a row is written, how rows are ordered. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from affmae_cli.dashboard.runs import RunRow
+from affmae_cli.dashboard.signs import SIGNS
+from affmae_cli.output import printable
+from affmae_engine.train.report import duration, number, rate
+
+
+@dataclass(frozen=True)
+class Column:
+    """title: of the column; text: of a cell; key: what orders rows, low values first; right: numbers align right."""
+
+    title: str
+    text: Callable[[RunRow], str]
+    key: Callable[[RunRow], Any]
+    right: bool = False
+
+
+def _steps(row: RunRow) -> str:
+    return f"{row.step:,} of {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
+
+
+def _known(value: float, write: Callable[[float], str]) -> str:
+    return write(value) if math.isfinite(value) else "-"
+
+
+def _last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+COLUMNS = (
+    Column("state", lambda row: f"{SIGNS[row.status.kind]} {row.status.kind}", lambda row: row.status.kind),
+    Column("run", lambda row: printable(row.name).replace("\n", " "), lambda row: row.name),
+    Column("task", lambda row: row.task or "-", lambda row: row.task),
+    Column("step", _steps, lambda row: -row.step, right=True),
+    Column("loss", lambda row: _known(row.loss, number), lambda row: _last(row.loss), right=True),
+    Column("best", lambda row: _known(row.best, number), lambda row: _last(row.best), right=True),
+    Column("img/s", lambda row: _known(row.images_per_s, rate), lambda row: -_last(-row.images_per_s), right=True),
+    Column("age", lambda row: duration(row.age_s), lambda row: row.age_s, right=True),
+)
+
+
+def ordered(rows: Sequence[RunRow], column: int, *, reverse: bool = False) -> list[RunRow]:
+    """Rows by a column; equal ones by their newest event."""
+    newest = sorted(rows, key=lambda row: row.age_s)
+    return sorted(newest, key=COLUMNS[column].key, reverse=reverse)
+
+
+def cells(row: RunRow) -> tuple[str, ...]:
+    """The text of every cell of a row."""
+    return tuple(column.text(row) for column in COLUMNS)
+

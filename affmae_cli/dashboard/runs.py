@@ -1,0 +1,110 @@
+"""All runs of a folder, one row each, without reading any of them whole: the beginning and the end of its events."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from affmae_cli.dashboard.decode import Segment, decode
+from affmae_cli.dashboard.state import RunState
+from affmae_cli.dashboard.status import Life, Status, status_of
+from affmae_cli.dashboard.tail import tail_bytes
+from affmae_engine.run_dir import RunDir, list_runs
+
+_HEAD, _TAIL = 1 << 14, 1 << 17
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run in a table. age_s: seconds since its last event, or since it was made. best: held-out score of the best
+    checkpoint as people read it: the loss of a pretraining (lower is better), else the score. NaN: not known."""
+
+    root: Path
+    task: str
+    status: Status
+    step: int
+    total_steps: int
+    loss: float
+    best: float
+    images_per_s: float
+    age_s: float
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.root.name
+
+    @property
+    def live(self) -> bool:
+        """Whether a trainer works on it, as far as can be told."""
+        return not self.status.ended
+
+
+class RunsFolder:
+    """The runs directly under a folder. A row is made anew only when its events changed or its trainer may be alive."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[Path, tuple[tuple[int, int], RunRow]] = {}
+
+    def rows(self) -> list[RunRow]:
+        """Newest last event first."""
+        known: dict[Path, tuple[tuple[int, int], RunRow]] = {}
+        for run in list_runs(self.folder):
+            stamp = _stamp(run.metrics)
+            before = self._known.get(run.root)
+            fresh = before is None or before[0] != stamp or before[1].live
+            known[run.root] = (stamp, glance(run.root)) if fresh or before is None else before
+        self._known = known
+        return sorted((row for _, row in known.values()), key=lambda row: row.age_s)
+
+
+def glance(root: Path) -> RunRow:
+    """What can be said of a run at once."""
+    run, now = RunDir(root), time.time()
+    holder = run.holder()  # before reading: a trainer writes its last event before it lets the lock go
+    state = RunState(root)
+    state.apply(Segment(started=segment.started) for segment in decode(_head(run.metrics)))
+    state.apply(decode(tail_bytes(run.metrics, _TAIL)))
+    try:
+        made = now - run.config.stat().st_mtime
+    except OSError:
+        made = 0.0
+    age, progress = (
+        max(0.0, now - last) if math.isfinite(last) else made for last in (state.last_time, state.last_progress)
+    )
+    where = f"process {holder.process} on {holder.host}" if holder.process is not None else ""
+    environment, best = run.read_json(run.environment), run.read_json(run.best)
+    task = state.task or str(environment.get("task", ""))
+    value = best.get("value")
+    score = float(value) if isinstance(value, (int, float)) else math.nan
+    return RunRow(
+        root=root,
+        task=task,
+        status=status_of(state, Life(holder.state, age, progress, made, where)),
+        step=state.step,
+        total_steps=state.total_steps,
+        loss=state.latest.losses.get("loss", math.nan) if state.latest is not None else math.nan,
+        best=-score if task == "pretrain" else score,
+        images_per_s=state.latest.images_per_s if state.latest is not None else math.nan,
+        age_s=age,
+    )
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_HEAD)
+    except OSError:
+        return b""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,120 @@
+"""The tiles of a preview side by side, as many as fit in a size that shows something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from rich.color import Color
+from rich.segment import Segment
+from rich.style import Style
+from textual import work
+from textual.content import Content
+from textual.message import Message
+from textual.reactive import reactive
+from textual.strip import Strip
+from textual.widget import Widget
+
+from affmae_cli.dashboard.halfblocks import UPPER_HALF, fitting_size, half_blocks
+from affmae_cli.dashboard.tiles import Tile, arrangement, read_tiles, tile_edge
+from affmae_cli.output import printable
+
+
+SMALLEST = 8
+"""Pixels of the smallest tile that still shows something."""
+
+
+class PreviewWall(Widget):
+    """Draws the preview at `path`, from tile number `first` on; reads it in a thread. edge: see `arrangement`."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"wall--title", "wall--sentence"}
+
+    path: reactive[Path | None] = reactive(None)
+    first: reactive[int] = reactive(0)
+    edge: reactive[int | None] = reactive(None)
+
+    @dataclass
+    class Loaded(Message, bubble=False):
+        """What was read."""
+
+        path: Path
+        tiles: list[Tile] | str
+
+    def __init__(self, empty: str = "no preview yet", **kwargs: str) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.tiles: list[Tile] = []
+        self._sentence = empty
+        self._strips: list[Strip] | None = None
+
+    @property
+    def layout_of_tiles(self) -> tuple[int, int]:
+        """Columns and rows of tiles."""
+        return arrangement(max(1, len(self.tiles)), self.size.width, self.size.height, self.edge)
+
+    def resize_tiles(self, factor: float | None) -> None:
+        """Tiles that are `factor` times as large; None: of the size that fills the place best."""
+        now = tile_edge(*self.layout_of_tiles, *self.size)
+        self.edge = None if factor is None else max(SMALLEST, min(round(now * factor), tile_edge(1, 1, *self.size)))
+
+    def watch_path(self, path: Path | None) -> None:
+        """Read another picture."""
+        if path is not None:
+            self._read(path)
+
+    def on_resize(self) -> None:
+        """Lay the tiles out anew."""
+        self._strips = None
+
+    watch_first = watch_edge = on_resize
+
+    @work(thread=True, exclusive=True, group="preview", exit_on_error=False)
+    def _read(self, path: Path) -> None:
+        self.post_message(self.Loaded(path, read_tiles(path)))
+
+    def on_preview_wall_loaded(self, message: Loaded) -> None:
+        """Show what was read, unless another picture was asked for since."""
+        if message.path == self.path:
+            self.tiles = message.tiles if isinstance(message.tiles, list) else []
+            self._sentence = message.tiles if isinstance(message.tiles, str) else ""
+            self._strips = None
+            self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """One line of the wall."""
+        if self._strips is None:
+            self._strips = self._draw()
+        blank = Strip.blank(self.size.width, self.rich_style)
+        return self._strips[y] if y < len(self._strips) else blank
+
+    def _draw(self) -> list[Strip]:
+        width, height = self.size
+        tiles = self.tiles[self.first :] or self.tiles
+        style = self.get_component_rich_style
+        if not tiles or width < 4 or height < 2:
+            lines = Content(printable(self._sentence)).wrap(max(width, 1))
+            strips = [Strip([Segment(line.plain, style("wall--sentence"))]) for line in lines]
+            return [strip.adjust_cell_length(width, self.rich_style) for strip in strips]
+        columns, rows = self.layout_of_tiles
+        cell = (width - columns + 1) // columns, height // rows - 1
+        drawn = [_drawn(tile, *cell, style("wall--title"), self.rich_style) for tile in tiles[: columns * rows]]
+        strips = []
+        for begin in range(0, len(drawn), columns):
+            for line in zip(*drawn[begin : begin + columns], strict=True):
+                gap = Strip([Segment(" ", self.rich_style)])
+                parts = [part for strip in line for part in (strip, gap)]
+                strips.append(Strip.join(parts).adjust_cell_length(width, self.rich_style))
+        return strips
+
+
+def _drawn(tile: Tile, columns: int, rows: int, title: Style, blank: Style) -> list[Strip]:
+    """A tile with its title above, exactly columns wide and rows + 1 high."""
+    wide, high = fitting_size(tile.rgb, columns, rows)
+    strips = [Strip([Segment(tile.title[:columns], title)]).adjust_cell_length(columns, blank)]
+    for runs in half_blocks(tile.rgb, wide, high):
+        cells = [
+            Segment(UPPER_HALF * n, Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)))
+            for n, upper, lower in runs
+        ]
+        strips.append(Strip(cells).adjust_cell_length(columns, blank))
+    return strips + [Strip.blank(columns, blank)] * (rows - high)

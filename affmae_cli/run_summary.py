@@ -1,0 +1,170 @@
+"""One picture of a run for `affmae watch --once`: what the dashboard shows, as text for any terminal or file.
+
+Every state is told in words, so nothing is lost without colours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from affmae_cli import output
+from affmae_cli.dashboard.status import Kind
+from affmae_cli.dashboard.verdicts import Level
+from affmae_cli.progress import sparks
+from affmae_engine.train.report import duration, line, number, rate
+
+if TYPE_CHECKING:
+    from affmae_cli.dashboard.reader import RunReader
+    from affmae_cli.dashboard.state import RunState
+    from affmae_engine.events import SystemSampled
+
+_STATUS_STYLES: dict[Kind, str] = {
+    "waiting": "cyan", "running": "bold green", "stalled": "bold yellow", "finished": "bold green",
+    "stopped": "bold yellow", "failed": "bold red", "gone": "bold red",
+}  # fmt: skip
+_LEVEL_STYLES: dict[Level, str] = {"good": "green", "note": "cyan", "bad": "bold yellow"}
+_EVENTS, _LOG_LINES, _BEST_ROWS = 5, 8, 12
+
+
+def summary(reader: RunReader, *, width: int = 80) -> RenderableType:
+    """What is known of a run that was polled, for a terminal of that many columns."""
+    state, status = reader.state, reader.status
+    head = Text()
+    head.append(f"{state.task or 'run'} ", style="bold").append(output.printable(state.root.name), style="bold cyan")
+    head.append(f"  {status.kind}", style=_STATUS_STYLES[status.kind])
+    parts: list[RenderableType] = [head, Text(output.printable(status.text))]
+    if status.hint:
+        parts.append(Text(output.printable(status.hint), style="cyan"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True, min_width=8)
+    table.add_column(overflow="fold")
+    for label, text in _rows(reader, width):
+        table.add_row(label, text)
+    if reader.problem:
+        table.add_row("config", Text(output.printable(reader.problem), style="yellow"))
+    for index, verdict in enumerate(state.verdicts() if state.latest is not None else []):
+        table.add_row("verdict" if index == 0 else "", Text(verdict.text, style=_LEVEL_STYLES[verdict.level]))
+    events = [line(event, state.total_steps) for event in state.recent]
+    for index, event in enumerate([event for event in events if event][-_EVENTS:]):
+        table.add_row("events" if index == 0 else "", Text(output.printable(event)))
+    parts.append(table)
+    if status.kind in ("failed", "gone"):
+        parts += [Text("the log's end:", style="dim")]
+        parts += [Text(output.printable(text)) for text in reader.log_tail(_LOG_LINES)]
+    return Group(*parts)
+
+
+def summary_json(reader: RunReader) -> dict[str, Any]:
+    """The same for scripts."""
+    state = reader.state
+    latest, system = state.latest, state.system
+    return {
+        "run": state.root,
+        "task": state.task,
+        "status": reader.status.kind,
+        "text": reader.status.text,
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "elapsed_s": state.elapsed_s(time.time()),
+        "eta_s": state.eta_s(time.time()),
+        "losses": latest.losses if latest else {},
+        "held_out": state.evaluated.metrics if state.evaluated else {},
+        "per_class": state.evaluated.per_class if state.evaluated else {},
+        "images_per_s": latest.images_per_s if latest else math.nan,
+        "megapixels_per_s": state.megapixels_per_s,
+        "data_wait": state.data_wait,
+        "system": {name: value for name, value in vars(system).items() if name != "time"} if system else {},
+        "verdicts": [verdict.text for verdict in state.verdicts()],
+        "preview": state.preview,
+    }
+
+
+def _rows(reader: RunReader, width: int) -> Iterator[tuple[str, Text]]:
+    state = reader.state
+    if state.total_steps:
+        elapsed, eta = duration(state.elapsed_s(time.time())), duration(state.eta_s(time.time()))
+        to_go = "" if reader.status.ended else f"  {eta} to go"
+        yield "step", Text(f"{state.step}/{state.total_steps}  {state.progress:.0%}  {elapsed} so far{to_go}")
+    if state.latest is not None:
+        yield from _training_rows(state, width)
+    if state.evaluated is not None:
+        yield from _held_out_rows(state)
+    if state.system is not None:
+        yield from _machine_rows(state.system)
+    if state.preview is not None:
+        yield "picture", Text(output.printable(str(state.preview)))
+
+
+def _training_rows(state: RunState, width: int) -> Iterator[tuple[str, Text]]:
+    latest = state.latest
+    assert latest is not None
+    losses = "  ".join(f"{name} {number(value)}" for name, value in latest.losses.items())
+    yield "losses", Text(losses.removeprefix("loss "), style="bold")
+    curve = state.steps.curve("losses.loss", points=max(10, width - 12), smooth=0.6)
+    drawn = sparks([value for value in curve.mean_N.tolist() if math.isfinite(value)])
+    if drawn:
+        yield "", Text(drawn, style="cyan")
+    yield (
+        "speed",
+        Text(
+            f"{rate(latest.images_per_s)} images/s  {_or_dash(state.megapixels_per_s, '.1f')} Mpx/s  "
+            f"{latest.step_s:.3g} s a step  waits for data {_or_dash(state.data_wait, '.0%')}"
+        ),
+    )
+    skipped = f"  {latest.skipped} steps skipped" if latest.skipped else ""
+    yield "state", Text(f"lr {latest.lr:.2e}  gradient {number(latest.grad_norm)}{skipped}")
+    yield "memory", Text(f"{latest.memory_gib:.2f} GiB now, {latest.memory_peak_gib:.2f} at most (this run)")
+
+
+def _held_out_rows(state: RunState) -> Iterator[tuple[str, Text]]:
+    evaluated, best = state.evaluated, state.best
+    assert evaluated is not None
+    figures = "  ".join(f"{name} {number(value)}" for name, value in evaluated.metrics.items())
+    text = Text(figures, style="green")
+    text.append(f"  at step {evaluated.step}")
+    if best is not None:
+        text.append(f", best at {best.step}")
+    yield "held-out", text
+    for index, (name, scores) in enumerate(list(evaluated.per_class.items())[:_BEST_ROWS]):
+        figures = "  ".join(f"{key} {number(value)}" for key, value in scores.items())
+        yield "classes" if index == 0 else "", Text(f"{output.printable(name)}  {figures}")
+    if evaluated.effective_rank:
+        ranks = "  ".join(f"stage {stage} {rank:.1f}" for stage, rank in enumerate(evaluated.effective_rank, 1))
+        yield "ranks", Text(ranks)
+
+
+def _machine_rows(system: SystemSampled) -> Iterator[tuple[str, Text]]:
+    if not system.gpu_missing:
+        others = f", others {system.gpu_memory_others:.1f}" if math.isfinite(system.gpu_memory_others) else ""
+        yield "card", Text(output.printable(system.gpu))
+        yield (
+            "",
+            Text(
+                f"{_or_dash(system.gpu_memory_used, '.1f')} of {_or_dash(system.gpu_memory_total, '.1f')} GiB"
+                f"{others}  busy {_or_dash(system.gpu_utilisation, '.0%')}  {_or_dash(system.power, '.0f')} of "
+                f"{_or_dash(system.power_limit, '.0f')} W  {_or_dash(system.temperature, '.0f')} °C"
+            ),
+        )
+        held = f"  held back: {', '.join(system.throttled)}" if system.throttled else ""
+        yield (
+            "",
+            Text(f"clocks {_or_dash(system.sm_clock, '.0f')} and {_or_dash(system.memory_clock, '.0f')} MHz{held}"),
+        )
+    yield (
+        "machine",
+        Text(
+            f"memory {_or_dash(system.host_memory_used, '.1f')} of {_or_dash(system.host_memory_total, '.1f')} GiB "
+            f"(trainer {_or_dash(system.process_memory, '.1f')})  cores {_or_dash(system.cpu, '.0%')} busy"
+        ),
+    )
+
+
+def _or_dash(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
