@@ -1,0 +1,87 @@
+"""A worker process of a quality comparison as its parent sees it: messages, the end, and why it died."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from affmae_engine.bench.quality_worker import Job
+
+_GRACE_S = 10.0
+_COMMAND = (sys.executable, "-m", "affmae_engine.bench.quality_worker")
+
+
+class Process:
+    """A started worker.
+
+    Args:
+        job: what it does.
+        environment: variables over this process's own.
+        log: file that takes its stderr.
+
+    Attributes:
+        ready: whether it got as far as opening the store. ended: names of the work it finished.
+    """
+
+    def __init__(self, job: Job, environment: Mapping[str, str], log: Path) -> None:
+        self.log, self.ready, self.ended = log, False, set[str]()
+        self._lock = threading.Lock()
+        with log.open("ab") as errors:
+            # A session of its own: Ctrl-C reaches the comparison alone, which then decides.
+            self._child = subprocess.Popen(
+                _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
+                env={**os.environ, **environment}, start_new_session=True,
+            )  # fmt: skip
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once, which `messages` will show
+            self._child.stdin.write(job.to_json() + "\n")
+            self._child.stdin.flush()
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What it tells, until it ends."""
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            message = json.loads(line)
+            self.ready = self.ready or message["event"] == "ready"
+            if message["event"] == "ended":
+                self.ended.add(message["name"])
+            yield message
+        self._child.wait()
+
+    def death(self) -> str:
+        """Why it ended early, in a line."""
+        code = self._child.wait()
+        if code == -signal.SIGKILL:
+            return "the process was killed; perhaps the machine ran out of memory"
+        last = ""
+        with contextlib.suppress(OSError):
+            lines = self.log.read_text("utf-8", errors="replace").strip().splitlines()
+            last = lines[-1][:200] if lines else ""
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"the process died ({how}): {last}" if last else f"the process died ({how})"
+
+    def end(self) -> None:
+        """End it and all that it started; no effect on one that is over. Safe from several threads."""
+        with self._lock:
+            if self._child.poll() is None:
+                self._signal(signal.SIGTERM)
+                try:
+                    self._child.wait(_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    self._signal(signal.SIGKILL)
+                    self._child.wait()
+            if self._child.stdin is not None and not self._child.stdin.closed:
+                with contextlib.suppress(BrokenPipeError):
+                    self._child.stdin.close()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, number)
