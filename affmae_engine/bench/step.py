@@ -198,7 +198,8 @@ def _affmae(case: StepCase, choice: DeviceChoice) -> tuple[nn.Module, bool, str]
 
 def _vit_mae(case: StepCase, choice: DeviceChoice) -> tuple[nn.Module, bool, str]:
     mode = case.vit_mode if choice.device.type == "cuda" else "eager"
-    model = VitMae(case.size, fp32_residual=mode == "compile-fp32-residual").to(choice.device)
+    config = ModelConfig.model_validate({"family": "vit-mae", "size": case.size})
+    model = VitMae(config, fp32_residual=mode == "compile-fp32-residual").to(choice.device)
     if mode != "eager":
         model.compile(dynamic=False, mode="reduce-overhead" if mode == "reduce-overhead" else None)
     described = {

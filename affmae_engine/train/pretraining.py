@@ -19,8 +19,7 @@ from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.split import Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
-from affmae_engine.model.autoencoder import MaskedAutoencoder
-from affmae_engine.model.sizes import SIZES
+from affmae_engine.model.build import Autoencoder, build_autoencoder, encoder_layers
 from affmae_engine.train.checkpoint import load_weights
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.pretraining_evaluation import PretrainingEvaluation, choose_crops
@@ -64,12 +63,12 @@ def pretrain_task(
     evaluation = PretrainingEvaluation(store, crops, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = MaskedAutoencoder(config.model, config.loss, backend=config.kernels.backend)
+        model = build_autoencoder(config.model, config.loss, backend=config.kernels.backend)
     if init_from is not None:
         notes += load_initial(model, init_from, config)
 
     def parameter_groups(optim: OptimConfig) -> list[dict[str, Any]]:
-        return layer_decay_groups(model, optim, SIZES[config.model.size])
+        return layer_decay_groups(model, optim, encoder_layers(config.model))
 
     task = Task(
         name="pretrain",
@@ -97,7 +96,7 @@ def reconstruction_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[st
     return model(batch["image"], batch["visible"], batch["masked"])
 
 
-def load_initial(model: MaskedAutoencoder, path: Path, config: RunConfig) -> list[str]:
+def load_initial(model: Autoencoder, path: Path, config: RunConfig) -> list[str]:
     """Give an autoencoder the weights of another run, by name; returns notes on what was not taken.
 
     The class heads of a finetune run are left out; everything else must fit.
