@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from affmae_cli import output
-from affmae_cli.options import DeviceOption, JsonOption, QuietOption
+from affmae_cli.options import ConfigOption, DeviceOption, JsonOption, PresetOption, QuietOption, SetOption
+from affmae_cli.pixel_size import PixelSizeOption
 
 if TYPE_CHECKING:
     from affmae_cli.bench_plan import Plan
+    from affmae_cli.quality_plan import QualityOptions
     from affmae_engine.bench.kernels import KernelResult
     from affmae_engine.bench.report import Table
 
-_STEPS, _KERNELS = "Training steps", "Single operations"
+_STEPS, _KERNELS, _QUALITY = "Training steps", "Single operations", "Quality (--quality)"
 
 
 def bench(
@@ -72,10 +74,67 @@ def bench(
         bool,
         typer.Option("--reference/--no-reference", help="Time the references too.", rich_help_panel=_KERNELS),
     ] = True,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality",
+            help="Pretrain both models for equal time on your images, finetune both, compare their scores.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--images", metavar="PATH", help="Labelled images.", rich_help_panel=_QUALITY),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--labels", metavar="PATH", help="Their labels, as for finetune.", rich_help_panel=_QUALITY),
+    ] = None,
+    unlabelled: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unlabelled", metavar="PATH", help="More images, to pretrain on only.", rich_help_panel=_QUALITY
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget", metavar="TIME", help="One pretraining, such as 90s, 10m, 2h.", rich_help_panel=_QUALITY
+        ),
+    ] = "10m",
+    finetune_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--finetune-budget",
+            metavar="TIME",
+            help="One finetuning of the slower model, whose steps both take; default a quarter of --budget.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repeats of everything.", rich_help_panel=_QUALITY)] = 3,
+    label_fractions: Annotated[
+        str,
+        typer.Option(
+            "--label-fractions", metavar="LIST", help="Shares of the labels besides 1.", rich_help_panel=_QUALITY
+        ),
+    ] = "0.1,0.25",
+    pixel_size: PixelSizeOption = None,
+    preset: PresetOption = "auto",
+    config: ConfigOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Measure AFFMAE on this machine: training steps against ViT-MAE, or single operations."""
     from affmae_cli import bench_plan
 
+    if quality:
+        from affmae_cli.quality_plan import QualityOptions
+
+        options = QualityOptions(
+            images or (), labels or (), unlabelled or (), budget, finetune_budget, seeds, label_fractions, sizes,
+            preset, config, set_ or (), device, pixel_size,
+        )  # fmt: skip
+        _quality(options, out, json=json, quiet=quiet)
+        return
     plan = bench_plan.make_plan(
         sizes=sizes, resolutions=resolutions, batch=batch, dtype=dtype, device=device, quick=quick, steps=steps,
         models=models, vit=vit, operations=ops, out=out,
@@ -88,6 +147,18 @@ def bench(
         _kernels(plan, reference=reference, json=json, quiet=quiet)
     else:
         _steps(plan, profile=profile, json=json, quiet=quiet)
+
+
+def _quality(options: QualityOptions, out: Path | None, *, json: bool, quiet: bool) -> None:
+    from affmae_cli.bench_quality import run_quality
+    from affmae_engine.bench import quality_report
+
+    values = run_quality(options, out, quiet=quiet)
+    if json:
+        output.print_json(values)
+        return
+    _show(quality_report.tables(values))
+    output.show("\n".join(f"- {sentence}" for sentence in quality_report.in_short(values)))
 
 
 def _kernels(plan: Plan, *, reference: bool, json: bool, quiet: bool) -> None:

@@ -154,9 +154,7 @@ class QualityPlan:
             "configs": {f"{s} {task}": config.model_dump(mode="json") for (s, task), config in self.configs.items()},
         }
 
-    def lengths(
-        self, speeds: Mapping[tuple[str, Model, Task], Speed], *, earlier: Lengths | None = None
-    ) -> Lengths:
+    def lengths(self, speeds: Mapping[tuple[str, Model, Task], Speed], *, earlier: Lengths | None = None) -> Lengths:
         """Steps from speeds. A model without a speed gets no steps, and its parts are failures.
 
         Args:
@@ -185,7 +183,7 @@ def _steps(option: str, budget_s: float, step_s: float, what: str) -> int:
     steps = int(budget_s / step_s)
     if steps < FEWEST_STEPS:
         raise ConfigError(
-            f"{option} {budget_s:g}s allows {steps} steps of {what} ({step_s:.2g} s each); it must allow {FEWEST_STEPS}",
+            f"{option} {budget_s:g}s allows {steps} steps of {what} ({step_s:.2g} s each), fewer than {FEWEST_STEPS}",
             f"at least {option} {math.ceil(FEWEST_STEPS * step_s)}s, or smaller steps: --set train.batch_size=N",
         )
     return steps

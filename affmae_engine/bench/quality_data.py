@@ -2,8 +2,8 @@
 
 The test part is a contiguous block (or whole images that stand alone), chosen as for finetuning, and what lies beside
 it is used by nobody. Unusual: test sections are kept out of pretraining too, although it sees no labels, and so is an
-unlabelled image that is a copy of a labelled one. Shares of the labels are contiguous runs of sections, since a biologist
-labels neighbours, and each share lies inside every larger one, so that a curve over them is one story.
+unlabelled image that is a copy of a labelled one. Shares of the labels are contiguous runs of sections, since a
+biologist labels neighbours, and each share lies inside every larger one, so that a curve over them is one story.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def parts_of(store: Store, test_fraction: float) -> Parts:
     others = [image for image in store.images if not image.labelled]
     whole = [Region(image.name, 0, image.shape_ZYX[0]) for image in others if image.sha256 not in contents]
     return Parts(
-        pretrain=tuple([*divided.train, *whole]),
+        pretrain=(*divided.train, *whole),
         train=tuple(_one_by_one(divided.train)),
         test=tuple(divided.val),
         left_out=tuple(image.name for image in others if image.sha256 in contents),

@@ -1,4 +1,4 @@
-"""A worker process of a quality comparison as its parent sees it: messages, the end, and why it died."""
+"""Worker processes of a quality comparison as their parent sees them: where they run, what they tell, why they died."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from affmae_engine.bench.quality_worker import Job
+from affmae_engine.doctor.machine import find_cards
 
 _GRACE_S = 10.0
 _COMMAND = (sys.executable, "-m", "affmae_engine.bench.quality_worker")
@@ -85,3 +86,21 @@ class Process:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, number)
+
+
+def card_slots(device: str) -> tuple[list[dict[str, str]], bool]:
+    """Environment variables of the processes that may run side by side, and whether cards were left out.
+
+    Args:
+        device: "cuda": one process per visible card of the first one's kind (CUDA_VISIBLE_DEVICES chooses, as
+            everywhere); "cpu": one.
+    """
+    if device != "cuda":
+        return [{}], False
+    cards = find_cards()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in chosen.split(",") if name.strip()] or [str(card.index) for card in cards]
+    alike = [name for name, card in zip(names, cards, strict=False) if card.name == cards[0].name]
+    # LOCAL_WORLD_SIZE makes the processes share the cores for data loading, as the ranks of one machine do.
+    slots = [{"CUDA_VISIBLE_DEVICES": name, "LOCAL_WORLD_SIZE": str(len(alike))} for name in alike]
+    return slots, len(alike) < len(cards)

@@ -1,13 +1,10 @@
-"""What a quality comparison found: figures over seeds, and a report that is read without knowing the machinery.
+"""The report of a quality comparison: tables and sentences that are read without knowing the machinery.
 
-Everything is made from the document (results.json) alone, so a report and its charts can be made again elsewhere.
-The spread is the sample standard deviation over seeds. Differences are taken seed by seed, because both models see
-the same labelled sections in a seed, which removes what those sections have in common.
+Everything is made from the document (results.json) alone, so a report can be made again elsewhere.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,78 +22,9 @@ TIME_TOLERANCE = 0.05
 Record = dict[str, Any]
 
 
-def summarise(results: Sequence[Record]) -> list[Record]:
-    """Scores by size, model, init and share of the labels: mean and spread over the seeds that have one."""
-    found = []
-    for key, members in _grouped([r for r in results if r["stage"] == "finetune"], "size", "model", "init", "fraction"):
-        good = [r for r in members if r["status"] == "ok"]
-        classes = {name: None for r in good for name in r["per_class"]}
-        per_class = {
-            name: _mean_and_spread([r["per_class"][name]["iou"] for r in good if name in r["per_class"]])
-            for name in classes
-        }
-        miou = _mean_and_spread([r["miou"] for r in good])
-        sections = [r["sections"] for r in members if r["sections"]]
-        found.append(
-            {
-                **key,
-                "sections": sections[0] if sections else None,
-                "seeds": sorted(r["seed"] for r in good),
-                "failed": len(members) - len(good),
-                "miou": miou["mean"],
-                "spread": miou["spread"],
-                "dice": _mean_and_spread([r["dice"] for r in good])["mean"],
-                "per_class": per_class,
-            }
-        )
-    return found
-
-
-def differences(results: Sequence[Record]) -> list[Record]:
-    """AFFMAE's mean IoU minus ViT-MAE's, seed by seed, by size, init and share of the labels.
-
-    `clear`: every seed has the same sign, the mean is larger than the spread, and there are two seeds or more.
-    """
-    found = []
-    for key, members in _grouped([r for r in results if r["stage"] == "finetune"], "size", "init", "fraction"):
-        by_seed: dict[int, dict[str, float]] = {}
-        for r in members:
-            if r["status"] == "ok" and r["miou"] is not None:
-                by_seed.setdefault(r["seed"], {})[r["model"]] = r["miou"]
-        values = [pair["affmae"] - pair["vit-mae"] for pair in by_seed.values() if len(pair) == len(MODELS)]
-        both = _mean_and_spread(values)
-        agree = len(values) >= 2 and (all(v > 0 for v in values) or all(v < 0 for v in values))
-        clear = agree and abs(both["mean"] or 0.0) > (both["spread"] or 0.0)
-        found.append({**key, "seeds": len(values), **both, "clear": clear})
-    return found
-
-
-def times(results: Sequence[Record]) -> list[Record]:
-    """Pretraining by size and model: steps, images, seconds as planned for and as taken, held-out loss, memory."""
-    found = []
-    for key, members in _grouped([r for r in results if r["stage"] == "pretrain"], "size", "model"):
-        good = [r for r in members if r["status"] == "ok"]
-        taken = [r["train_s"] - r["startup_s"] for r in good]
-        found.append(
-            {
-                **key,
-                "seeds": len(good),
-                "steps": good[0]["steps"] if good else None,
-                "images": good[0]["images"] if good else None,
-                "parameters": good[0]["parameters"] if good else None,
-                "seconds": _mean_and_spread(taken),
-                "startup_s": _mean_and_spread([r["startup_s"] for r in good])["mean"],
-                "step_s": _mean_and_spread([r["step_s"] for r in good])["mean"],
-                "held_out_loss": _mean_and_spread([r["held_out_loss"] for r in good]),
-                "memory_gib": max((r["memory_gib"] for r in good if r["memory_gib"] is not None), default=None),
-            }
-        )
-    return found
-
-
 def tables(document: Record) -> list[Table]:
     """Everything in rows: scores, differences, classes, time, failures."""
-    made = []
+    made: list[Table] = []
     for size in document["sizes"]:
         of_size = {name: [r for r in document[name] if r["size"] == size] for name in ("summary", "times", "results")}
         gaps = [r for r in document["differences"] if r["size"] == size]
@@ -104,9 +32,7 @@ def tables(document: Record) -> list[Table]:
         made += [_class_table(size, of_size["summary"]), _time_table(size, of_size["times"], document["budget_s"])]
     failed = [r for r in document["results"] if r["status"] not in ("ok", "waiting", "running")]
     if failed:
-        rows = [
-            (r["size"], TITLES[r["model"]], str(r["seed"]), _what(r), r["status"], r["note"]) for r in failed
-        ]
+        rows = [(r["size"], TITLES[r["model"]], str(r["seed"]), _what(r), r["status"], r["note"]) for r in failed]
         made.append(Table("What did not work", ("size", "model", "seed", "part", "outcome", "why"), rows))
     return made
 
@@ -130,7 +56,7 @@ def markdown(document: Record, charts: Sequence[str] = ()) -> str:
 
 def in_short(document: Record) -> list[str]:
     """The findings in sentences, the doubts included."""
-    found = []
+    found: list[str] = []
     for size in document["sizes"]:
         label = f" ({size})" if len(document["sizes"]) > 1 else ""
         for fraction in sorted({document["fractions"][-1], document["fractions"][0]}, reverse=True):
@@ -153,11 +79,11 @@ def how(document: Record) -> list[str]:
     """What a reader must know to trust the figures, or to repeat them."""
     data, steps = document["data"], document["lengths"] or {"pretrain": [], "finetune": {}}
     tuning = ", ".join(f"{size} {n}" for size, n in steps["finetune"].items())
-    found = [
+    found: list[str] = [
         f"Scored on {data['test_sections']} labelled sections that nothing was trained on, not even without labels: "
         f"{data['test']}. Sections beside them were used by nobody, so no test section has a neighbour in training.",
-        f"Finetuned on {data['train_sections']} labelled sections ({data['train']}), or a contiguous share of them that "
-        "the seed chooses, the same for both models; a smaller share lies inside every larger one.",
+        f"Finetuned on {data['train_sections']} labelled sections ({data['train']}), or a contiguous share of them "
+        "that the seed chooses, the same for both models; a smaller share lies inside every larger one.",
         f"Pretrained on {data['pretrain_sections']} sections without their labels.",
         f"Equal time: {duration(document['budget_s'])} of training steps each, data loading included. Each model's "
         "speed was measured first, after compiling and the first steps, which are not counted on either side; its "
@@ -193,7 +119,8 @@ def _verdict(document: Record, size: str, label: str, fraction: float) -> Iterat
         judged = f"The difference of {abs(gap['mean']):.3f} lies within the spread of {gap['seeds']} seeds: no verdict."
     else:
         judged = f"{ahead} is ahead by {abs(gap['mean']):.3f} in the one seed."
-    yield f"{_labels(fraction, scores['affmae']['sections'])}{label}, pretrained: {texts[0]}, {texts[1]} mean IoU. {judged}"
+    with_labels = _labels(fraction, scores["affmae"]["sections"])
+    yield f"{with_labels}{label}, pretrained: {texts[0]}, {texts[1]} mean IoU. {judged}"
 
 
 def _gain(document: Record, size: str, label: str) -> Iterator[str]:
@@ -216,15 +143,17 @@ def _equal_time(document: Record, size: str, label: str) -> Iterator[str]:
     if len(pair) < len(MODELS):
         return
     ours, theirs = pair["affmae"], pair["vit-mae"]
+    mine, other = ours["seconds"]["mean"], theirs["seconds"]["mean"]
+    ratio = mine / other
     yield (
-        f"In equal time{label} AFFMAE trained on {ours['images']:,} crops and ViT-MAE on {theirs['images']:,} "
-        f"({ours['images'] / theirs['images']:.2g} times as many)."
+        f"In equal time{label} AFFMAE trained on {ours['images']:,} crops and ViT-MAE on {theirs['images']:,}: "
+        f"{ours['images'] / theirs['images']:.2g} times as many. Taken were {mine:.1f} s and {other:.1f} s of the "
+        f"planned {document['budget_s']:g} s, a ratio of {ratio:.2f}."
     )
-    ratio = ours["seconds"]["mean"] / theirs["seconds"]["mean"]
     if abs(ratio - 1) > TIME_TOLERANCE:
         yield (
-            f"The times{label} came out unequal: AFFMAE took {ratio:.2f} times as long as ViT-MAE. Read the scores with "
-            "that in mind, or repeat with a longer budget on a quiet machine."
+            f"These times{label} are not equal. Read the scores with that in mind, or repeat with a longer budget on a "
+            "quiet machine."
         )
 
 
@@ -260,7 +189,17 @@ def _class_table(size: str, summary: Sequence[Record]) -> Table:
 
 
 def _time_table(size: str, records: Sequence[Record], budget_s: float) -> Table:
-    columns = ("model", "parameters", "budget s", "taken s", "start-up s", "steps", "ms a step", "crops", "held-out loss")
+    columns = (
+        "model",
+        "parameters",
+        "budget s",
+        "taken s",
+        "start-up s",
+        "steps",
+        "ms a step",
+        "crops",
+        "held-out loss",
+    )
     rows = []
     for r in records:
         taken, loss = r["seconds"], r["held_out_loss"]
@@ -268,7 +207,13 @@ def _time_table(size: str, records: Sequence[Record], budget_s: float) -> Table:
         if not r["seeds"]:
             rows.append((*cells, *[""] * 7))
             continue
-        cells += [_pm(taken, 1), f"{r['startup_s']:.1f}", str(r["steps"]), f"{1e3 * r['step_s']:.1f}", f"{r['images']:,}"]
+        cells += [
+            _pm(taken, 1),
+            f"{r['startup_s']:.1f}",
+            str(r["steps"]),
+            f"{1e3 * r['step_s']:.1f}",
+            f"{r['images']:,}",
+        ]
         rows.append((*cells, _pm(loss), f"{r['memory_gib']:.2f}" if r["memory_gib"] is not None else ""))
     return Table(f"Pretraining, equal time ({size})", (*columns, "peak GiB"), rows)
 
@@ -302,19 +247,3 @@ def _signed(value: Record) -> str:
         return ""
     text = f"{value['mean']:+.3f}" + (f" ± {value['spread']:.3f}" if value["spread"] is not None else "")
     return f"{text}, clear" if value["clear"] else text
-
-
-def _mean_and_spread(values: Sequence[float | None]) -> Record:
-    known = [value for value in values if value is not None]
-    return {
-        "mean": statistics.fmean(known) if known else None,
-        "spread": statistics.stdev(known) if len(known) > 1 else None,
-    }
-
-
-def _grouped(results: Sequence[Record], *names: str) -> Iterator[tuple[Record, list[Record]]]:
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for result in results:
-        groups.setdefault(tuple(result[name] for name in names), []).append(result)
-    for values, members in groups.items():
-        yield dict(zip(names, values, strict=True)), members

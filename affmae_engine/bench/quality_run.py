@@ -9,7 +9,6 @@ or another card; that is an error, because equal time means nothing across machi
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -101,7 +100,8 @@ class QualityRun:
         for name in ("runs", "logs"):
             atomic.ensure_folder(self.folder / name)
         pairs = [(size, model) for size in self.plan.sizes for model in MODELS]
-        self._pool([work for work in (self._calibration(*pair) for pair in pairs) if work])
+        unknown = [work for pair in pairs for work in self._calibration(*pair)]
+        self._pool(_dealt(unknown, len(self.slots)))
         self.progress.lengths = self.plan.lengths(self.speeds, earlier=self.lengths)
         self._fail_unfit()
         todo = [chain for chain in (self._unfinished(chain) for chain in self.plan.chains()) if chain]
@@ -132,9 +132,7 @@ class QualityRun:
         work = []
         for part in chain:
             lengths = self.progress.lengths
-            steps = (
-                lengths.pretrain[part.size, part.model] if part.stage == "pretrain" else lengths.finetune[part.size]
-            )
+            steps = lengths.pretrain[part.size, part.model] if part.stage == "pretrain" else lengths.finetune[part.size]
             micro = self.speeds[part.size, part.model, part.stage].micro_batch
             work.append(Work(part, self.plan.config_of(part, steps, micro).model_dump(mode="json")))
         return work
@@ -308,21 +306,10 @@ class QualityRun:
             process.end()
 
 
-def card_slots(device: str) -> list[dict[str, str]]:
-    """Environment variables of the processes that may run side by side: one per visible card, one on a CPU.
-
-    Args:
-        device: "cuda" or "cpu". CUDA_VISIBLE_DEVICES chooses the cards, as everywhere.
-    """
-    if device != "cuda":
-        return [{}]
-    import torch
-
-    count = torch.cuda.device_count()
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name.strip() for name in chosen.split(",") if name.strip()] or [str(index) for index in range(count)]
-    # LOCAL_WORLD_SIZE makes the processes share the cores for data loading, as the ranks of one machine do.
-    return [{"CUDA_VISIBLE_DEVICES": name, "LOCAL_WORLD_SIZE": str(count)} for name in names[:count]]
+def _dealt(work: Sequence[Work], hands: int) -> list[list[Work]]:
+    """Work dealt out evenly, neighbours together."""
+    each = -(-len(work) // hands) if work else 1
+    return [list(work[i : i + each]) for i in range(0, len(work), each)]
 
 
 def speeds_to_json(speeds: Speeds) -> list[dict[str, Any]]:
@@ -333,6 +320,4 @@ def speeds_to_json(speeds: Speeds) -> list[dict[str, Any]]:
 def speeds_from_json(records: Sequence[Mapping[str, Any]]) -> Speeds:
     """What `speeds_to_json` made; models that could not be trained are left out, to be tried again."""
     found = [dict(record) for record in records]
-    return {
-        (r.pop("size"), r.pop("model"), r.pop("task")): Speed(**r) for r in found if r["step_s"] is not None
-    }
+    return {(r.pop("size"), r.pop("model"), r.pop("task")): Speed(**r) for r in found if r["step_s"] is not None}

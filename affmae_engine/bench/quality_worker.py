@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import shutil
-import statistics
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,11 +28,12 @@ import torch
 from affmae_engine import run_dir
 from affmae_engine.bench.quality import Part, PartResult, Speed, Status
 from affmae_engine.bench.quality_data import Parts, parts_of, share_of_labels
+from affmae_engine.bench.quality_pace import WARMUP_STEPS, Pace
 from affmae_engine.config import RunConfig
 from affmae_engine.data.split import Split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import AffmaeError, DivergedError, Interrupted
-from affmae_engine.events import Evaluated, Event, RunStarted, StepLogged, finite
+from affmae_engine.events import finite
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.checkpoint import WEIGHTS
 from affmae_engine.train.device import pick_device
@@ -42,15 +41,10 @@ from affmae_engine.train.environment import write_environment
 from affmae_engine.train.finetuning import finetune_task
 from affmae_engine.train.loop import fit
 from affmae_engine.train.pretraining import pretrain_task
-from affmae_engine.train.signals import StopRequest
-from affmae_engine.train.step import EAGER_STEPS
 from affmae_engine.train.task import Task
 
 Tell = Callable[[dict[str, Any]], None]
 
-WARMUP_STEPS = {"cuda": EAGER_STEPS + 12, "cpu": 1}
-"""Steps that count as start-up: they compile, record, and use up what the data loader prepared ahead."""
-FEWEST_WINDOWS = 3
 CALIBRATION_STEPS = 1_000_000
 """Nominal length of a calibration, which is stopped by the clock."""
 
@@ -85,65 +79,6 @@ class Job:
         return cls(**value, work=tuple(work))
 
 
-@dataclass
-class Pace:
-    """A sink of events that keeps what a result needs, and asks for a stop once it has measured for long enough."""
-
-    warmup: int
-    on_step: Callable[[int, int], None] = lambda step, total: None
-    enough_s: float = math.inf
-    stop: StopRequest = field(default_factory=StopRequest)
-    windows: list[tuple[int, float]] = field(default_factory=list)
-    """Steps and seconds per step between two logged events."""
-    started: RunStarted | None = None
-    last: StepLogged | None = None
-    evaluated: Evaluated | None = None
-
-    def __call__(self, event: Event) -> None:
-        """Take in one event."""
-        if isinstance(event, RunStarted):
-            self.started = event
-        elif isinstance(event, Evaluated):
-            self.evaluated = event
-        elif isinstance(event, StepLogged):
-            self.windows.append((event.step - (self.last.step if self.last else 0), event.step_s))
-            self.last = event
-            self.on_step(event.step, self.started.total_steps if self.started else event.step)
-            steady = self._steady()
-            if len(steady) >= FEWEST_WINDOWS and sum(n * step_s for n, step_s in steady) >= self.enough_s:
-                self.stop.request()
-
-    @property
-    def train_s(self) -> float:
-        """Wall-clock of all steps."""
-        return sum(n * step_s for n, step_s in self.windows)
-
-    @property
-    def step_s(self) -> float:
-        """Mean seconds of a step after the start-up."""
-        steady = self._steady() or self.windows
-        return sum(n * step_s for n, step_s in steady) / max(1, sum(n for n, _ in steady))
-
-    @property
-    def startup_s(self) -> float:
-        """What the first steps took beyond the usual."""
-        steady = self._steady()
-        if not steady:
-            return 0.0
-        usual = statistics.median(step_s for _, step_s in steady)
-        first = self.windows[: len(self.windows) - len(steady)]
-        return sum(max(0.0, step_s - usual) * n for n, step_s in first)
-
-    def _steady(self) -> list[tuple[int, float]]:
-        """The windows that began after the warm-up."""
-        before, steady = 0, []
-        for n, step_s in self.windows:
-            if before >= self.warmup:
-                steady.append((n, step_s))
-            before += n
-        return steady
-
-
 def train_part(work: Work, store: Store, parts: Parts, runs: Path, tell: Tell) -> PartResult:
     """Train one part and score it. A failure is in the result."""
     begun, part = time.monotonic(), work.part
@@ -157,7 +92,11 @@ def train_part(work: Work, store: Store, parts: Parts, runs: Path, tell: Tell) -
         config, task = _task(config, part, store, parts, runs, result)
         run_dir.create(run.root)
         _fit(run, config, task, store, pace)
-        result.status, result.steps, result.images = "ok", config.train.steps, config.train.steps * config.train.batch_size
+        result.status, result.steps, result.images = (
+            "ok",
+            config.train.steps,
+            config.train.steps * config.train.batch_size,
+        )
         _take_scores(result, pace)
         if part.stage == "pretrain":
             run.checkpoint(config.train.steps).joinpath(WEIGHTS).replace(weights_of(part, runs))
@@ -180,32 +119,35 @@ def calibrate(work: Work, store: Store, parts: Parts, runs: Path) -> Speed:
 
     Where the micro-batch does not fit into the card's memory, halves are tried, which changes nothing but the time.
     """
-    assert work.calibrate_s is not None
-    run = RunDir(runs / f"calibration-{work.part.name}")
     config = RunConfig.model_validate(work.config)
-    micro = config.train.micro_batch or config.train.batch_size
+    micro, batch = config.train.micro_batch or config.train.batch_size, config.train.batch_size
     while True:
-        pace = Pace(_warmup(config), enough_s=work.calibrate_s)
-        every = 1 if pace.warmup == WARMUP_STEPS["cpu"] else 5
-        train = {"steps": CALIBRATION_STEPS, "log_every": every, "micro_batch": micro}
-        config = config.model_copy(update={"train": config.train.model_copy(update=train)})
-        try:
-            shutil.rmtree(run.root, ignore_errors=True)
-            tuned, task = _task(config, work.part, store, parts, runs, PartResult.of(work.part), init=False)
-            run_dir.create(run.root)
-            _fit(run, tuned, task, store, pace)
-        except Interrupted:
-            return Speed(pace.step_s, pace.startup_s, micro)
-        except Exception as error:
-            if _status(error) == "out of memory" and micro > 1 and config.train.batch_size % (micro // 2) == 0:
-                micro //= 2
-            else:
-                traceback.print_exception(error, file=sys.stderr)
-                return Speed(None, status=_status(error), note=_first_line(error))
-        finally:
-            task = None
-            shutil.rmtree(run.root, ignore_errors=True)
-            _free()
+        speed = _measure(work, config, micro, store, parts, runs)
+        _free()
+        if speed.status != "out of memory" or micro == 1 or batch % (micro // 2):
+            return speed
+        micro //= 2
+
+
+def _measure(work: Work, config: RunConfig, micro: int, store: Store, parts: Parts, runs: Path) -> Speed:
+    run = RunDir(runs / f"calibration-{work.part.name}")
+    pace = Pace(_warmup(config), enough_s=work.calibrate_s or 0.0)
+    every = 1 if pace.warmup == WARMUP_STEPS["cpu"] else 5
+    train = {"steps": CALIBRATION_STEPS, "log_every": every, "micro_batch": micro}
+    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    try:
+        shutil.rmtree(run.root, ignore_errors=True)
+        config, task = _task(config, work.part, store, parts, runs, PartResult.of(work.part), init=False)
+        run_dir.create(run.root)
+        _fit(run, config, task, store, pace)
+    except Interrupted:
+        return Speed(pace.step_s, pace.startup_s, micro)
+    except Exception as error:  # a model that cannot be trained here is a result
+        traceback.print_exception(error, file=sys.stderr)
+        return Speed(None, status=_status(error), note=_first_line(error))
+    finally:
+        shutil.rmtree(run.root, ignore_errors=True)
+    raise AssertionError("a calibration is stopped by the clock, long before its last step")
 
 
 def _task(
