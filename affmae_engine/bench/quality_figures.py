@@ -46,7 +46,7 @@ def summarise(results: Sequence[Record]) -> list[Record]:
 def differences(results: Sequence[Record]) -> list[Record]:
     """AFFMAE's mean IoU minus ViT-MAE's, seed by seed, by size, init and share of the labels.
 
-    `clear`: every seed has the same sign, the mean is larger than the spread, and there are two seeds or more.
+    `every_seed`: all of two or more seeds have the same sign, and the mean is larger than the spread.
     """
     found = []
     for key, members in _grouped([r for r in results if r["stage"] == "finetune"], "size", "init", "fraction"):
@@ -57,8 +57,8 @@ def differences(results: Sequence[Record]) -> list[Record]:
         values = [pair["affmae"] - pair["vit-mae"] for pair in by_seed.values() if len(pair) == len(MODELS)]
         both = _mean_and_spread(values)
         agree = len(values) >= 2 and (all(v > 0 for v in values) or all(v < 0 for v in values))
-        clear = agree and abs(both["mean"] or 0.0) > (both["spread"] or 0.0)
-        found.append({**key, "seeds": len(values), **both, "clear": clear})
+        every_seed = agree and abs(both["mean"]) > both["spread"]
+        found.append({**key, "seeds": len(values), **both, "every_seed": every_seed})
     return found
 
 

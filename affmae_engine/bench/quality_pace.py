@@ -14,7 +14,8 @@ from affmae_engine.train.step import EAGER_STEPS
 
 WARMUP_STEPS = {"cuda": EAGER_STEPS + 12, "cpu": 3}
 """Steps that count as start-up: they compile, record, and use up what the data loader prepared ahead."""
-FEWEST_WINDOWS = 3
+FEWEST_WINDOWS = 5
+"""Of steady steps that a calibration measures at least."""
 
 
 @dataclass
@@ -52,9 +53,8 @@ class Pace:
 
     @property
     def step_s(self) -> float:
-        """Mean seconds of a step after the start-up."""
-        steady = self._steady() or self.windows
-        return sum(n * step_s for n, step_s in steady) / max(1, sum(n for n, _ in steady))
+        """Median seconds of a step after the start-up."""
+        return statistics.median(step_s for _, step_s in self._steady() or self.windows)
 
     @property
     def startup_s(self) -> float:
@@ -62,9 +62,8 @@ class Pace:
         steady = self._steady()
         if not steady:
             return 0.0
-        usual = statistics.median(step_s for _, step_s in steady)
         first = self.windows[: len(self.windows) - len(steady)]
-        return sum(max(0.0, step_s - usual) * n for n, step_s in first)
+        return sum(max(0.0, step_s - self.step_s) * n for n, step_s in first)
 
     def _steady(self) -> list[tuple[int, float]]:
         """The windows that began after the warm-up."""

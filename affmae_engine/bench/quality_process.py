@@ -17,7 +17,7 @@ from affmae_engine.bench.quality_worker import Job
 from affmae_engine.doctor.machine import find_cards
 
 _GRACE_S = 10.0
-_COMMAND = (sys.executable, "-m", "affmae_engine.bench.quality_worker")
+COMMAND = (sys.executable, "-m", "affmae_engine.bench.quality_worker")
 
 
 class Process:
@@ -38,7 +38,7 @@ class Process:
         with log.open("ab") as errors:
             # A session of its own: Ctrl-C reaches the comparison alone, which then decides.
             self._child = subprocess.Popen(
-                _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
+                COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
                 env={**os.environ, **environment}, start_new_session=True,
             )  # fmt: skip
         assert self._child.stdin is not None

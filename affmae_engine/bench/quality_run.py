@@ -29,8 +29,8 @@ from affmae_engine.train.signals import StopRequest
 
 Speeds = dict[tuple[str, Model, Task], Speed]
 
-CALIBRATION_SHARE, LONGEST_CALIBRATION_S = 0.1, 10.0
-"""A calibration measures for a tenth of the budget, ten seconds at most, after its start-up."""
+CALIBRATION_SHARE, SHORTEST_CALIBRATION_S, LONGEST_CALIBRATION_S = 0.1, 1.0, 10.0
+"""After its start-up a calibration measures for a tenth of the budget, one second at least and ten at most."""
 
 OVERHEAD_S = {"pretrain": 8.0, "finetune": 6.0}
 """Guess of what a part takes beside its steps (building, first data, scoring, saving) until parts have shown it."""
@@ -123,7 +123,7 @@ class QualityRun:
         ):
             if (size, model, part.stage) in self.speeds:
                 continue
-            seconds = min(LONGEST_CALIBRATION_S, CALIBRATION_SHARE * budget_s)
+            seconds = min(LONGEST_CALIBRATION_S, max(SHORTEST_CALIBRATION_S, CALIBRATION_SHARE * budget_s))
             found.append(Work(part, self.plan.config_of(part, 1).model_dump(mode="json"), seconds))
         return found
 
