@@ -7,7 +7,7 @@ again, for print. Matplotlib is imported when a chart is drawn, and without pypl
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +80,9 @@ def _figures(document: Record) -> Iterator[tuple[str, Figure]]:
         for size in document["sizes"]:
             if any(r["size"] == size and r["miou"] is not None for r in document["summary"]):
                 yield f"label-efficiency-{size}.png", label_efficiency(document, size)
-    elif document["kind"] == "steps":
-        for task, records in _by_task(document["results"]).items():
-            yield f"speed-and-memory-{task}.png", speed_and_memory(records, task, document["device"])
+    elif document["kind"] == "comparison":
+        for work, records in _by_work(document["results"]).items():
+            yield f"speed-and-memory-{work}.png", speed_and_memory(records, work, document["device"])
 
 
 def label_efficiency(document: Record, size: str) -> Figure:
@@ -119,8 +119,14 @@ def label_efficiency(document: Record, size: str) -> Figure:
     return figure
 
 
-def speed_and_memory(records: Sequence[Record], task: str, device: str) -> Figure:
-    """Throughput and peak memory by resolution, a row of two panels for each size, with the ratio over each pair."""
+def speed_and_memory(records: Sequence[Record], work: str, device: str) -> Figure:
+    """Throughput and peak memory by resolution, a row of two panels for each size, with the ratio over each pair.
+
+    Args:
+        records: results of a comparison, each with the fields of its case beside its figures.
+        work: what was measured.
+        device: in words.
+    """
     from matplotlib.figure import Figure
 
     sizes = list(dict.fromkeys(r["size"] for r in records))
@@ -128,17 +134,15 @@ def speed_and_memory(records: Sequence[Record], task: str, device: str) -> Figur
     rows = figure.subplots(len(sizes), 2, squeeze=False)
     for size, (speed, memory) in zip(sizes, rows, strict=True):
         of_size = [r for r in records if r["size"] == size]
-        _bars(speed, of_size, _megapixels, f"{size}: throughput", "Mpx/s (more is better)", faster=True)
-        _bars(
-            memory, of_size, lambda r: r["allocated_gib"], f"{size}: peak memory", "GiB (less is better)", faster=False
-        )
+        _bars(speed, of_size, "mpx_per_s", f"{size}: throughput", "Mpx/s (more is better)", faster=True)
+        _bars(memory, of_size, "allocated_gib", f"{size}: peak memory", "GiB (less is better)", faster=False)
     handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2)
-    figure.suptitle(f"{_TASKS.get(task, task)}, {device}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"{_WORK[work]}, {device}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
-_TASKS = {"pretrain": "Pretraining step", "finetune": "Finetuning step", "predict": "Prediction"}
+_WORK = {"pretrain": "Pretraining step", "finetune": "Finetuning step", "predict": "Prediction"}
 
 
 def _curve(axes: Axes, curve: Sequence[Record], shift: float, colour: str, init: str, label: str) -> None:
@@ -161,41 +165,25 @@ def _curve(axes: Axes, curve: Sequence[Record], shift: float, colour: str, init:
     )
 
 
-def _bars(
-    axes: Axes,
-    records: Sequence[Record],
-    value: Callable[[Record], float | None],
-    title: str,
-    unit: str,
-    *,
-    faster: bool,
-) -> None:
+def _bars(axes: Axes, records: Sequence[Record], name: str, title: str, unit: str, *, faster: bool) -> None:
     """Pairs of bars by resolution. faster: the ratio is AFFMAE's by ViT-MAE's (else the other way round)."""
     groups = list(dict.fromkeys((r["resolution"], r["batch"]) for r in records))
-    highest = max((value(r) or 0.0 for r in records), default=0.0) or 1.0
-    width = 0.36
+    highest = max((r[name] or 0.0 for r in records), default=0.0) or 1.0
     for side, model in enumerate(MODELS):
-        heights = [_best(records, group, model, value) for group in groups]
-        places = [i + (side - 0.5) * (width + 0.03) for i in range(len(groups))]
-        bars = axes.bar(
-            places, [h or 0.0 for h in heights], width, color=COLOURS[model], label=TITLES[model],
+        heights = [_best(records, group, model, name) for group in groups]
+        places = [i + (side - 0.5) * (_BAR + 0.03) for i in range(len(groups))]
+        axes.bar(
+            places, [height or 0.0 for height in heights], _BAR, color=COLOURS[model], label=TITLES[model],
             hatch="" if model == "affmae" else "//", edgecolor="white", linewidth=0,
         )  # fmt: skip
-        for place, height, bar in zip(places, heights, bars, strict=True):
-            text = f"{height:.3g}" if height else "does not\nrun"
-            axes.annotate(
-                text, (place, bar.get_height()), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=9
-            )
+        for place, height in zip(places, heights, strict=True):
+            text = f"{height:.3g}" if height else "no figure"
+            axes.annotate(text, (place, height or 0.0), xytext=(0, 2), fontsize=9, **_ABOVE)
     for i, group in enumerate(groups):
-        ours, theirs = (_best(records, group, model, value) for model in MODELS)
+        ours, theirs = (_best(records, group, model, name) for model in MODELS)
         if ours and theirs:
-            ratio = ours / theirs if faster else theirs / ours
-            words = (
-                f"{ratio:.1f}× " + ("faster" if faster else "less memory") if ratio >= 1 else _inverse(ratio, faster)
-            )
-            axes.annotate(
-                words, (i, max(ours, theirs)), xytext=(0, 17), textcoords="offset points", ha="center", weight="bold"
-            )
+            words = _ratio(ours / theirs if faster else theirs / ours, faster)
+            axes.annotate(words, (i, max(ours, theirs)), xytext=(0, 17), weight="bold", **_ABOVE)
     axes.set_xticks(range(len(groups)), [f"{edge} px\nbatch {batch}" for edge, batch in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylim(0, 1.28 * highest)
@@ -203,28 +191,26 @@ def _bars(
     axes.set_title(title)
 
 
-def _inverse(ratio: float, faster: bool) -> str:
+_BAR = 0.36
+_ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
+
+
+def _ratio(ratio: float, faster: bool) -> str:
+    if ratio >= 1:
+        return f"{ratio:.1f}× " + ("faster" if faster else "less memory")
     return f"{1 / ratio:.1f}× " + ("slower" if faster else "more memory")
 
 
-def _best(
-    records: Sequence[Record], group: tuple[int, int], model: str, value: Callable[[Record], float | None]
-) -> float | None:
+def _best(records: Sequence[Record], group: tuple[int, int], model: str, name: str) -> float | None:
     """The figure of the fastest way that a model was run."""
     same = [r for r in records if (r["resolution"], r["batch"]) == group and r["model"] == model and r["ms"]]
-    return value(min(same, key=lambda r: r["ms"])) if same else None
+    return min(same, key=lambda r: r["ms"])[name] if same else None
 
 
-def _megapixels(record: Record) -> float | None:
-    """Million pixels of input per second."""
-    rate = record["images_per_s"]
-    return None if rate is None else float(rate * record["resolution"] ** 2 / 1e6)
-
-
-def _by_task(results: Sequence[Record]) -> dict[str, list[Record]]:
+def _by_work(results: Sequence[Record]) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for record in results:
-        found.setdefault(record.get("task", "pretrain"), []).append(record)
+        found.setdefault(record["case"]["work"], []).append({**record["case"], **record})
     return found
 
 

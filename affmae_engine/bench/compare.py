@@ -1,7 +1,8 @@
 """Compares two results.json of the same kind, row by row: what got better, what got worse, what is noise.
 
-A change counts only where it is larger than the measured spread: where the intervals of the two figures (20th to 80th
-percentile of times, mean ± standard deviation of scores) do not touch. Memory has no spread; there 1 % counts.
+A change counts only where it is larger than the measured spread: where the intervals of the two figures (fastest to
+slowest round of a step, 20th to 80th percentile of an operation, mean ± standard deviation of a score) do not touch.
+Memory has no spread; there 1 % counts.
 """
 
 from __future__ import annotations
@@ -168,23 +169,23 @@ def _warnings(old: Record, new: Record) -> Iterator[str]:
             yield f"{title} differs: {before} before, {now} now"
 
 
-def _time(name: str, *path: str) -> Metric:
-    """Milliseconds with their percentiles, in a (nested) record."""
+def _percentiles(name: str, part: str) -> Metric:
+    """Milliseconds of a part of a record with their 20th and 80th percentile."""
 
     def read(record: Record) -> Figure | None:
-        found: Any = record
-        for key in path:
-            found = found.get(key) if found is not None else None
-        if found is None or found.get("ms") is None:
-            return None
-        ms = found["ms"]
-        return Figure(ms, found.get("low_ms") or ms, found.get("high_ms") or ms)
+        found = record[part]
+        return None if found is None else Figure(found["ms"], found["low_ms"], found["high_ms"])
 
     return Metric(name, "ms", False, read)
 
 
+def _rounds(record: Record) -> Figure | None:
+    """Milliseconds of a step with the fastest and the slowest round."""
+    return None if record["ms"] is None else Figure(record["ms"], record["least_ms"], record["most_ms"])
+
+
 def _memory(record: Record) -> Figure | None:
-    gib = record.get("allocated_gib")
+    gib = record["allocated_gib"]
     margin = MEMORY_TOLERANCE / 2
     return None if gib is None else Figure(gib, gib * (1 - margin), gib * (1 + margin))
 
@@ -208,30 +209,28 @@ class _Kind:
     def rows(self, document: Record) -> dict[str, Record]:
         found: dict[str, Record] = {}
         for record in document[self.where]:
-            words = [_word(name, record[name]) for name in self.key if record.get(name) not in (None, "")]
-            found.setdefault(" ".join(words), record)
+            named = {**record, **record.get("case", {})}
+            found.setdefault(" ".join(_word(name, named[name]) for name in self.key), record)
         return found
 
 
 def _word(name: str, value: Any) -> str:
     """A part of a row's name."""
-    return {
-        "resolution": f"{value} px",
-        "batch": f"batch {value}",
-        "fraction": f"{value:.0%} of the labels" if name == "fraction" else "",
-    }.get(name, str(value))
+    if name == "fraction":
+        return f"{value:.0%} of the labels"
+    return {"resolution": f"{value} px", "batch": f"batch {value}"}.get(name, str(value))
 
 
 _KINDS = {
-    "steps": _Kind(
-        "training steps",
-        ("model", "work", "size", "resolution", "batch", "vit_mode"),
-        (_time("step"), Metric("peak memory", "GiB", False, _memory)),
+    "comparison": _Kind(
+        "a comparison of speed and memory",
+        ("model", "vit_mode", "work", "size", "resolution", "batch"),
+        (Metric("step", "ms", False, _rounds), Metric("peak memory", "GiB", False, _memory)),
     ),
     "kernels": _Kind(
         "single operations",
         ("op", "size", "resolution", "shape", "backend"),
-        (_time("forward", "forward"), _time("forward and backward", "both")),
+        (_percentiles("forward", "forward"), _percentiles("forward and backward", "both")),
     ),
     "quality": _Kind(
         "a quality comparison",

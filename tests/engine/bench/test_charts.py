@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from affmae_engine.bench import charts
-from tests.engine.bench.quality_records import document, usual
 
 
 def texts(figure) -> str:
@@ -14,16 +13,16 @@ def texts(figure) -> str:
     return " | ".join(artist.get_text() for artist in artists if artist.get_text())
 
 
-def steps(**changes):
-    results = [
-        {"model": model, "size": "base", "resolution": edge, "batch": batch, "work": "pretrain", "status": "ok",
-         "ms": ms, "images_per_s": 1e3 * batch / ms if ms else None, "allocated_gib": gib}
-        for model, edge, batch, ms, gib in (
-            ("affmae", 512, 32, 40.0, 8.0), ("vit-mae", 512, 32, 160.0, 24.0),
-            ("affmae", 1024, 8, 40.0, 8.0), ("vit-mae", 1024, 8, None, None),
-        )
-    ]  # fmt: skip
-    return {"kind": "steps", "device": "a card", "results": results, **changes}
+def comparison():
+    results = []
+    for model, edge, batch, ms, gib in (
+        ("affmae", 512, 32, 40.0, 8.0), ("vit-mae", 512, 32, 160.0, 24.0),
+        ("affmae", 1024, 8, 40.0, 8.0), ("vit-mae", 1024, 8, None, None),
+    ):  # fmt: skip
+        case = {"model": model, "size": "base", "resolution": edge, "batch": batch, "work": "pretrain"}
+        pace = batch * edge**2 / ms / 1e3 if ms else None
+        results.append({"case": case, "ms": ms, "mpx_per_s": pace, "allocated_gib": gib})
+    return {"kind": "comparison", "device": "a card", "results": results}
 
 
 def coloured(path, colour: str) -> int:
@@ -32,8 +31,8 @@ def coloured(path, colour: str) -> int:
     return int((np.abs(rgb - wanted).sum(axis=-1) < 30).sum())
 
 
-def test_label_efficiency_has_four_curves_with_spread() -> None:
-    figure = charts.label_efficiency(document(usual), "small")
+def test_label_efficiency_has_four_curves_with_spread(quality_document) -> None:
+    figure = charts.label_efficiency(quality_document(), "small")
     (axes,) = figure.axes
     lines = {container.get_label(): container for container in axes.containers}
     assert set(lines) == {f"{m}, {i}" for m in ("AFFMAE", "ViT-MAE") for i in ("pretrained", "from scratch")}
@@ -46,23 +45,21 @@ def test_label_efficiency_has_four_curves_with_spread() -> None:
 
 
 def test_speed_and_memory_has_the_ratios() -> None:
-    values = steps()
-    said = texts(charts.speed_and_memory(values["results"], "pretrain", values["device"]))
-    for words in ("4.0× faster", "3.0× less memory", "512 px\nbatch 32", "Mpx/s", "GiB", "does not\nrun", "a card"):
+    records = [{**record["case"], **record} for record in comparison()["results"]]
+    said = texts(charts.speed_and_memory(records, "pretrain", "a card"))
+    for words in ("4.0× faster", "3.0× less memory", "512 px\nbatch 32", "Mpx/s", "GiB", "no figure", "a card"):
         assert words in said
     assert said.count("×") == 2, "no ratio where one side did not run"
-    for record in values["results"]:
-        record["ms"] = {"affmae": 80.0, "vit-mae": 40.0}[record["model"]]
-        record["images_per_s"] = 1e3 * record["batch"] / record["ms"]
-    assert "2.0× slower" in texts(charts.speed_and_memory(values["results"], "pretrain", "a card"))
+    for record in records:
+        record["ms"] = 1.0
+        record["mpx_per_s"] = {"affmae": 20.0, "vit-mae": 40.0}[record["model"]]
+    assert "2.0× slower" in texts(charts.speed_and_memory(records, "pretrain", "a card"))
 
 
-@pytest.mark.parametrize(
-    ("values", "name"),
-    [(document(usual), "label-efficiency-small.png"), (steps(), "speed-and-memory-pretrain.png")],
-    ids=["quality", "steps"],
-)
-def test_files_are_pictures_of_both_models(values, name: str, tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["quality", "comparison"])
+def test_files_are_pictures_of_both_models(kind: str, quality_document, tmp_path) -> None:
+    values = quality_document() if kind == "quality" else comparison()
+    name = {"quality": "label-efficiency-small.png", "comparison": "speed-and-memory-pretrain.png"}[kind]
     assert charts.draw(values, tmp_path) == (name,)
     with Image.open(tmp_path / name) as picture:
         picture.verify()
@@ -72,13 +69,13 @@ def test_files_are_pictures_of_both_models(values, name: str, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_nothing_scored_draws_nothing(tmp_path) -> None:
-    assert charts.draw(document(lambda m, i, f, s: None), tmp_path) == ()
+def test_nothing_scored_draws_nothing(quality_document, tmp_path) -> None:
+    assert charts.draw(quality_document(lambda m, i, f, s: None), tmp_path) == ()
     assert charts.draw({"kind": "kernels", "results": []}, tmp_path) == ()
 
 
-def test_without_matplotlib_there_is_a_remark(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_there_is_a_remark(quality_document, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(charts.NoCharts, match="no charts: matplotlib cannot be imported") as caught:
-        charts.draw(document(usual), tmp_path)
+        charts.draw(quality_document(), tmp_path)
     assert "pip install matplotlib" in caught.value.hint and not list(tmp_path.iterdir())

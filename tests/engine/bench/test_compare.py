@@ -8,20 +8,17 @@ import pytest
 from affmae_engine.bench.compare import compare, read_results
 from affmae_engine.bench.report import SCHEMA
 from affmae_engine.errors import InputError
-from tests.engine.bench.quality_records import document, usual
 
 
-def step(model: str = "affmae", ms: float | None = 100.0, spread: float = 1.0, gib: float = 8.0, **changes):
+def step(model: str = "affmae", ms: float | None = 100.0, spread: float = 1.0, gib: float = 8.0):
     low, high = (None, None) if ms is None else (ms - spread, ms + spread)
-    return {
-        "model": model, "work": "pretrain", "size": "base", "resolution": 512, "batch": 32, "vit_mode": "auto",
-        "ms": ms, "low_ms": low, "high_ms": high, "allocated_gib": gib, **changes,
-    }  # fmt: skip
+    case = {"model": model, "work": "pretrain", "size": "base", "resolution": 512, "batch": 32, "vit_mode": "auto"}
+    return {"case": case, "ms": ms, "least_ms": low, "most_ms": high, "allocated_gib": gib}
 
 
 def steps(*results, **changes):
-    about = {"schema": SCHEMA, "kind": "steps", "device": "a card", "dtype": "bf16", "versions": {"torch": "2.13.0"}}
-    return {**about, "results": list(results), **changes}
+    about = {"schema": SCHEMA, "kind": "comparison", "device": "a card", "dtype": "bf16"}
+    return {**about, "versions": {"torch": "2.13.0"}, "results": list(results), **changes}
 
 
 def verdicts(old, new) -> dict[tuple[str, str], str]:
@@ -41,7 +38,7 @@ def test_times_count_when_their_intervals_do_not_touch() -> None:
     (change, *_) = compare(old, new).changes
     assert change.percent == pytest.approx(-10.0) and change.old == 100.0 and change.new == 90.0
     text = compare(old, new).table("old.json").markdown()
-    assert "| affmae pretrain base 512 px batch 32 auto | step ms | 100 | 90 | -10.0 % | better |" in text
+    assert "| affmae auto pretrain base 512 px batch 32 | step ms | 100 | 90 | -10.0 % | better |" in text
 
 
 def test_rows_on_one_side_only() -> None:
@@ -52,9 +49,11 @@ def test_rows_on_one_side_only() -> None:
     assert compare(new, old).changes[0].percent is None
 
 
-def test_scores_count_when_mean_and_deviation_do_not_touch() -> None:
-    old = document(usual)
-    new = document(lambda m, i, f, s: usual(m, i, f, s) + (0.1 if i == "pretrained" else 0.005))
+def test_scores_count_when_mean_and_deviation_do_not_touch(quality_document) -> None:
+    old = quality_document()
+    new = quality_document()
+    for record in new["summary"]:
+        record["miou"] += 0.1 if record["init"] == "pretrained" else 0.005
     found = {(c.what, c.metric): c.verdict for c in compare(old, new).changes}
     assert found["small affmae pretrained 10% of the labels", "mean IoU"] == "better"
     assert found["small affmae scratch 10% of the labels", "mean IoU"] == "within the spread"
@@ -97,9 +96,9 @@ def test_reading(tmp_path) -> None:
         ("{", "is not JSON"),
         ("\xff\xfe", "is not JSON"),
         ("[1, 2]", "is not a result of affmae bench"),
-        ('{"kind": "steps"}', "is not a result of affmae bench"),
+        ('{"kind": "comparison"}', "is not a result of affmae bench"),
         ('{"kind": "weather", "results": []}', "is not a result of affmae bench"),
-        ('{"kind": "steps", "results": [], "schema": 999}', "has schema 999"),
+        ('{"kind": "comparison", "results": [], "schema": 999}', "has schema 999"),
     ],
 )
 def test_wrong_files(content: str | None, said: str, tmp_path) -> None:
@@ -110,12 +109,14 @@ def test_wrong_files(content: str | None, said: str, tmp_path) -> None:
         read_results(file)
 
 
-def test_other_kinds_and_edited_records() -> None:
-    with pytest.raises(InputError, match="the old file holds training steps, this run a quality comparison"):
-        compare(steps(step()), document(usual))
-    edited = copy.deepcopy(document(usual))
+def test_other_kinds_and_edited_records(quality_document) -> None:
+    with pytest.raises(
+        InputError, match="the old file holds a comparison of speed and memory, this run a quality comparison"
+    ):
+        compare(steps(step()), quality_document())
+    edited = copy.deepcopy(quality_document())
     del edited["summary"][0]["miou"]
     with pytest.raises(InputError, match="cannot be read"):
-        compare(edited, document(usual))
+        compare(edited, quality_document())
     with pytest.raises(InputError, match="cannot be read"):
         compare(steps("nonsense"), steps(step()))

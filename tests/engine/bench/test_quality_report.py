@@ -3,7 +3,6 @@
 import pytest
 
 from affmae_engine.bench import quality_report
-from tests.engine.bench.quality_records import document, usual
 
 
 def find(records, **wanted):
@@ -11,8 +10,8 @@ def find(records, **wanted):
     return record
 
 
-def test_mean_and_spread_over_seeds() -> None:
-    values = document(usual)
+def test_mean_and_spread_over_seeds(quality_document) -> None:
+    values = quality_document()
     record = find(values["summary"], model="vit-mae", init="scratch", fraction=1.0)
     assert record["miou"] == pytest.approx(0.51) and record["spread"] == pytest.approx(0.01)
     assert record["seeds"] == [0, 1, 2] and record["sections"] == 14 and record["failed"] == 0
@@ -21,8 +20,8 @@ def test_mean_and_spread_over_seeds() -> None:
     assert taken["seconds"] == {"mean": 10.0, "spread": 0.0}, "start-up is not counted"
 
 
-def test_differences_are_taken_seed_by_seed() -> None:
-    values = document(usual)
+def test_differences_are_taken_seed_by_seed(quality_document) -> None:
+    values = quality_document()
     pretrained = find(values["differences"], init="pretrained", fraction=0.1)
     assert pretrained["mean"] == pytest.approx(0.05) and pretrained["spread"] == pytest.approx(0, abs=1e-9)
     assert pretrained["every_seed"]
@@ -30,8 +29,8 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert scratch["mean"] == pytest.approx(0, abs=1e-9) and not scratch["every_seed"]
 
 
-def test_a_lead_in_every_seed_is_said_with_its_luck() -> None:
-    text = quality_report.markdown(document(usual))
+def test_a_lead_in_every_seed_is_said_with_its_luck(quality_document) -> None:
+    text = quality_report.markdown(quality_document())
     assert "With all labels (14 sections), pretrained: AFFMAE 0.660 ± 0.010, ViT-MAE 0.610 ± 0.010" in text
     assert "AFFMAE is ahead by 0.050, in every one of 3 seeds (with equal models that happens 1 time in 4)" in text
     assert "With 10% of the labels (1 section)" in text
@@ -40,34 +39,36 @@ def test_a_lead_in_every_seed_is_said_with_its_luck() -> None:
     assert "nothing was trained on, not even without labels: stack 16-19" in text
 
 
-def test_a_lead_within_the_spread_is_no_verdict() -> None:
-    text = quality_report.markdown(document(lambda model, i, f, seed: 0.5 + 0.1 * (seed - 1) * (model == "affmae")))
+def test_a_lead_within_the_spread_is_no_verdict(quality_document) -> None:
+    text = quality_report.markdown(
+        quality_document(lambda model, i, f, seed: 0.5 + 0.1 * (seed - 1) * (model == "affmae"))
+    )
     assert "lies within the spread of 3 seeds: no verdict" in text and "is ahead" not in text
 
 
-def test_one_seed_is_called_one_seed() -> None:
-    text = quality_report.markdown(document(usual, seeds=(0,)))
+def test_one_seed_is_called_one_seed(quality_document) -> None:
+    text = quality_report.markdown(quality_document(seeds=(0,)))
     assert "One seed has no spread" in text and "±" not in text.split("## How")[0]
 
 
-def test_failures_are_rows() -> None:
-    values = document(lambda m, i, f, seed: None if (m, seed) == ("vit-mae", 1) else 0.5)
+def test_failures_are_rows(quality_document) -> None:
+    values = quality_document(lambda m, i, f, seed: None if (m, seed) == ("vit-mae", 1) else 0.5)
     text = quality_report.markdown(values)
     assert "## What did not work" in text and "CUDA out of memory" in text
     assert "0.500 ± 0.000 (1 failed)" in text
     assert find(values["differences"], init="pretrained", fraction=1.0)["seeds"] == 2
-    nothing = quality_report.markdown(document(lambda m, i, f, s: None if m == "vit-mae" else 0.5))
+    nothing = quality_report.markdown(quality_document(lambda m, i, f, s: None if m == "vit-mae" else 0.5))
     assert "is ahead" not in nothing and "3 failed" in nothing
 
 
-def test_unequal_times_are_said() -> None:
-    values = document(usual)
+def test_unequal_times_are_said(quality_document) -> None:
+    values = quality_document()
     for record in values["times"]:
         record["seconds"]["mean"] = 9.0 if record["model"] == "affmae" else 10.0
     assert "These times are not equal" in quality_report.markdown(values)
 
 
-def test_unfinished_is_said_and_charts_are_shown() -> None:
-    values = {**document(usual), "complete": False}
+def test_unfinished_is_said_and_charts_are_shown(quality_document) -> None:
+    values = {**quality_document(), "complete": False}
     text = quality_report.markdown(values, ("label-efficiency-small.png",))
     assert "not finished" in text and "![label efficiency small](label-efficiency-small.png)" in text

@@ -1,9 +1,11 @@
-"""A finished quality comparison as results.json has it, with scores that are chosen, for tests of what reads it."""
+"""A finished quality comparison as results.json has it, with chosen scores, for the tests of what reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from affmae_engine.bench import quality_figures
 from affmae_engine.bench.quality import INITS, MODELS, Part, PartResult
@@ -13,7 +15,19 @@ Score = Callable[[str, str, float, int], float | None]
 """Mean IoU by model, init, fraction and seed; None: that part failed."""
 
 
-def part_result(part: Part, miou: float | None = None) -> PartResult:
+@pytest.fixture
+def quality_document() -> Callable[..., Any]:
+    """`quality_document(score=usual, seeds=..., fractions=...)` -> results.json of one size."""
+    return _document
+
+
+def usual(model: str, init: str, fraction: float, seed: int) -> float:
+    """AFFMAE ahead in every seed when pretrained; a draw from scratch; pretraining pays."""
+    ahead = 0.05 if (model, init) == ("affmae", "pretrained") else 0.02 * (seed - 1) * (model == "affmae")
+    return 0.3 + 0.2 * fraction + 0.1 * (init == "pretrained") + ahead + 0.01 * seed
+
+
+def _part_result(part: Part, miou: float | None = None) -> PartResult:
     """A finished part; a finetuning without a score ran out of memory."""
     result = PartResult.of(part)
     result.status, result.steps, result.seconds, result.parameters = "ok", 100, 12.0, 1_000_000
@@ -32,13 +46,14 @@ def part_result(part: Part, miou: float | None = None) -> PartResult:
     return result
 
 
-def document(score: Score, *, seeds: tuple[int, ...] = (0, 1, 2), fractions: tuple[float, ...] = (0.1, 1.0)) -> Any:
-    """results.json of one size."""
+def _document(
+    score: Score = usual, *, seeds: tuple[int, ...] = (0, 1, 2), fractions: tuple[float, ...] = (0.1, 1.0)
+) -> Any:
     parts = [Part("small", model, seed) for model in MODELS for seed in seeds]
     tuned = [Part("small", m, s, i, f) for m in MODELS for s in seeds for i in INITS for f in fractions]
-    results = [part_result(part).as_dict() for part in parts]
+    results = [_part_result(part).as_dict() for part in parts]
     results += [
-        part_result(part, score(part.model, part.init or "", part.fraction or 1.0, part.seed)).as_dict()
+        _part_result(part, score(part.model, part.init or "", part.fraction or 1.0, part.seed)).as_dict()
         for part in tuned
     ]
     return {
@@ -55,9 +70,3 @@ def document(score: Score, *, seeds: tuple[int, ...] = (0, 1, 2), fractions: tup
         "differences": quality_figures.differences(results),
         "times": quality_figures.times(results),
     }  # fmt: skip
-
-
-def usual(model: str, init: str, fraction: float, seed: int) -> float:
-    """AFFMAE ahead in every seed when pretrained; a draw from scratch; pretraining pays."""
-    ahead = 0.05 if (model, init) == ("affmae", "pretrained") else 0.02 * (seed - 1) * (model == "affmae")
-    return 0.3 + 0.2 * fraction + 0.1 * (init == "pretrained") + ahead + 0.01 * seed
