@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affmae_cli import output
+from affmae_cli.bench_charts import drawn
 from affmae_cli.quality_plan import FOLDER, QualityOptions, fitted, make_plan
 from affmae_engine.errors import AffmaeError
 
@@ -85,7 +85,9 @@ def _compare(
         )  # fmt: skip
         progress = run.run()
         look(progress)
-    return _finish(document(progress), folder, say)
+    values = document(progress)
+    quality_results.write(folder, values, drawn(values, folder, quiet=quiet))
+    return values
 
 
 def _store(plan: QualityPlan, sources: Sources, folder: Path, stop: StopRequest, *, begun: bool) -> Store:
@@ -98,16 +100,3 @@ def _store(plan: QualityPlan, sources: Sources, folder: Path, stop: StopRequest,
         return Store.open(path)
     config = plan.configs[plan.sizes[0], "finetune"].finetune
     return collect(sources, path, config, should_stop=lambda: stop.requested)
-
-
-def _finish(values: dict[str, Any], folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Draw the charts and write the last report. Hours of training do not fail for a picture."""
-    from affmae_engine.bench import charts, quality_results
-
-    try:
-        drawn = charts.draw(values, folder)
-    except charts.NoCharts as error:
-        say(str(error))
-        drawn = ()
-    quality_results.write(folder, values, drawn)
-    return values

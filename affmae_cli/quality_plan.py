@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from affmae_cli.bench_plan import _names as names_in
+from affmae_cli.bench_plan import names_in
 from affmae_cli.pixel_size import parse_pixel_size
 from affmae_cli.settings import resolve
 from affmae_engine.bench.quality import QualityPlan, distinct_fractions
@@ -18,6 +18,7 @@ from affmae_engine.model.sizes import SIZES
 
 FOLDER = Path("bench-quality")
 """Where results go without -o: a fixed name, so that the same command goes on."""
+BUDGET, SEEDS, FRACTIONS = "10m", 3, "0.1,0.25"
 FINETUNE_SHARE = 0.25
 """Of the pretraining budget, for one finetuning."""
 
@@ -34,21 +35,43 @@ _DECIDED = {
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """The options as typed."""
+    """The options as typed; None for those that were not given."""
 
-    images: Sequence[str]
-    labels: Sequence[str]
-    unlabelled: Sequence[str]
-    budget: str
-    finetune_budget: str | None
-    seeds: int
-    fractions: str
-    sizes: str | None
-    preset: str
-    config: Path | None
-    set_: Sequence[str]
-    device: str | None
-    pixel_size: str | None
+    images: Sequence[str] | None = None
+    labels: Sequence[str] | None = None
+    unlabelled: Sequence[str] | None = None
+    budget: str | None = None
+    finetune_budget: str | None = None
+    seeds: int | None = None
+    fractions: str | None = None
+    sizes: str | None = None
+    preset: str = "auto"
+    config: Path | None = None
+    set_: Sequence[str] | None = None
+    device: str | None = None
+    pixel_size: str | None = None
+
+    def refuse_mixture(self, quality: bool, others: Mapping[str, object]) -> None:
+        """Options of one mode mean nothing in the other, and are not ignored in silence.
+
+        Args:
+            quality: whether `--quality` was given.
+            others: options of the other modes by name; true where given.
+
+        Raises:
+            ConfigError: names the first option that is out of place.
+        """
+        ours = {
+            "--images": self.images, "--labels": self.labels, "--unlabelled": self.unlabelled, "--budget": self.budget,
+            "--finetune-budget": self.finetune_budget, "--seeds": self.seeds, "--label-fractions": self.fractions,
+            "--pixel-size": self.pixel_size, "--preset": self.preset != "auto", "--config": self.config,
+            "--set": self.set_,
+        }  # fmt: skip
+        for name, given in (others if quality else ours).items():
+            if given and quality:
+                raise ConfigError(f"{name} has no place in --quality", "settings are made with --preset and --set")
+            if given:
+                raise ConfigError(f"{name} belongs to --quality", "affmae bench --quality --images I --labels L")
 
 
 def make_plan(options: QualityOptions) -> tuple[QualityPlan, Sources]:
@@ -63,11 +86,11 @@ def make_plan(options: QualityOptions) -> tuple[QualityPlan, Sources]:
             f"--quality needs {' and '.join(missing)}",
             "affmae bench --quality --images IMAGES --labels LABELS --budget 10m --seeds 3",
         )
-    budget_s = seconds("--budget", options.budget)
+    budget_s = seconds("--budget", options.budget if options.budget is not None else BUDGET)
     tuning_s = FINETUNE_SHARE * budget_s
     if options.finetune_budget is not None:
         tuning_s = seconds("--finetune-budget", options.finetune_budget)
-    fractions = label_fractions(options.fractions)
+    fractions = label_fractions(options.fractions if options.fractions is not None else FRACTIONS)
     sizes: list[str | None] = [None]  # the preset's own
     if options.sizes is not None:
         sizes = [*names_in("--sizes", options.sizes, SIZES)]
@@ -75,7 +98,7 @@ def make_plan(options: QualityOptions) -> tuple[QualityPlan, Sources]:
     preset = options.preset
     for size in sizes:
         for task in ("pretrain", "finetune"):
-            overrides = [*options.set_, *([f"model.size={size}"] if size else [])]
+            overrides = [*(options.set_ or ()), *([f"model.size={size}"] if size else [])]
             resolved = resolve(
                 task, preset=preset, config_file=options.config, overrides=overrides, flags={"device": options.device}
             )
@@ -86,14 +109,15 @@ def make_plan(options: QualityOptions) -> tuple[QualityPlan, Sources]:
             configs[resolved.config.model.size, task] = resolved.config
     plan = QualityPlan(
         sizes=tuple(dict.fromkeys(size for size, _ in configs)),
-        seeds=tuple(range(options.seeds)),
+        seeds=tuple(range(options.seeds or SEEDS)),
         fractions=fractions,
         budget_s=budget_s,
         finetune_budget_s=tuning_s,
         configs=configs,
     )
     pixel_nm = parse_pixel_size(options.pixel_size)
-    return plan, Sources(tuple(options.images), tuple(options.labels), tuple(options.unlabelled), pixel_nm)
+    images, labels, more = (tuple(paths or ()) for paths in (options.images, options.labels, options.unlabelled))
+    return plan, Sources(images, labels, more, pixel_nm)
 
 
 def seconds(option: str, text: str) -> float:

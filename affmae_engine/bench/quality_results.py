@@ -110,7 +110,7 @@ def document(
     return report.document(
         "quality",
         about,
-        results,
+        records,
         complete=progress.stage == "done",
         seconds=seconds,
         sizes=plan.sizes,

@@ -61,7 +61,7 @@ def write_environment(
             "platform": platform.platform(),
             "host": socket.gethostname(),
             "cpus": os.cpu_count(),
-            "git": _git_state(),
+            "git": git_state(),
         },
     )
 
@@ -129,7 +129,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit and cleanliness of the checkout that this code runs from; None when it is not run from one."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
