@@ -99,6 +99,7 @@ class QualityRun:
         """
         for name in ("runs", "logs"):
             atomic.ensure_folder(self.folder / name)
+        self.look(self.progress)
         pairs = [(size, model) for size in self.plan.sizes for model in MODELS]
         unknown = [work for pair in pairs for work in self._calibration(*pair)]
         self._pool(_dealt(unknown, len(self.slots)))

@@ -45,10 +45,9 @@ def test_a_job_survives_json(work) -> None:
     assert Job.from_json(job.to_json()) == job
 
 
-@pytest.mark.parametrize("model", ["affmae", "vit-mae"])
-def test_pretraining_and_finetuning_give_scores(model, store, work, tmp_path) -> None:
+def test_pretraining_and_finetuning_give_scores(store, work, tmp_path) -> None:
     parts, told = parts_of(store, 0.2), []
-    first = Part("tiny", model, 0)
+    first = Part("tiny", "vit-mae", 0)
     pretrained = train_part(work(first), store, parts, tmp_path, told.append)
     assert pretrained.status == "ok", pretrained.note
     assert pretrained.steps == 2 and pretrained.images == 8 and pretrained.held_out_loss > 0
@@ -56,7 +55,7 @@ def test_pretraining_and_finetuning_give_scores(model, store, work, tmp_path) ->
     assert weights_of(first, tmp_path).is_file(), "finetunings start from it"
     assert {m["step"] for m in told} == {1, 2} and told[-1]["total"] == 2
 
-    tuned = Part("tiny", model, 0, "pretrained", 0.5)
+    tuned = Part("tiny", "vit-mae", 0, "pretrained", 0.5)
     result = train_part(work(tuned), store, parts, tmp_path, told.append)
     assert result.status == "ok", result.note
     assert 0 <= result.miou <= 1 and result.sections == 2 and len(result.per_class) == 5
@@ -106,12 +105,6 @@ def test_divergence_is_a_result(store, config, tmp_path) -> None:
     assert result.status == "diverged" and "non-finite" in result.note
 
 
-def test_calibration_measures_and_leaves_nothing(store, work, tmp_path) -> None:
-    speed = calibrate(work(Part("tiny", "vit-mae", 0), calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
-    assert speed.status == "ok" and 0 < speed.step_s < 5 and speed.micro_batch == 2
-    assert not list(tmp_path.glob("calibration-*"))
-
-
 def test_calibration_halves_what_does_not_fit(store, work, tmp_path, monkeypatch) -> None:
     real, tried = quality_worker._fit, []
 
@@ -124,7 +117,8 @@ def test_calibration_halves_what_does_not_fit(store, work, tmp_path, monkeypatch
     monkeypatch.setattr(quality_worker, "_fit", fit)
     part = Part("tiny", "vit-mae", 0, "scratch", 1.0)
     speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
-    assert tried == [2, 1] and speed.micro_batch == 1 and speed.step_s > 0
+    assert tried == [2, 1] and speed.micro_batch == 1 and 0 < speed.step_s < 10
+    assert not list(tmp_path.glob("calibration-*")), "nothing is left of it"
 
     monkeypatch.setattr(quality_worker, "_fit", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
