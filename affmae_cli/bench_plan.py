@@ -85,6 +85,7 @@ class Options:
     data: Path | None = None
     profile: bool = False
     timeout: float = 900.0
+    kernels: bool = False
     operations: str | None = None
     out: Path | None = None
 
@@ -113,7 +114,7 @@ def make_plan(options: Options) -> Plan:
     choice = pick_device(TrainConfig.model_validate({"device": options.device or "auto", "precision": options.dtype}))
     exact_fp32()
     on_card = choice.device.type == "cuda"
-    quick = options.quick or not (options.full or sizes or edges)
+    quick = options.quick or not (options.full or options.kernels or sizes or edges)
     sizes = sizes or (QUICK_SIZES if quick else FULL_SIZES if on_card else [TINY[0]])
     edges = edges or (QUICK_EDGES if quick else FULL_EDGES if on_card else [TINY[1]])
     if not on_card:

@@ -43,11 +43,21 @@ _NETWORKS, _HOW, _KERNELS = "What is compared", "How it is measured", "Single op
 def bench(
     sizes: Annotated[
         str | None,
-        typer.Option("--sizes", metavar="LIST", help="tiny, small, base. Default: small.", rich_help_panel=_NETWORKS),
+        typer.Option(
+            "--sizes",
+            metavar="LIST",
+            help="tiny, small, base; small unless full.",
+            rich_help_panel=_NETWORKS,
+        ),
     ] = None,
     resolutions: Annotated[
         str | None,
-        typer.Option("--resolutions", metavar="LIST", help="Edges in pixels. Default: 512.", rich_help_panel=_NETWORKS),
+        typer.Option(
+            "--resolutions",
+            metavar="LIST",
+            help="Edges in pixels; 512 unless full.",
+            rich_help_panel=_NETWORKS,
+        ),
     ] = None,
     task: Annotated[
         str,
@@ -87,7 +97,11 @@ def bench(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Two rounds, AFFMAE not compiled: the default.", rich_help_panel=_HOW),
+        typer.Option(
+            "--quick",
+            help="Few rounds, AFFMAE not compiled; unless sizes are named.",
+            rich_help_panel=_HOW,
+        ),
     ] = False,
     full: Annotated[
         bool,
@@ -176,7 +190,7 @@ def bench(
         bench_plan.Options(
             sizes=sizes, resolutions=resolutions, batch=batch, task=task, models=models, vit=vit, dtype=dtype,
             device=device, quick=quick, full=full, compile=compile_, rounds=rounds, steps=steps, max_batch=max_batch,
-            data=data, profile=profile, timeout=timeout, operations=ops, out=out,
+            data=data, profile=profile, timeout=timeout, kernels=kernels, operations=ops, out=out,
         )
     )  # fmt: skip
     if not quiet:
@@ -232,7 +246,12 @@ def _kernels(plan: Plan, old: Old, *, reference: bool, json: bool, quiet: bool) 
 
 
 def _networks(plan: Plan, old: Old, *, json: bool, quiet: bool) -> None:
-    """The comparison; what was measured is written after every process, so that nothing is lost on the way."""
+    """The comparison; what was measured is written after every process, so that nothing is lost on the way.
+
+    Operations are checked while compilers run, which disturbs neither; nothing is timed before both are done.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
     from affmae_cli.bench_charts import charted
     from affmae_cli.bench_compare import changes, with_changes
     from affmae_cli.bench_view import showing
@@ -242,11 +261,16 @@ def _networks(plan: Plan, old: Old, *, json: bool, quiet: bool) -> None:
     from affmae_engine.bench.processes import Processes
 
     about = report.circumstances(plan.choice, plan.remarks)
-    with showing(quiet=quiet) as view, Processes(plan.timeout, ahead=plan.ahead) as processes:
+    with (
+        showing(quiet=quiet) as view,
+        ThreadPoolExecutor(1) as aside,
+        Processes(plan.timeout, ahead=plan.ahead) as processes,
+    ):
         comparison = Comparison(plan.cases, plan.comparison, view.changed)
-        gate = _gate(plan, view)
         view.follow(comparison.outcomes, comparison.clock)
-        comparison.compile_all(processes)
+        compiling = aside.submit(comparison.compile_all, processes)
+        gate = _gate(plan, view)
+        compiling.result()
         with CardWatch(plan.choice.device) as card:
             for _ in comparison.measure(processes):
                 values, results, ratios = _document(about, gate, plan, comparison, card.record())

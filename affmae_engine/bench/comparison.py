@@ -7,6 +7,7 @@ so far is at hand at any moment, so that an interrupted benchmark still has a re
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from affmae_engine.bench.batches import likely_gib
 from affmae_engine.bench.case import Case, Measurement, Request
 from affmae_engine.bench.largest import largest_that_fits
 from affmae_engine.bench.processes import Processes
+from affmae_engine.errors import Interrupted
 
 LARGEST_TRIED = 4096
 """Images; more than any card holds of the smallest network."""
@@ -131,7 +133,7 @@ class Comparison:
         memory, workers = _Memory(0.9 * self.settings.memory_gib), max(1, self.settings.compilers)
 
         def compile_one(outcome: Outcome) -> None:
-            with memory.of(likely_gib(outcome.case)):
+            with memory.lent(likely_gib(outcome.case)):
                 began = time.monotonic()
                 self._tell(outcome, "compiling")
                 outcome.compiled = processes.ask(self._request(outcome.case, what="try"))
@@ -147,7 +149,17 @@ class Comparison:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def measure(self, processes: Processes) -> Iterator[Outcome]:
-        """The rounds, then the largest batches where they are asked for; yields each outcome that has news."""
+        """The rounds, then the largest batches where they are asked for; yields each outcome that has news.
+
+        Raises:
+            Interrupted: by Ctrl-C; says how far it was.
+        """
+        try:
+            yield from self._measure(processes)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"after {self.clock.done} of {self.clock.total} measurements") from error
+
+    def _measure(self, processes: Processes) -> Iterator[Outcome]:
         for number in range(self.settings.rounds):
             for outcome in self.outcomes:
                 if outcome.failed:
@@ -195,33 +207,21 @@ class Comparison:
 
 
 class _Memory:
-    """Lends parts of the card's memory to threads; one that asks for more than there is gets all of it."""
+    """Lends parts of the card's memory to threads."""
 
     def __init__(self, gib: float) -> None:
         self._all, self._free, self._changed = gib, gib, Condition()
 
-    def of(self, gib: float) -> _Loan:
-        """A context that holds `gib`."""
-        return _Loan(self, min(gib, self._all))
-
-    def take(self, gib: float) -> None:
+    @contextlib.contextmanager
+    def lent(self, gib: float) -> Iterator[None]:
+        """Waits until that much is free and holds it; who asks for more than there is gets all of it."""
+        gib = min(gib, self._all)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= gib)
             self._free -= gib
-
-    def give(self, gib: float) -> None:
-        with self._changed:
-            self._free += gib
-            self._changed.notify_all()
-
-
-@dataclass(frozen=True)
-class _Loan:
-    memory: _Memory
-    gib: float
-
-    def __enter__(self) -> None:
-        self.memory.take(self.gib)
-
-    def __exit__(self, *_: object) -> None:
-        self.memory.give(self.gib)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += gib
+                self._changed.notify_all()

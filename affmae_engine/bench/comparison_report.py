@@ -15,6 +15,12 @@ _NAMES = {"affmae": "AFFMAE", "vit-mae": "ViT-MAE"}
 _DOING = {"pretrain": "pretraining", "finetune": "finetuning", "predict": "predicting"}
 _SHARES = {"a tenth": 1 / 10, "an eighth": 1 / 8, "a sixth": 1 / 6, "a fifth": 1 / 5, "a quarter": 1 / 4,
            "a third": 1 / 3, "half": 1 / 2, "two thirds": 2 / 3, "three quarters": 3 / 4}  # fmt: skip
+_OUTCOMES = {
+    "out of memory": "ran out of memory",
+    "failed": "failed",
+    "timed out": "took too long",
+    "waiting": "was not measured",
+}
 _NEAR = 0.04
 """A share is called by the name of a fraction that it differs from by no more than this part."""
 
@@ -26,7 +32,10 @@ one matrix product for query, key and value, the attention that PyTorch picks fo
 with recorded steps where that is faster. AFFMAE runs as the trainer, or the predictor, runs it. Every figure is the
 median over rounds, each in a process of its own, the families by turns; "rounds" gives the fastest and the slowest.
 Memory is the peak of one process: what tensors took, and what PyTorch held. Operations count a multiplication and an
-addition as two; norms and activations are left out."""
+addition as two; norms and activations are left out. In the table of ratios, "times as fast" and "forward" are ViT-MAE's
+times by AFFMAE's, and memory and operations are AFFMAE's by ViT-MAE's. The time to the first step is given with
+everything compiled before, and as it was in the compiling phase, where several networks were compiled at once and
+caches may have held some of it."""
 
 
 def sentences(ratios: Sequence[Ratio], results: Sequence[Result]) -> list[str]:
@@ -92,7 +101,7 @@ def speed_table(results: Iterable[Result]) -> Table:
 def cost_table(results: Iterable[Result]) -> Table:
     """Memory, arithmetic and how long it takes to begin."""
     columns = ("task", "px", "network", "images", "peak GiB", "held GiB", "parameters", "forward GFLOP/image")
-    more = ("largest batch", "first step s", "first time s")
+    more = ("largest batch", "to first step, s", "the same, compiling, s")
     rows = [
         (
             *_name(result),
@@ -137,8 +146,8 @@ def markdown(
     """
     card = values["device"].split(",")[0]
     lines = ["# AFFMAE against ViT-MAE on this machine", "", f"**{card}**", ""]
+    lines += [f"*{remark}*\n" for remark in values["remarks"]]
     lines += [f"- {sentence}" for sentence in sentences(ratios, results)]
-    lines += [f"\n**{remark}**" for remark in values["remarks"]]
     lines += ["", *[table.without_empty_columns().markdown() for table in tables(results, ratios)], *more]
     return "\n".join([*lines, "## Circumstances", "", *_circumstances(values), "", SMALL_PRINT, ""])
 
@@ -154,7 +163,7 @@ def _circumstances(values: dict[str, Any]) -> list[str]:
         f"{settings['steps']} timed steps after {settings['warmup']}",
         f"- {values['mask_kind']} masks of {values['mask_ratio']:.0%}, {values['merge_keep']:.0%} of the tokens kept "
         f"at each merging, autocast {values['dtype']}",
-        f"- operations: {', '.join(f'{name} {backend}' for name, backend in values['backends'].items())}",
+        f"- AFFMAE's operations: {_backends(values['backends'])}",
         f"- before anything was timed, {gate['cases']} cases of the operations were compared with their float64 "
         f"references; largest relative error {gate['worst_error']:.1e}",
     ]
@@ -165,6 +174,13 @@ def _circumstances(values: dict[str, Any]) -> list[str]:
     if "problem" in card:
         lines.append(f"- clocks and throttling are not known: {card['problem']}")
     return lines
+
+
+def _backends(backends: dict[str, str]) -> str:
+    kinds = set(backends.values())
+    if len(kinds) == 1:
+        return f"{kinds.pop()}, all of them"
+    return ", ".join(f"{name} {backend}" for name, backend in backends.items())
 
 
 def _commit(git: dict[str, Any] | None) -> str:
@@ -196,8 +212,8 @@ def _sentence(ratio: Ratio, ours: Result, theirs: Result) -> str:
     where = f"{_DOING[ratio.work]} at {ratio.resolution} px, {ratio.batch} image{'s' * (ratio.batch != 1)} at a time"
     for side, other in ((ours, theirs), (theirs, ours)):
         if side.status != "ok":
-            rest = f"; {_title(other)} takes {_rate(other)}" if other.status == "ok" else ""
-            return f"{_title(side)}, {where}: {side.status}{rest}."
+            rest = f"; {_title(other)} takes {_rate(other)} there" if other.status == "ok" else ""
+            return f"{_title(side)} {_OUTCOMES[side.status]}, {where}{rest}."
     if ratio.speed is None:
         return f"{_title(ours)} and {_title(theirs)}, {where}: not measured yet."
     slower = "" if ratio.speed >= 1 else "is slower: it "

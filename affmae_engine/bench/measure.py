@@ -46,7 +46,7 @@ def answer(request: Request) -> Measurement:
     """Does what is asked.
 
     Raises:
-        AffmaeError: the device or the dataset cannot be used at all.
+        AffmaeError: the device cannot be used at all.
     """
     exact_fp32()
     choice = pick_device(TrainConfig(device=request.device, precision=request.precision))
@@ -70,21 +70,28 @@ def _measure(result: Measurement, request: Request, choice: DeviceChoice) -> Non
     result.ready_s = time.perf_counter() - begin
     if request.what == "try":
         return
-    best = _timed(step, request, network, choice.device)
+    ways = [_timed(step, request, network, choice.device)]
+    del step
+    notes = []
     if case.model == "vit-mae" and case.vit_mode == "auto" and network.recordable:
-        del step
-        recorded = network.as_recorded()
-        step = make_step(case, recorded, choice, itertools.cycle(batches))
-        _warm_up(step, request, recorded, choice.device)
-        other = _timed(step, request, recorded, choice.device)
-        result.modes_ms = {tried.network.how: tried.timing.ms for tried in (best, other)}
-        best = min(best, other, key=lambda tried: tried.timing.ms)
+        notes.append(_note("recorded step", partial(_record_too, ways, request, choice, batches)))
+        result.modes_ms = {way.network.how: way.timing.ms for way in ways}
+    best = min(ways, key=lambda way: way.timing.ms)
     _take_over(result, best)
     if case.work != "predict":
-        problem = _problem(partial(_time_forward, result, request, choice, best.network, batches[0]))
-        result.note = f"forward pass alone: {problem[1]}" if problem else ""
+        attempt = partial(_time_forward, result, request, choice, best.network, batches)
+        notes.append(_note("forward pass alone", attempt))
     if request.data is not None and case.work == "pretrain":
-        with_loading(result, request, choice, best.network)
+        notes.append(_note("with the dataset", partial(with_loading, result, request, choice, best.network)))
+    result.note = "; ".join(filter(None, notes))
+
+
+def _record_too(ways: list[_Steps], request: Request, choice: DeviceChoice, batches: list[dict[str, Tensor]]) -> None:
+    """Times the same network with recorded steps, as a further way of running it."""
+    network = ways[0].network.as_recorded()
+    step = make_step(request.case, network, choice, itertools.cycle(batches))
+    _warm_up(step, request, network, choice.device)
+    ways.append(_timed(step, request, network, choice.device))
 
 
 def _warm_up(step: Call, request: Request, network: Network, device: torch.device) -> None:
@@ -119,31 +126,31 @@ def _take_over(result: Measurement, steps: _Steps) -> None:
     result.ms, result.low_ms, result.high_ms, result.repeats = timing.ms, timing.low_ms, timing.high_ms, timing.repeats
     result.how, result.loss, result.profile = steps.network.how, steps.loss, steps.profile
     result.allocated_gib, result.reserved_gib = steps.allocated_gib, steps.reserved_gib
-    result.forward_ms = timing.ms  # of predicting; training has a forward pass of its own
+    result.forward_ms = timing.ms  # of predicting; in training it is timed by itself
 
 
 def _time_forward(
-    result: Measurement, request: Request, choice: DeviceChoice, network: Network, batch: dict[str, Tensor]
+    result: Measurement, request: Request, choice: DeviceChoice, network: Network, batches: list[dict[str, Tensor]]
 ) -> None:
     result.forward_ms = None
-    forward = make_forward(network, choice, batch)
+    forward = make_forward(network, choice, batches[0])
     for _ in range(2):
         forward()
     result.forward_ms = step_times(forward, choice.device, request.steps).ms
 
 
-def _problem(attempt: Callable[[], None]) -> tuple[bool, str] | None:
-    """Whether memory ran out, and what was said; None when all went well.
+def _note(what: str, attempt: Callable[[], None]) -> str:
+    """Why a further figure is missing; empty when all went well. What is known already stays."""
+    problem = _problem(attempt)
+    return f"{what}: {problem[1]}" if problem else ""
 
-    Raises:
-        AffmaeError: as the attempt raised it, unless memory ran out.
-    """
+
+def _problem(attempt: Callable[[], None]) -> tuple[bool, str] | None:
+    """Whether memory ran out, and what was said; None when all went well."""
     try:
         attempt()
     except Exception as error:  # one side's failure must not hide the other's result
         out = _memory_error(error)
-        if out is None and isinstance(error, AffmaeError):
-            raise
         return out is not None, _first_line(out or error)
     return None
 
@@ -160,6 +167,8 @@ def _memory_error(error: BaseException) -> BaseException | None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if lines and isinstance(error, AffmaeError):
+        return lines[0]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 

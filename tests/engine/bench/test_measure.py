@@ -11,7 +11,6 @@ from affmae_engine.bench.case import CLASSES, Case, Request, VitMode
 from affmae_engine.bench.measure import answer
 from affmae_engine.bench.step import make_network, make_step, random_batches
 from affmae_engine.config import TrainConfig
-from affmae_engine.errors import InputError
 from affmae_engine.train.device import pick_device
 
 
@@ -72,8 +71,9 @@ def test_steps_with_a_dataset(make_store) -> None:
 
 
 def test_a_dataset_that_is_none(tmp_path) -> None:
-    with pytest.raises(InputError):
-        answer(request(case(), data=str(tmp_path / "nothing.zarr")))
+    found = answer(request(case(), data=str(tmp_path / "nothing.zarr")))
+    assert found.status == "ok" and found.ms > 0 and found.data_images_per_s is None
+    assert found.note.startswith("with the dataset: ") and "nothing.zarr" in found.note
 
 
 def test_main_memory_that_runs_out_is_a_result() -> None:
