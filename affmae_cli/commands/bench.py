@@ -12,6 +12,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.bench_compare import CompareOption
+from affmae_cli.bench_tables import show_tables
 from affmae_cli.options import ConfigOption, DeviceOption, JsonOption, PresetOption, QuietOption, SetOption
 from affmae_cli.pixel_size import PixelSizeOption
 from affmae_cli.quality_options import (
@@ -214,7 +215,7 @@ def _quality(asked: QualityOptions, out: Path | None, old: Old, *, json: bool, q
         return
     for sentence in quality_report.in_short(values):
         output.show(sentence)
-    _show([*quality_report.tables(values), *changes(values, old)])
+    show_tables([*quality_report.tables(values), *changes(values, old)])
 
 
 def _kernels(plan: Plan, old: Old, *, reference: bool, json: bool, quiet: bool) -> None:
@@ -241,7 +242,7 @@ def _kernels(plan: Plan, old: Old, *, reference: bool, json: bool, quiet: bool) 
         output.print_json(with_changes(values, old))
     else:
         output.show(f"copy {limits.gb_s:.0f} GB/s, matrix product {limits.tflop_s:.3g} TFLOP/s")
-        _show([*tables, *changes(values, old)])
+        show_tables([*tables, *changes(values, old)])
     _refuse_wrong(results)
 
 
@@ -284,7 +285,7 @@ def _networks(plan: Plan, old: Old, *, json: bool, quiet: bool) -> None:
         return
     for sentence in comparison_report.sentences(ratios, results):
         output.show(sentence.replace("**", ""))
-    _show([*comparison_report.tables(results, ratios), *changes(values, old)])
+    show_tables([*comparison_report.tables(results, ratios), *changes(values, old)])
 
 
 def _document(
@@ -335,28 +336,3 @@ def _refuse_wrong(results: list[KernelResult]) -> None:
             f"({first.backend}): {first.note}",
             "their speed says nothing; --set kernels.backend=reference trains without the Triton kernels",
         )
-
-
-def _show(tables: list[Table]) -> None:
-    """Tables without their empty columns; where there is no terminal they are as wide as they need to be."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    for table in tables:
-        used = table.without_empty_columns()
-        if not used.columns:
-            continue
-        shown = RichTable(title=Text(used.title), title_justify="left", box=box.SIMPLE_HEAD)
-        for name in used.columns:
-            shown.add_column(Text(name), overflow="fold")
-        for row in used.rows:
-            shown.add_row(*(Text(output.printable(cell)) for cell in row))
-        console = Console(highlight=False, emoji=False)
-        if not console.is_terminal:
-            natural = Console(width=1000).measure(shown).maximum
-            console = Console(highlight=False, emoji=False, width=max(natural, len(used.title)))
-        with console.capture() as rendered:
-            console.print(shown)
-        output.show(rendered.get())

@@ -120,7 +120,7 @@ def label_efficiency(document: Record, size: str) -> Figure:
 
 
 def speed_and_memory(records: Sequence[Record], work: str, device: str) -> Figure:
-    """Throughput and peak memory by resolution, a row of two panels for each size, with the ratio over each pair.
+    """Throughput and, from a card, peak memory by resolution: panels for each size, with the ratio over each pair.
 
     Args:
         records: results of a comparison, each with the fields of its case beside its figures.
@@ -130,15 +130,17 @@ def speed_and_memory(records: Sequence[Record], work: str, device: str) -> Figur
     from matplotlib.figure import Figure
 
     sizes = list(dict.fromkeys(r["size"] for r in records))
+    known = any(r["allocated_gib"] for r in records)  # not on a CPU
     figure = Figure(figsize=(9, 0.9 + 3.1 * len(sizes)), layout="constrained")
-    rows = figure.subplots(len(sizes), 2, squeeze=False)
-    for size, (speed, memory) in zip(sizes, rows, strict=True):
+    rows = figure.subplots(len(sizes), 2 if known else 1, squeeze=False)
+    for size, panels in zip(sizes, rows, strict=True):
         of_size = [r for r in records if r["size"] == size]
-        _bars(speed, of_size, "mpx_per_s", f"{size}: throughput", "Mpx/s (more is better)", faster=True)
-        _bars(memory, of_size, "allocated_gib", f"{size}: peak memory", "GiB (less is better)", faster=False)
+        _bars(panels[0], of_size, "mpx_per_s", f"{size}: throughput", "Mpx/s (more is better)", faster=True)
+        if known:
+            _bars(panels[1], of_size, "allocated_gib", f"{size}: peak memory", "GiB (less is better)", faster=False)
     handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2)
-    figure.suptitle(f"{_WORK[work]}, {device}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"{_WORK[work]}, AFFMAE against ViT-MAE; {device}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
