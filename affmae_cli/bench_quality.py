@@ -52,6 +52,7 @@ def _compare(
 ) -> dict[str, Any]:
     from affmae_cli import quality_view
     from affmae_engine.bench import quality_results, report
+    from affmae_engine.bench.card import CardWatch
     from affmae_engine.bench.quality_data import parts_of, section_count
     from affmae_engine.bench.quality_process import card_slots
     from affmae_engine.bench.quality_run import QualityRun
@@ -59,7 +60,9 @@ def _compare(
     remarks = [] if choice.device.type == "cuda" else [CPU_REMARK]
     slots, mixed = card_slots(choice.device.type)
     remarks += [MIXED_REMARK] if mixed else []
+    config = plan.configs[plan.sizes[0], "pretrain"]
     about = report.circumstances(choice, remarks)
+    about |= {"merge_keep": config.model.merge_keep, "mask_ratio": config.mask.ratio, "mask_kind": config.mask.kind}
     earlier = quality_results.read_earlier(folder, quality_results.identity(plan, sources, about))
     say = (lambda text: None) if quiet else output.say
     say(f"{choice.description}; results in {folder}")
@@ -74,10 +77,13 @@ def _compare(
         say(note)
     begun = time.monotonic() - earlier.seconds
 
-    def document(progress: Progress) -> dict[str, Any]:
-        return quality_results.document(plan, sources, about, store, parts, progress, seconds=time.monotonic() - begun)
+    with CardWatch(choice.device) as card, quality_view.watching(plan, len(slots), quiet=quiet) as look:
 
-    with quality_view.watching(plan, len(slots), quiet=quiet) as look:
+        def document(progress: Progress) -> dict[str, Any]:
+            seconds = time.monotonic() - begun
+            here = {**about, "card": card.record()}
+            return quality_results.document(plan, sources, here, store, parts, progress, seconds=seconds)
+
         run = QualityRun(
             plan, folder, store, parts, slots, stop=stop, look=look,
             commit=lambda progress: quality_results.write(folder, document(progress)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from affmae_engine.bench.comparison_report import clocks, commit
 from affmae_engine.bench.quality import INITS, MODELS
 from affmae_engine.bench.report import Table
 from affmae_engine.train.report import duration
@@ -44,13 +45,14 @@ def markdown(document: Record, charts: Sequence[str] = ()) -> str:
         document: results.json.
         charts: file names of pictures beside the report.
     """
-    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    lines = ["# affmae bench: quality", "", f"{document['device']}; {versions}.", ""]
+    lines = ["# AFFMAE against ViT-MAE: what they learn in equal time", ""]
+    lines += [f"**{document['device'].split(',')[0]}**", ""]
     lines += [f"**{remark}**\n" for remark in document["remarks"]]
     lines += ["## In short", "", *[f"- {sentence}" for sentence in in_short(document)], ""]
     lines += [f"![{name.removesuffix('.png').replace('-', ' ')}]({name})\n" for name in charts]
     lines += [table.markdown() for table in tables(document)]
-    lines += ["## How it was done", "", *[f"- {sentence}" for sentence in how(document)]]
+    lines += ["## How it was done", "", *[f"- {sentence}" for sentence in how(document)], ""]
+    lines += ["## Circumstances", "", *[f"- {sentence}" for sentence in circumstances(document)]]
     return "\n".join(lines) + "\n"
 
 
@@ -97,6 +99,25 @@ def how(document: Record) -> list[str]:
     ]
     if data["left_out"]:
         found.append(f"{len(data['left_out'])} unlabelled images are copies of labelled ones and were left out.")
+    return found
+
+
+def circumstances(document: Record) -> list[str]:
+    """Machine, versions, commit, command, clocks."""
+    versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    card = document["card"]
+    found = [
+        f"{document['device']}; driver {card.get('driver', 'unknown')}; {versions}; Python {document['python']}; "
+        f"{document['cpus']} processors; {document['platform']}",
+        commit(document["git"]),
+        f"finished {document['created']} by `{' '.join(document['command'])}`, {duration(document['seconds'])} in all",
+        f"{document['mask_kind']} masks of {document['mask_ratio']:.0%}, {document['merge_keep']:.0%} of the tokens "
+        f"kept at each merging, autocast {document['dtype']}",
+    ]
+    if "clock_mhz" in card:
+        found.append(f"the first card: {clocks(card)}")
+    if "problem" in card:
+        found.append(f"clocks and throttling are not known: {card['problem']}")
     return found
 
 

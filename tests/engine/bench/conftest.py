@@ -58,6 +58,8 @@ def _document(
     ]
     return {
         "schema": SCHEMA, "kind": "quality", "device": "a card", "dtype": "bf16", "versions": {"torch": "2.13.0"},
+        "card": {}, "python": "3.12", "platform": "Linux", "cpus": 16, "git": None, "created": "2026-11-25",
+        "command": ["affmae", "bench", "--quality"], "mask_kind": "perlin", "mask_ratio": 0.5, "merge_keep": 0.4,
         "remarks": [], "complete": True, "seconds": 100.0, "sizes": ["small"], "seeds": list(seeds),
         "fractions": list(fractions), "budget_s": 10.0, "finetune_budget_s": 5.0,
         "lengths": {"pretrain": [], "finetune": {"small": 50}},
