@@ -124,6 +124,9 @@ class QualityPlan:
     def config_of(self, part: Part, steps: int, micro_batch: int | None = None) -> RunConfig:
         """What a part is trained with: evaluated, pictured and saved once, at its end.
 
+        From scratch all layers get the full learning rate: decay by layers protects pretrained weights, and would leave
+        random ones as they are, which nobody would do on purpose.
+
         Args:
             part: which one.
             steps: its length.
@@ -138,8 +141,10 @@ class QualityPlan:
         compile_ = config.kernels.compile
         if compile_ == "auto":
             compile_ = self.budget_s >= COMPILE_FROM_S
+        decay = 1.0 if part.init == "scratch" else config.optim.layer_decay
         return config.model_copy(
             update={
+                "optim": config.optim.model_copy(update={"layer_decay": decay}),
                 "model": config.model.model_copy(update={"family": part.model}),
                 "train": config.train.model_copy(update=train),
                 "kernels": config.kernels.model_copy(update={"compile": compile_}),

@@ -92,6 +92,7 @@ def how(document: Record) -> list[str]:
         "number of steps is the budget by that speed, so that the learning rate has come down when the time is over.",
         f"Equal steps in finetuning ({tuning}): there both models see the same crops in the same order, and a faster "
         f"model gains nothing. The slower one took about {duration(document['finetune_budget_s'])} for them.",
+        "From scratch every layer has the full learning rate; decay by layers is for pretrained weights alone.",
         "The model of the last step is scored; no checkpoint was chosen by its score.",
         "Both models share masks, loss, optimizer, schedule, augmentation and the settings of the preset; ± is the "
         "standard deviation over seeds (weights, crops, masks and the choice of labelled sections).",

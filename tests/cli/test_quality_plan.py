@@ -62,6 +62,12 @@ def test_models_differ_in_nothing_but_the_family() -> None:
     assert plan.config_of(Part("tiny", "affmae", 0), 50, micro_batch=2).train.micro_batch == 2
 
 
+def test_from_scratch_no_layer_is_held_back() -> None:
+    plan, _ = make_plan(options(set_=["optim.layer_decay=0.6"]))
+    decays = {part.init: plan.config_of(part, 50).optim.layer_decay for part in plan.parts()}
+    assert decays == {None: 0.6, "pretrained": 0.6, "scratch": 1.0}
+
+
 def test_long_budgets_compile_both_models() -> None:
     for budget, compiled in (("299s", False), ("5m", True)):
         plan, _ = make_plan(options(budget=budget))
