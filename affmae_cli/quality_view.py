@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from affmae_cli import output
-from affmae_engine.bench.quality import INITS, Part, PartResult, QualityPlan
+from affmae_engine.bench.quality import INITS, MODELS, TASKS, Part, PartResult, QualityPlan
 from affmae_engine.bench.quality_report import INIT_TITLES, TITLES
 from affmae_engine.train.report import duration, number
 
 if TYPE_CHECKING:
     from affmae_engine.bench.quality_run import Progress
 
+_HEADS = {"pretrained": "pre-\ntrained", "scratch": "from\nscratch"}
 Look = Callable[["Progress"], None]
 
 
@@ -75,7 +76,7 @@ class Lines:
             self._told |= kept
             if kept:
                 output.say(f"{len(kept)} of {len(progress.results)} parts were finished earlier and are taken over")
-            if progress.results.keys() - kept:
+            if len(progress.speeds) < len(self._plan.sizes) * len(MODELS) * len(TASKS):
                 output.say(f"measuring how fast each model trains; at least {duration(self._least_s)} in all")
         elif progress.stage == "training":
             for line in announcement(self._plan, progress, self._slots):
@@ -125,12 +126,14 @@ def describe(result: PartResult) -> str:
 
 def board(plan: QualityPlan, progress: Progress) -> RenderableType:
     """The table of this moment."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for title in ("size", "model", "seed", "pretraining"):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    several = len(plan.sizes) > 1
+    for title in ("size", "model", "seed")[0 if several else 1 :]:
         table.add_column(title, no_wrap=True)
+    table.add_column("pre-\ntraining\nsteps", justify="right")
     for init in INITS:
         for fraction in plan.fractions:
-            table.add_column(f"{INIT_TITLES[init]}\n{fraction:.0%}", justify="right", no_wrap=True)
+            table.add_column(f"{_HEADS[init]}\n{fraction:.0%}", justify="right")
     for chain in plan.chains():
         first = chain[0]
         cells = [_cell(progress, first)]
@@ -139,7 +142,8 @@ def board(plan: QualityPlan, progress: Progress) -> RenderableType:
                 _cell(progress, Part(first.size, first.model, first.seed, init, fraction))
                 for fraction in plan.fractions
             ]
-        table.add_row(first.size, TITLES[first.model], str(first.seed), *cells)
+        names = [first.size, TITLES[first.model], str(first.seed)]
+        table.add_row(*names[0 if several else 1 :], *cells)
     return Group(Text("mean IoU on the test part", style="bold"), table, _footer(progress))
 
 
@@ -151,7 +155,7 @@ def _cell(progress: Progress, part: Part) -> Text:
             return Text("measuring", style="cyan")
         return Text(f"{step / total:.0%}" if total else "...", style="cyan")
     if result.status == "ok":
-        return Text(f"{result.miou:.3f}" if result.miou is not None else f"{result.steps} steps", style="green")
+        return Text(f"{result.miou:.3f}" if result.miou is not None else str(result.steps), style="green")
     if result.status in ("waiting", "running"):
         return Text("-", style="dim")
     return Text(result.status, style="red")
@@ -166,8 +170,3 @@ def _footer(progress: Progress) -> Text:
 
 def _taken(result: PartResult) -> str:
     return f"{(result.train_s or 0.0) - (result.startup_s or 0.0):.1f}s"
-
-
-def width_of(renderable: RenderableType) -> int:
-    """Columns that a renderable needs."""
-    return Console(width=1000).measure(renderable).maximum

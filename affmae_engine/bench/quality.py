@@ -22,6 +22,7 @@ Status = Literal["waiting", "running", "ok", "out of memory", "diverged", "faile
 
 MODELS: tuple[Model, ...] = get_args(Model)
 INITS: tuple[Init, ...] = get_args(Init)
+TASKS: tuple[Task, ...] = get_args(Task)
 
 COMPILE_FROM_S = 300.0
 """Pretraining budget from which `kernels.compile = "auto"` compiles, both models alike: compiling costs up to two

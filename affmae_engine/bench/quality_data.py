@@ -148,7 +148,9 @@ def described(store: Store, regions: Sequence[Region]) -> str:
         if (y0, y1) != (0, store[name].shape_ZYX[1]):
             text += f" rows {y0}-{y1 - 1}"
         texts.append(text)
-    return "; ".join(texts if len(texts) <= _MOST_NAMED else [*texts[:_MOST_NAMED], f"{len(texts)} in all"])
+    if len(texts) > _MOST_NAMED:
+        texts = [*texts[:2], "...", f"{texts[-1]}, {len(texts)} images"]
+    return "; ".join(texts)
 
 
 _MOST_NAMED = 6

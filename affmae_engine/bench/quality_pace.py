@@ -8,12 +8,13 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from affmae_engine.data.loading import PREFETCH
 from affmae_engine.events import Evaluated, Event, RunStarted, StepLogged
 from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.step import EAGER_STEPS
 
-WARMUP_STEPS = {"cuda": EAGER_STEPS + 12, "cpu": 3}
-"""Steps that count as start-up: they compile, record, and use up what the data loader prepared ahead."""
+WARMUP_STEPS = {"cuda": EAGER_STEPS + 8 * PREFETCH + 6, "cpu": 3}
+"""Steps that count as start-up: they compile, record, and use up what eight loading processes prepared ahead."""
 FEWEST_WINDOWS = 5
 """Of steady steps that a calibration measures at least."""
 

@@ -92,11 +92,8 @@ def train_part(work: Work, store: Store, parts: Parts, runs: Path, tell: Tell) -
         config, task = _task(config, part, store, parts, runs, result)
         run_dir.create(run.root)
         _fit(run, config, task, store, pace)
-        result.status, result.steps, result.images = (
-            "ok",
-            config.train.steps,
-            config.train.steps * config.train.batch_size,
-        )
+        result.status, result.steps = "ok", config.train.steps
+        result.images = config.train.steps * config.train.batch_size
         _take_scores(result, pace)
         if part.stage == "pretrain":
             run.checkpoint(config.train.steps).joinpath(WEIGHTS).replace(weights_of(part, runs))
