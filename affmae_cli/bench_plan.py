@@ -39,8 +39,8 @@ CPU_REMARK = (
 )
 TINY_REMARK = "A tiny network on small images: the figures do not carry over to small or base."
 QUICK_REMARK = (
-    "A quick look: AFFMAE's layers are not compiled, as in training runs of less than 2000 steps; compiled (--full, or "
-    "--compile) it is faster, for some two minutes of compiling the first time. ViT-MAE is compiled."
+    "A quick look: AFFMAE's layers are not compiled, as in training runs of less than 2000 steps; long runs compile "
+    "them and are faster (--full, or --compile; the first time it takes some two minutes). ViT-MAE is compiled."
 )
 
 
@@ -115,29 +115,22 @@ def make_plan(options: Options) -> Plan:
     exact_fp32()
     on_card = choice.device.type == "cuda"
     quick = options.quick or not (options.full or options.kernels or sizes or edges)
-    sizes = sizes or (QUICK_SIZES if quick else FULL_SIZES if on_card else [TINY[0]])
-    edges = edges or (QUICK_EDGES if quick else FULL_EDGES if on_card else [TINY[1]])
-    if not on_card:
-        sizes, edges = (sizes if options.sizes else [TINY[0]]), (edges if options.resolutions else [TINY[1]])
+    grids = {"quick": (QUICK_SIZES, QUICK_EDGES), "full": (FULL_SIZES, FULL_EDGES), "cpu": ([TINY[0]], [TINY[1]])}
+    usual = grids["cpu" if not on_card else "quick" if quick else "full"]
+    sizes, edges = sizes or usual[0], edges or usual[1]
     memory = torch.cuda.get_device_properties(choice.device).total_memory / 2**30 if on_card else 0.0
     compiled = on_card and (options.compile if options.compile is not None else not quick)
 
     def images(work: str, size: str, edge: int) -> int:
         return count or (default_batch(work, size, edge, memory) if on_card else TINY[2])
 
+    settings = [(work, size, edge, images(work, size, edge)) for work in works for edge in edges for size in sizes]
     cases = [
-        Case.model_validate(
-            {
-                "model": model, "work": work, "size": size, "resolution": edge, "batch": images(work, size, edge),
-                "vit_mode": mode, "compile": compiled,
-            }
-        )
-        for work in works
-        for edge in edges
-        for size in sizes
+        case
+        for setting in settings
         for model in models
-        for mode in (modes if model == "vit-mae" and on_card else ["auto"])
-    ]  # fmt: skip
+        for case in _cases(setting, model, modes if on_card else ["auto"], compiled=compiled)
+    ]
     grid = [(size, edge, images("pretrain", size, edge)) for edge in edges for size in sizes]
     return Plan(
         choice=choice,
@@ -152,6 +145,13 @@ def make_plan(options: Options) -> Plan:
         timeout=options.timeout,
         ahead=on_card and _processors() >= 4,
     )
+
+
+def _cases(setting: tuple[str, str, int, int], model: str, modes: list[str], *, compiled: bool) -> list[Case]:
+    """One network in one setting, in every way that it is to be run."""
+    work, size, edge, images = setting
+    fields = {"model": model, "work": work, "size": size, "resolution": edge, "batch": images, "compile": compiled}
+    return [Case.model_validate({**fields, "vit_mode": mode}) for mode in (modes if model == "vit-mae" else ["auto"])]
 
 
 def _settings(options: Options, choice: DeviceChoice, case: Case, *, quick: bool, memory: float) -> Settings:

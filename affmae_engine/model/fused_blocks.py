@@ -165,7 +165,8 @@ class _Attend(torch.autograd.Function):
         drows = _rows(dbranch.contiguous())
         dout_weight = weight_gradient(drows, _rows(out.flatten(2)))
         dout = (drows @ w_out).view_as(out)
-        dqkv, *of_network = launch_backward(dout, qkv, *where, *network, out, lse)
+        arguments = dout, qkv, *where, *network, out, lse
+        dqkv, *of_network = launch_backward(*arguments)
         dqkv = dqkv.flatten(2).flatten(0, 1)
         dy = (dqkv @ w_qkv).view_as(s)
         dx, dprevious, y, dweight, dbias, doffset = _Norm.backward(

@@ -20,16 +20,15 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.device import DeviceChoice
-from affmae_kernels.dispatch import choose_backend
+from affmae_kernels.dispatch import OPERATIONS, choose_backend
 
 ENVIRONMENT_SCHEMA = 1
-_OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "point_attention", "residual_norm")
 _PACKAGES = ("affmae", "torch", "numpy", "zarr", "safetensors", "triton")
 
 
 def kernel_backends(backend: str, device: torch.device) -> dict[str, str]:
     """The implementation of each operation that `kernels.backend` means here."""
-    return {operation: choose_backend(backend, operation, device).name for operation in _OPERATIONS}
+    return {operation: choose_backend(backend, operation, device).name for operation in OPERATIONS}
 
 
 def write_environment(

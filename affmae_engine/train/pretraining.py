@@ -99,7 +99,8 @@ def reconstruction_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[st
 def load_initial(model: Autoencoder, path: Path, config: RunConfig) -> list[str]:
     """Give an autoencoder the weights of another run, by name; returns notes on what was not taken.
 
-    The class heads of a finetune run are left out; everything else must fit.
+    The class heads of a finetune run are left out, and a ViT's mask token, which its segmenter has none of, keeps its
+    random start; everything else must fit.
 
     Raises:
         ConfigError: the weights are of another size or shape of model; names both values.
@@ -111,7 +112,7 @@ def load_initial(model: Autoencoder, path: Path, config: RunConfig) -> list[str]
     here = model.state_dict()
     fitting = {name for name in here if name in there and there[name].shape == here[name].shape}
     absent = sorted(here.keys() - fitting)
-    heads_only = all(name.startswith("heads.") for name in absent)
+    heads_only = all(name.startswith("heads.") or name == "decoder.mask_token" for name in absent)
     if absent and not (origin.task == "finetune" and heads_only):
         raise CorruptError(
             f"{path} lacks {len(absent)} tensors of this model, for example {absent[0]}", "use another checkpoint"

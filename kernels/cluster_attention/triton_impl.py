@@ -18,7 +18,7 @@ Axes: B batch, G groups, A heads, HB heads of a program, R = 16 rows of a group,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -30,24 +30,26 @@ from affmae_kernels.launch import precision_of
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.walks import GROUP
 
+Pass = Literal["forward", "query", "key"]
+"""The forward pass, the gradient of the queries, that of keys and values."""
 _SIZES = ["N", "ENTRIES", "GROUPS", "A"]
 """Differ from stage to stage; one compilation serves all."""
 
 
-def launch_options(heads: int, width: int, dtype: torch.dtype, *, query_gradient: bool = False) -> dict[str, int]:
-    """Heads of a program (HB), clusters of a tile (TILE), warps and pipeline depth.
+def launch_options(heads: int, width: int, dtype: torch.dtype, kernel: Pass) -> dict[str, int]:
+    """Heads of a program (HB), clusters of a tile (TILE), warps, pipeline depth, and a limit on registers.
 
-    4 heads of width 32 in half precision, tiles of 32 keys and 2 warps measured fastest on an H200, and 2 stages 10 to
-    20 % faster than 1. Tiles of 64 keys spill registers, and so do more heads of wider rows or of fp32, whose products
-    run on the ordinary units. The query gradient of 4 heads would spill on sm_80 and sm_120.
+    The fastest of some 150 that were measured on an H100 at the base network's stages. What counts is how many warps a
+    multiprocessor holds: two heads of width 32 and one warp. The query gradient would take 230 registers; held to 184
+    it is a tenth faster and spills none. fp32 products run on the ordinary units and need registers.
     """
     if dtype == torch.float32:
         return {"HB": 1, "TILE": 2, "num_warps": 4 if width == 64 else 2, "num_stages": 1}
-    most = 2 if width == 64 or query_gradient else 4
-    together = next(count for count in (4, 2, 1) if count <= most and heads % count == 0)
-    if query_gradient and width == 32:
-        return {"HB": together, "TILE": 4, "num_warps": 1, "num_stages": 1}
-    return {"HB": together, "TILE": 4, "num_warps": 2 if together > 1 else 1, "num_stages": 2}
+    together = 2 if heads % 2 == 0 and width <= 32 else 1
+    if kernel == "forward":
+        return {"HB": together, "TILE": 4, "num_warps": 1, "num_stages": 3}
+    options = {"HB": together, "TILE": 2, "num_warps": 1, "num_stages": 2}
+    return options | {"maxnreg": 184} if kernel == "query" and together == 2 and width == 32 else options
 
 
 @triton.jit
@@ -284,11 +286,11 @@ def _attention_key_kernel(
 
 
 def _launch(
-    qkv: Tensor, entry: Tensor, count: Tensor, *, query_gradient: bool = False
+    qkv: Tensor, entry: Tensor, count: Tensor, kernel: Pass
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Grid, trailing arguments and constants of one of the three kernels."""
     _, tokens, _, heads, width = qkv.shape
-    options = launch_options(heads, width, qkv.dtype, query_gradient=query_gradient)
+    options = launch_options(heads, width, qkv.dtype, kernel)
     grid = (count.numel() * (heads // options["HB"]),)
     sizes = (width**-0.5, tokens, entry.shape[2], count.shape[1], heads)
     constants = {"R": GROUP, "D": width, "PREC": precision_of(qkv.dtype), "STAGES": options["num_stages"]}
@@ -303,7 +305,7 @@ def attend(
     batch, tokens, _, heads, width = qkv.shape
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
-    grid, sizes, constants = _launch(qkv, row_entry, row_count)
+    grid, sizes, constants = _launch(qkv, row_entry, row_count, "forward")
     _attention_forward_kernel[grid](
         qkv, pos, row_entry, row_count, weight, bias, blank_key, blank_value, out, lse, *sizes, **constants
     )
@@ -329,12 +331,12 @@ def launch_backward(
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     line = 16 * triton.cdiv(heads * (2 * width + 6), 16)  # wide loads when its rows are summed
     part = torch.empty(row_count.numel(), line, dtype=torch.float32, device=qkv.device)
-    grid, sizes, constants = _launch(qkv, row_entry, row_count, query_gradient=True)
+    grid, sizes, constants = _launch(qkv, row_entry, row_count, "query")
     _attention_query_kernel[grid](
         qkv, pos, row_entry, row_count, weight, bias, blank_key, blank_value, out, lse, dout, dqkv, delta, part, *sizes,
         line, **constants,
     )  # fmt: skip
-    grid, sizes, constants = _launch(qkv, key_entry, key_count)
+    grid, sizes, constants = _launch(qkv, key_entry, key_count, "key")
     _attention_key_kernel[grid](
         qkv, pos, key_entry, key_count, weight, bias, lse, dout, dqkv, delta, *sizes, **constants
     )

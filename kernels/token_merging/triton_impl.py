@@ -36,11 +36,12 @@ WEIGHT_PROGRAMS = 528
 """Most of the weights' gradient: two waves of the two that a multiprocessor holds, on a card of 132."""
 
 
-def launch_options(dtype: torch.dtype) -> dict[str, int]:
-    """Clusters of a tile, channels of a block, warps. fp32 products run on the ordinary units and need registers."""
+def launch_options(dtype: torch.dtype, *, weight_gradient: bool = False) -> dict[str, int]:
+    """Clusters of a tile, channels of a block, warps. fp32 products run on the ordinary units and need registers.
+    The weights' gradient walks all channels itself: in longer strides a fifth faster on an H100."""
     if dtype == torch.float32:
         return {"TILE": 2, "CB": 32, "num_warps": 4, "num_stages": 1}
-    return {"TILE": 4, "CB": 64, "num_warps": 4, "num_stages": 1}
+    return {"TILE": 4, "CB": 128 if weight_gradient else 64, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -362,8 +363,9 @@ def _merging_weight_kernel(
     _store_sums(part + 24, s30, s31, s32, s33, s34, s35, s36, s37)
 
 
-def _constants(feat: Tensor) -> dict[str, Any]:
-    return {"R": GROUP, "PREC": precision_of(feat.dtype)} | launch_options(feat.dtype)
+def _constants(feat: Tensor, *, weight_gradient: bool = False) -> dict[str, Any]:
+    options = launch_options(feat.dtype, weight_gradient=weight_gradient)
+    return {"R": GROUP, "PREC": precision_of(feat.dtype)} | options
 
 
 @torch.library.custom_op("affmae::merge_tokens", mutates_args=())
@@ -412,7 +414,7 @@ def _backward(
     part = torch.empty(programs, 32, dtype=torch.float32, device=feat.device)
     _merging_weight_kernel[(programs,)](
         feat, score, pos, survivors, row_entry, row_count, parameters, dz, part,
-        tokens, count, row_entry.shape[2], groups, batch * groups, channels, **constants,
+        tokens, count, row_entry.shape[2], groups, batch * groups, channels, **_constants(feat, weight_gradient=True),
     )  # fmt: skip
     return dfeat, dscore.sum(0), column_sums(part).view(4, 8)
 

@@ -97,6 +97,13 @@ def test_prediction_with_tiles_of_another_size(data: Path, finetuned: tuple[Path
     assert labels.shape == (6, 96, 96) and labels.max() <= 1
 
 
+def test_pretraining_goes_on_from_a_segmenter(data: Path, finetuned: tuple[Path, dict], tmp_path) -> None:
+    out = tmp_path / "again"
+    done = affmae("pretrain", data / "em.zarr", *SMALL, *VIT, "--init-from", finetuned[0], "--steps", 1, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "is a segmenter: its heads were left out" in done.stderr
+
+
 def test_the_wrong_family_is_one_line(data: Path, pretrained: Path, tmp_path) -> None:
     labelled = ("--images", data / "image.tif", "--labels", data / "labels.tif")
     other = ("--set", "model.family=affmae")
@@ -105,9 +112,10 @@ def test_the_wrong_family_is_one_line(data: Path, pretrained: Path, tmp_path) ->
         ("finetune", *labelled, *SMALL, *other, "--init-from", pretrained, "-o", tmp_path / "b"),
         ("pretrain", "--resume", pretrained, *other, "--steps", 6),
     ]
-    for command in commands:
+    for i, command in enumerate(commands):
         done = affmae(*command)
         said = " ".join(done.stderr.split())
+        assert i == 2 or "use --set model.family=vit-mae" in said
         assert done.exit_code == 2 and "Traceback" not in said, done.output
         assert "vit-mae" in said and "affmae" in said and "model.family" in said
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

@@ -1,5 +1,7 @@
 """Compile cases of cluster attention: the shapes of the networks in half precision, and every head width in fp32."""
 
+from typing import get_args
+
 import torch
 from compiling import CompileCase
 
@@ -14,6 +16,7 @@ _POINTERS = {
 }
 
 
+_PASSES = dict(zip(_POINTERS, get_args(impl.Pass), strict=True))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -21,9 +24,8 @@ def _case(kernel, dtype: str, width: int, heads: int) -> CompileCase:
     features = dict.fromkeys(["QKV", "OUT", "DOUT", "DQKV"], f"*{dtype}")
     indices = dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32")
     signature = features | indices | dict.fromkeys(["WEIGHT", "BIAS", *_POINTERS[kernel]], "*fp32") | _SIZES
-    is_query_gradient = kernel is impl._attention_query_kernel
-    options = impl.launch_options(heads, width, _DTYPES[dtype], query_gradient=is_query_gradient)
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    options = impl.launch_options(heads, width, _DTYPES[dtype], _PASSES[kernel])
+    warps, stages, most = options.pop("num_warps"), options.pop("num_stages"), options.pop("maxnreg", None)
     return CompileCase(
         f"{kernel.__name__} {dtype} D={width} heads={heads}",
         kernel,
@@ -32,6 +34,7 @@ def _case(kernel, dtype: str, width: int, heads: int) -> CompileCase:
         aligned=tuple(name for name in kernel.arg_names if signature.get(name, "").startswith("*") or name == "LINE"),
         num_warps=warps,
         num_stages=stages,
+        most_registers=most,
         hot=dtype != "fp32",
     )
 

@@ -10,7 +10,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _case(kernel, dtype: str) -> CompileCase:
-    options = impl.launch_options(_DTYPES[dtype])
+    options = impl.launch_options(_DTYPES[dtype], weight_gradient=kernel is impl._merging_weight_kernel)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     types = dict.fromkeys(["FEAT", "OUT", "DZ", "DFEAT"], f"*{dtype}") | {"SURVIVORS": "*i64"}
     types |= dict.fromkeys(["SCORE", "PARAMETERS", "DSCORE", "PART"], "*fp32")
