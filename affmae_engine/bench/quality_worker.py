@@ -4,8 +4,7 @@
 
 Messages are lines of JSON, {"event": "ready" | "began" | "step" | "ended", ...}. Whatever else is printed goes to
 stderr. Every piece of work is an ordinary run of the trainer in a run directory of its own; a failure is a result.
-Unusual: stdin stays open for as long as the comparison lives, and when it closes this process ends at once, so that
-nothing keeps a card busy after its comparison was killed.
+Unusual: stdin stays open for as long as the comparison lives, and this process ends with it (`lifeline`).
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from affmae_engine import run_dir
+from affmae_engine.bench.lifeline import end_with_parent
 from affmae_engine.bench.quality import Part, PartResult, Speed, Status
 from affmae_engine.bench.quality_data import Parts, parts_of, share_of_labels
 from affmae_engine.bench.quality_pace import WARMUP_STEPS, Pace
@@ -232,7 +231,7 @@ def _step(part: Part, step: int, total: int) -> dict[str, Any]:
 def main() -> None:
     """Read the job, do it."""
     job = Job.from_json(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, args=(sys.stdin,), daemon=True).start()
+    end_with_parent(sys.stdin)
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -250,11 +249,6 @@ def main() -> None:
         else:
             result = train_part(work, store, parts, runs, tell)
             tell({"event": "ended", "name": work.part.name, "result": result.as_dict()})
-
-
-def _end_with_parent(stdin: TextIO) -> None:
-    stdin.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":

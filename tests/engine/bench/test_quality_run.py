@@ -1,7 +1,6 @@
 """The pool of a quality comparison: resuming, processes that die, stopping. A worker of a few lines stands in for
 training here; tests/cli/test_bench_quality.py runs the real one."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from affmae_engine.bench import quality_process, quality_run
+from affmae_engine.bench import quality_process
 from affmae_engine.bench.quality import Lengths, Part, QualityPlan, Speed
 from affmae_engine.bench.quality_data import Parts
 from affmae_engine.bench.quality_process import card_slots
@@ -213,24 +212,15 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["3", "6"] and mixed
 
 
-def test_a_worker_ends_when_its_comparison_is_gone(tmp_path) -> None:
-    job = quality_run.Job(str(tmp_path), str(tmp_path), 0.2, ())
-    process = subprocess.Popen(
-        [sys.executable, "-c", _ORPHAN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ), text=True
+def test_a_worker_ends_when_its_comparison_is_gone() -> None:
+    code = (
+        "import sys, time; from affmae_engine.bench.lifeline import end_with_parent; sys.stdin.readline(); "
+        "end_with_parent(sys.stdin); print('waiting', flush=True); time.sleep(60)"
     )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(job.to_json() + "\n")
+    process.stdin.write("a job\n")
     process.stdin.flush()
-    assert process.stdout.readline() == "waiting\n"
+    assert process.stdout.readline() == "waiting\n" and process.poll() is None
     process.stdin.close()
     assert process.wait(20) == 1
-
-
-_ORPHAN = """
-import sys, threading, time
-from affmae_engine.bench.quality_worker import Job, _end_with_parent
-Job.from_json(sys.stdin.readline())
-threading.Thread(target=_end_with_parent, args=(sys.stdin,), daemon=True).start()
-print("waiting", flush=True)
-time.sleep(60)
-"""
