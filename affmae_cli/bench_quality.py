@@ -72,6 +72,7 @@ def _compare(
     store = _store(plan, sources, folder, stop, begun=bool(earlier.speeds or earlier.results))
     parts = parts_of(store, plan.test_fraction)
     plan, notes = fitted(plan, section_count(store, parts.train))
+    quality_results.refuse_narrower(plan, earlier, folder)
     about["remarks"] += notes
     for note in notes:
         say(note)

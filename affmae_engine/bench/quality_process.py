@@ -50,6 +50,8 @@ class Process:
         """What it tells, until it ends."""
         assert self._child.stdout is not None
         for line in self._child.stdout:
+            if not line.startswith("{"):  # something printed while modules were loaded
+                continue
             message = json.loads(line)
             self.ready = self.ready or message["event"] == "ready"
             if message["event"] == "ended":

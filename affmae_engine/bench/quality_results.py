@@ -74,7 +74,9 @@ def read_earlier(folder: Path, wanted: dict[str, Any]) -> Earlier:
             )
         found = {**value["settings"], "sources": value["sources"]}
         found |= {"device": value["device"], "versions": value["versions"]}
-        differing = [title for name, title in _MUST_AGREE.items() if found.get(name) != wanted.get(name)]
+        found["configs"] = {**found["configs"], **_absent(wanted["configs"], found["configs"])}
+        asked = {**wanted, "configs": {**wanted["configs"], **_absent(found["configs"], wanted["configs"])}}
+        differing = [title for name, title in _MUST_AGREE.items() if found[name] != asked[name]]
         if differing:
             raise ConfigError(
                 f"{folder} holds a comparison with other {', '.join(differing)}{_example(found, wanted)}",
@@ -86,6 +88,20 @@ def read_earlier(folder: Path, wanted: dict[str, Any]) -> Earlier:
         return Earlier(speeds_from_json(value["speeds"]), lengths, finished, value["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "choose another folder with -o/--out") from error
+
+
+def refuse_narrower(plan: QualityPlan, earlier: Earlier, folder: Path) -> None:
+    """Finished parts are never dropped.
+
+    Raises:
+        ConfigError: the folder has finished parts that the plan does not ask for.
+    """
+    extra = [part.name for part in earlier.results if part not in set(plan.parts())]
+    if extra:
+        raise ConfigError(
+            f"{folder} holds {len(extra)} finished trainings that were not asked for now, such as {extra[0]}",
+            "ask for at least the same sizes, seeds and shares of the labels, or choose another folder with -o/--out",
+        )
 
 
 def document(
@@ -145,6 +161,11 @@ def _data(store: Store, parts: Parts) -> dict[str, Any]:
         "pretrain_sections": section_count(store, parts.pretrain),
         "left_out": list(parts.left_out),
     }
+
+
+def _absent(configs: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Configurations of sizes that the others lack: sizes may be added."""
+    return {name: config for name, config in configs.items() if name not in others}
 
 
 def _example(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """`affmae bench --quality` end to end on the phantom: what it writes, how it goes on, what it refuses; `--compare`."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,14 @@ def test_other_settings_are_another_comparison(finished: Path) -> None:
     other = bench(*command(finished), "--set", "optim.lr=0.5")
     assert other.exit_code == 2 and "optim.lr was 0.002, is 0.5 now" in other.stderr
     assert (finished / "out" / "results.json").read_bytes() == before
+    text = before.decode()
+    shutil.copytree(finished / "out" / "data.zarr", finished / "more" / "data.zarr")
+    (finished / "more" / "results.json").write_text(text.replace('"seed": 0', '"seed": 7'))
+    other = bench(*command(finished, out="more"))
+    assert other.exit_code == 2 and "6 finished trainings that were not asked for" in other.stderr
+    (finished / "more" / "results.json").write_text("{")
+    other = bench(*command(finished, out="more"))
+    assert other.exit_code == 2 and "cannot be read" in other.stderr
     (finished / "thesis").mkdir()
     (finished / "thesis" / "chapter.txt").write_text("years of work")
     other = bench(*command(finished, out="thesis"))
