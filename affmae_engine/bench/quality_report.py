@@ -91,7 +91,8 @@ def how(document: Record) -> list[str]:
         "speed was measured first, after compiling and the first steps, which are not counted on either side; its "
         "number of steps is the budget by that speed, so that the learning rate has come down when the time is over.",
         f"Equal steps in finetuning ({tuning}): there both models see the same crops in the same order, and a faster "
-        f"model gains nothing. The slower one took about {duration(document['finetune_budget_s'])} for them.",
+        f"model gains nothing. They are what the slower one, by its measured speed, does in "
+        f"{duration(document['finetune_budget_s'])}.",
         "From scratch every layer has the full learning rate; decay by layers is for pretrained weights alone.",
         "The model of the last step is scored; no checkpoint was chosen by its score.",
         "Both models share masks, loss, optimizer, schedule, augmentation and the settings of the preset; ± is the "
@@ -107,11 +108,12 @@ def circumstances(document: Record) -> list[str]:
     """Machine, versions, commit, command, clocks."""
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     card = document["card"]
+    driver = f"driver {card['driver']}; " if "driver" in card else ""
     found = [
-        f"{document['device']}; driver {card.get('driver', 'unknown')}; {versions}; Python {document['python']}; "
+        f"{document['device']}; {driver}{versions}; Python {document['python']}; "
         f"{document['cpus']} processors; {document['platform']}",
         commit(document["git"]),
-        f"finished {document['created']} by `{' '.join(document['command'])}`, {duration(document['seconds'])} in all",
+        f"begun {document['created']} by `{' '.join(document['command'])}`, {duration(document['seconds'])} in all",
         f"{document['mask_kind']} masks of {document['mask_ratio']:.0%}, {document['merge_keep']:.0%} of the tokens "
         f"kept at each merging, autocast {document['dtype']}",
     ]

@@ -83,9 +83,8 @@ def test_what_else_a_folder_may_hold(tmp_path) -> None:
 def test_unfinished_and_failed_parts_are_done_again(folder) -> None:
     path = folder / "results.json"
     values = json.loads(path.read_text())
-    for record, status in zip(
-        values["results"], ("running", "waiting", "failed", "diverged", "out of memory"), strict=False
-    ):
+    unfinished = ("running", "waiting", "failed", "diverged", "out of memory")
+    for record, status in zip(values["results"], unfinished, strict=False):
         record["status"] = status
     path.write_text(json.dumps(values))
     again = read(folder, plan("small")).results
