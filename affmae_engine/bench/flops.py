@@ -4,9 +4,9 @@ A multiplication and an addition are two operations. Counted are matrix products
 over 64 neighbours and the blank token, a ViT's over all tokens), the positional bias, the sampling of the decoder and
 the gathering of the merging. Norms, activations, softmax and sorting are left out on both sides: they move bytes.
 
-Unusual: AFFMAE's reference operations work with dense matrices over all tokens (or look rows up), so a counter of
-matrix products sees other numbers there than the sparse formulas give. A `Part` therefore holds both: `flops`, and
-`seen`, what `torch.utils.flop_counter.FlopCounterMode` counts when the reference runs. A test compares the latter.
+Unusual: AFFMAE's stem and its reference operations work with dense matrices that are mostly zero (or look rows up), so
+a counter of matrix products sees other numbers there than the sparse formulas give. A `Part` therefore holds both:
+`flops`, and `seen`, what `torch.utils.flop_counter.FlopCounterMode` counts on the reference path; a test compares that.
 
 Letters: N tokens, C channels, A heads, M neighbours, P slots (N padded to whole clusters), Q queries, S samples.
 """
@@ -24,6 +24,7 @@ from affmae_engine.model.heads import STEP_OF_HEAD
 from affmae_engine.model.masking import visible_count
 from affmae_engine.model.merging import survivor_count
 from affmae_engine.model.sizes import SIZES
+from affmae_engine.model.stem import LARGEST_MATRIX
 from affmae_engine.model.vit_mae import MLP_RATIO, VIT_SIZES
 from affmae_kernels.point_attention.reference import NEAREST
 
@@ -65,6 +66,7 @@ def parts(case: Case) -> Iterator[Part]:
         yield from _vit(case.network, visible, cells, queries, values)
     else:
         heads = 1 if case.work == "predict" else len(STEP_OF_HEAD)
+        yield from _stem(case.network, visible, masked=case.work == "pretrain")
         yield from _affmae(case.network, visible, queries, values * heads)
 
 
@@ -85,7 +87,6 @@ def _vit(model: ModelConfig, visible: int, cells: int, queries: int, values: int
 
 def _affmae(model: ModelConfig, visible: int, queries: int, values: int) -> Iterator[Part]:
     size, tokens, stages = SIZES[model.size], visible, []
-    yield from _stem(model, visible, size.dims[0])
     for stage, dim in enumerate(size.dims):
         stages.append(tokens)
         slots = -(-tokens // model.cluster_size) * model.cluster_size
@@ -117,12 +118,19 @@ def _affmae(model: ModelConfig, visible: int, queries: int, values: int) -> Iter
     yield _linear("heads", queries, dim, values)
 
 
-def _stem(model: ModelConfig, visible: int, dim: int) -> Iterator[Part]:
-    count = int(math.log2(model.patch_size))
+def _stem(model: ModelConfig, visible: int, *, masked: bool) -> Iterator[Part]:
+    """Convolutions 3x3 of stride 2; where patches are masked, as matrix products of a patch with its rim."""
+    dim, count = SIZES[model.size].dims[0], int(math.log2(model.patch_size))
     widths = [model.channels] + [dim // 2] * (count - 1) + [dim]
     for step in range(count):
-        pixels = visible * (model.patch_size >> (step + 1)) ** 2
-        yield _linear("patch embedding", pixels, 9 * widths[step], widths[step + 1])
+        edge, inputs, outputs = model.patch_size >> step, widths[step], widths[step + 1]
+        products = visible * (edge // 2) ** 2 * outputs
+        taken, window = 9 * inputs, (edge + 1) ** 2 * inputs
+        if masked and edge <= LARGEST_MATRIX:
+            padded = window + (-window % 8 if step == 0 else 0)
+            yield Part("patch embedding", 2.0 * products * taken, 2.0 * products * padded)
+        else:
+            yield _same("patch embedding", 2.0 * products * taken)
 
 
 def _linear(name: str, rows: float, inputs: float, outputs: float) -> Part:
