@@ -166,7 +166,8 @@ def bench(
 ) -> None:
     """Compare AFFMAE with ViT-MAE on this machine: speed, memory, arithmetic.
 
-    Without options a quick look at the small network; `--full` measures both sizes at both resolutions.
+    Without options a quick look at the small network; `--full` measures both sizes at both resolutions. `--quality`
+    asks what the two learn in equal time, on your own labelled images.
     """
     from affmae_cli import bench_plan, quality_plan
     from affmae_cli.bench_compare import read_old
