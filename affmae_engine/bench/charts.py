@@ -25,6 +25,9 @@ _INK, _GRID = "#222222", "#DDDDDD"
 _DPI = 150
 _DODGE = 0.012
 """Shift of each curve along the (logarithmic) axis, so that error bars do not hide each other."""
+_WORK = {"pretrain": "Pretraining step", "finetune": "Finetuning step", "predict": "Prediction"}
+_BAR = 0.36
+_ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
@@ -144,9 +147,6 @@ def speed_and_memory(records: Sequence[Record], work: str, device: str) -> Figur
     return figure
 
 
-_WORK = {"pretrain": "Pretraining step", "finetune": "Finetuning step", "predict": "Prediction"}
-
-
 def _curve(axes: Axes, curve: Sequence[Record], shift: float, colour: str, init: str, label: str) -> None:
     full = init == "pretrained"
     axes.errorbar(
@@ -191,10 +191,6 @@ def _bars(axes: Axes, records: Sequence[Record], name: str, title: str, unit: st
     axes.set_ylim(0, 1.28 * highest)
     axes.set_ylabel(unit)
     axes.set_title(title)
-
-
-_BAR = 0.36
-_ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
 
 
 def _ratio(ratio: float, faster: bool) -> str:

@@ -33,6 +33,8 @@ def test_the_seed_decides_where_a_share_lies() -> None:
     starts = {share_of_labels(train, 0.1, seed)[0].z0 for seed in range(40)}
     assert len(starts) > 8 and min(starts) < 5 and max(starts) > 13
     assert share_of_labels(train, 0.1, 3) == share_of_labels(train, 0.1, 3)
+    first = [share_of_labels(train, 0.25, seed) for seed in range(3)]
+    assert not set(first[0]) & set(first[1]) and not set(first[1]) & set(first[2]), "a few seeds see different sections"
 
 
 def test_fractions_of_equal_section_counts_are_one() -> None:
