@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from affmae_engine import atomic
-from affmae_engine.bench.quality import MODELS, Lengths, Model, Part, PartResult, QualityPlan, Speed
+from affmae_engine.bench.quality import MODELS, Lengths, Model, Part, PartResult, QualityPlan, Speed, Status
 from affmae_engine.bench.quality_data import Parts
 from affmae_engine.bench.quality_process import Process
 from affmae_engine.bench.quality_worker import Job, Work, weights_of
@@ -225,7 +225,7 @@ class QualityRun:
             running = self.progress.running
             if message["event"] == "began":
                 running[message["name"]] = (0, 0)
-                self._mark(parts[message["name"]])
+                self._mark(parts[message["name"]], "running")
             elif message["event"] == "step":
                 running[message["name"]] = (message["step"], message["total"])
             elif message["event"] == "ended":
@@ -233,14 +233,15 @@ class QualityRun:
                 running.pop(message["name"], None)
                 if "speed" in message:
                     self.speeds[part.size, part.model, part.stage] = Speed(**message["speed"])
-                    self.progress.results[part].status = "waiting"
+                    self._mark(part, "waiting")
                 else:
                     self.progress.results[part] = PartResult(**message["result"])
                     self._commit()
 
-    def _mark(self, part: Part) -> None:
+    def _mark(self, part: Part, status: Status) -> None:
+        """Note where a part is, unless it is finished: weights that are gone are made again for the others' sake."""
         if self.progress.results[part].status != "ok":
-            self.progress.results[part].status = "running"
+            self.progress.results[part].status = status
 
     def _record_death(self, work: Work, reason: str) -> None:
         part = work.part
