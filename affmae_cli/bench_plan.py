@@ -98,11 +98,11 @@ def make_plan(options: Options) -> Plan:
         InputError: `data` is not a dataset.
         ResourceError: CUDA was asked for and is absent; the output folder cannot be written to.
     """
-    works = _names("--task", options.task, get_args(Work))
-    models = _names("--models", options.models, get_args(Model))
-    modes = _names("--vit", options.vit, get_args(VitMode))
-    chosen_ops = OPERATIONS if options.operations is None else _names("--ops", options.operations, OPERATIONS)
-    sizes = None if options.sizes is None else _names("--sizes", options.sizes, SIZES)
+    works = names_in("--task", options.task, get_args(Work))
+    models = names_in("--models", options.models, get_args(Model))
+    modes = names_in("--vit", options.vit, get_args(VitMode))
+    chosen_ops = OPERATIONS if options.operations is None else names_in("--ops", options.operations, OPERATIONS)
+    sizes = None if options.sizes is None else names_in("--sizes", options.sizes, SIZES)
     edges = None if options.resolutions is None else _edges(options.resolutions)
     count = None if options.batch == "auto" else _whole("--batch", options.batch, 1, 65_536, " or auto")
     if options.quick and options.full:
@@ -195,7 +195,7 @@ def _kernel_settings(grid: list[tuple[str, int, int]], *, same_batch: bool) -> l
     ]
 
 
-def _names(option: str, text: str, known: Iterable[str]) -> list[str]:
+def names_in(option: str, text: str, known: Iterable[str]) -> list[str]:
     """Names of a comma-separated list, each once."""
     known = list(known)
 

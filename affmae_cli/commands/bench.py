@@ -11,15 +11,32 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from affmae_cli import output
-from affmae_cli.options import DeviceOption, JsonOption, QuietOption
+from affmae_cli.bench_compare import CompareOption
+from affmae_cli.bench_tables import show_tables
+from affmae_cli.options import ConfigOption, DeviceOption, JsonOption, PresetOption, QuietOption, SetOption
+from affmae_cli.pixel_size import PixelSizeOption
+from affmae_cli.quality_options import (
+    BudgetOption,
+    FinetuneBudgetOption,
+    FractionsOption,
+    ImagesOption,
+    LabelsOption,
+    QualityOption,
+    SeedsOption,
+    UnlabelledOption,
+)
 
 if TYPE_CHECKING:
     from affmae_cli.bench_plan import Plan
     from affmae_cli.bench_view import View
+    from affmae_cli.quality_plan import QualityOptions
     from affmae_engine.bench.comparison import Comparison
     from affmae_engine.bench.kernels import KernelResult
     from affmae_engine.bench.report import Table
     from affmae_engine.bench.results import Ratio, Result
+
+    Old = dict[str, Any] | None
+    """An earlier result to compare with."""
 
 _NETWORKS, _HOW, _KERNELS = "What is compared", "How it is measured", "Single operations"
 
@@ -127,6 +144,19 @@ def bench(
         bool,
         typer.Option("--reference/--no-reference", help="Time the references too.", rich_help_panel=_KERNELS),
     ] = True,
+    quality: QualityOption = False,
+    images: ImagesOption = None,
+    labels: LabelsOption = None,
+    unlabelled: UnlabelledOption = None,
+    budget: BudgetOption = None,
+    finetune_budget: FinetuneBudgetOption = None,
+    seeds: SeedsOption = None,
+    label_fractions: FractionsOption = None,
+    pixel_size: PixelSizeOption = None,
+    preset: PresetOption = "auto",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    compare: CompareOption = None,
     device: DeviceOption = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write report.md and results.json there.")
@@ -136,10 +166,28 @@ def bench(
 ) -> None:
     """Compare AFFMAE with ViT-MAE on this machine: speed, memory, arithmetic.
 
-    Without options a quick look at the small network; `--full` measures both sizes at both resolutions.
+    Without options a quick look at the small network; `--full` measures both sizes at both resolutions. `--quality`
+    asks what the two learn in equal time, on your own labelled images.
     """
-    from affmae_cli import bench_plan
+    from affmae_cli import bench_plan, quality_plan
+    from affmae_cli.bench_compare import read_old
 
+    old = read_old(compare, "quality" if quality else "kernels" if kernels else "comparison")
+    speed_options = {
+        "--resolutions": resolutions, "--task": task != "pretrain", "--batch": batch != "auto", "--vit": vit != "auto",
+        "--models": models != "affmae,vit-mae", "--dtype": dtype != "auto", "--data": data, "--quick": quick,
+        "--full": full, "--rounds": rounds, "--steps": steps, "--compile": compile_ is not None, "--ops": ops,
+        "--max-batch": max_batch, "--profile": profile, "--kernels": kernels,
+    }  # fmt: skip
+    asked = quality_plan.QualityOptions(
+        images=images, labels=labels, unlabelled=unlabelled, budget=budget, finetune_budget=finetune_budget,
+        seeds=seeds, fractions=label_fractions, sizes=sizes, preset=preset, config=config, set_=set_, device=device,
+        pixel_size=pixel_size,
+    )  # fmt: skip
+    asked.refuse_mixture(quality, speed_options)
+    if quality:
+        _quality(asked, out, old, json=json, quiet=quiet)
+        return
     plan = bench_plan.make_plan(
         bench_plan.Options(
             sizes=sizes, resolutions=resolutions, batch=batch, task=task, models=models, vit=vit, dtype=dtype,
@@ -152,12 +200,27 @@ def bench(
         for remark in plan.remarks:
             output.say(remark, label="note", style="bold yellow")
     if kernels:
-        _kernels(plan, reference=reference, json=json, quiet=quiet)
+        _kernels(plan, old, reference=reference, json=json, quiet=quiet)
     else:
-        _networks(plan, json=json, quiet=quiet)
+        _networks(plan, old, json=json, quiet=quiet)
 
 
-def _kernels(plan: Plan, *, reference: bool, json: bool, quiet: bool) -> None:
+def _quality(asked: QualityOptions, out: Path | None, old: Old, *, json: bool, quiet: bool) -> None:
+    from affmae_cli.bench_compare import changes, with_changes
+    from affmae_cli.bench_quality import run_quality
+    from affmae_engine.bench import quality_report
+
+    values = run_quality(asked, out, quiet=quiet)
+    if json:
+        output.print_json(with_changes(values, old))
+        return
+    for sentence in quality_report.in_short(values):
+        output.show(sentence)
+    show_tables([*quality_report.tables(values), *changes(values, old)])
+
+
+def _kernels(plan: Plan, old: Old, *, reference: bool, json: bool, quiet: bool) -> None:
+    from affmae_cli.bench_compare import changes, with_changes
     from affmae_engine.bench import ceilings, report
     from affmae_engine.bench.kernels import run_cases
 
@@ -177,20 +240,22 @@ def _kernels(plan: Plan, *, reference: bool, json: bool, quiet: bool) -> None:
         if plan.out is not None:
             report.write(plan.out, values, report.markdown("kernels", about, tables, limits))
     if json:
-        output.print_json(values)
+        output.print_json(with_changes(values, old))
     else:
         output.show(f"copy {limits.gb_s:.0f} GB/s, matrix product {limits.tflop_s:.3g} TFLOP/s")
-        _show(tables)
+        show_tables([*tables, *changes(values, old)])
     _refuse_wrong(results)
 
 
-def _networks(plan: Plan, *, json: bool, quiet: bool) -> None:
+def _networks(plan: Plan, old: Old, *, json: bool, quiet: bool) -> None:
     """The comparison; what was measured is written after every process, so that nothing is lost on the way.
 
     Operations are checked while compilers run, which disturbs neither; nothing is timed before both are done.
     """
     from concurrent.futures import ThreadPoolExecutor
 
+    from affmae_cli.bench_charts import charted
+    from affmae_cli.bench_compare import changes, with_changes
     from affmae_cli.bench_view import showing
     from affmae_engine.bench import comparison_report, report
     from affmae_engine.bench.card import CardWatch
@@ -213,12 +278,15 @@ def _networks(plan: Plan, *, json: bool, quiet: bool) -> None:
                 values, results, ratios = _document(about, gate, plan, comparison, card.record())
                 if plan.out is not None:
                     report.write(plan.out, values, comparison_report.markdown(values, results, ratios))
+    if plan.out is not None:
+        section = charted(values, plan.out, quiet=quiet)
+        report.write(plan.out, values, comparison_report.markdown(values, results, ratios, section))
     if json:
-        output.print_json(values)
+        output.print_json(with_changes(values, old))
         return
     for sentence in comparison_report.sentences(ratios, results):
         output.show(sentence.replace("**", ""))
-    _show(comparison_report.tables(results, ratios))
+    show_tables([*comparison_report.tables(results, ratios), *changes(values, old)])
 
 
 def _document(
@@ -269,28 +337,3 @@ def _refuse_wrong(results: list[KernelResult]) -> None:
             f"({first.backend}): {first.note}",
             "their speed says nothing; --set kernels.backend=reference trains without the Triton kernels",
         )
-
-
-def _show(tables: list[Table]) -> None:
-    """Tables without their empty columns; where there is no terminal they are as wide as they need to be."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    for table in tables:
-        used = table.without_empty_columns()
-        if not used.columns:
-            continue
-        shown = RichTable(title=Text(used.title), title_justify="left", box=box.SIMPLE_HEAD)
-        for name in used.columns:
-            shown.add_column(Text(name), overflow="fold")
-        for row in used.rows:
-            shown.add_row(*(Text(output.printable(cell)) for cell in row))
-        console = Console(highlight=False, emoji=False)
-        if not console.is_terminal:
-            natural = Console(width=1000).measure(shown).maximum
-            console = Console(highlight=False, emoji=False, width=max(natural, len(used.title)))
-        with console.capture() as rendered:
-            console.print(shown)
-        output.show(rendered.get())

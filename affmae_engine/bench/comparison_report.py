@@ -158,7 +158,7 @@ def _circumstances(values: dict[str, Any]) -> list[str]:
     lines = [
         f"- {values['device']}; driver {card.get('driver', 'unknown')}; {versions}; Python {values['python']}; "
         f"{values['cpus']} processors; {values['platform']}",
-        f"- {_commit(values['git'])}",
+        f"- {commit(values['git'])}",
         f"- measured {values['created']} by `{' '.join(values['command'])}`: {settings['rounds']} rounds of "
         f"{settings['steps']} timed steps after {settings['warmup']}",
         f"- {values['mask_kind']} masks of {values['mask_ratio']:.0%}, {values['merge_keep']:.0%} of the tokens kept "
@@ -168,7 +168,7 @@ def _circumstances(values: dict[str, Any]) -> list[str]:
         f"references; largest relative error {gate['worst_error']:.1e}",
     ]
     if "clock_mhz" in card:
-        lines.append(f"- {_clocks(card)}")
+        lines.append(f"- {clocks(card)}")
     if card.get("other_processes"):
         lines.append(f"- {card['other_processes']} other processes were on the card")
     if "problem" in card:
@@ -183,13 +183,15 @@ def _backends(backends: dict[str, str]) -> str:
     return ", ".join(f"{name} {backend}" for name, backend in backends.items())
 
 
-def _commit(git: dict[str, Any] | None) -> str:
+def commit(git: dict[str, Any] | None) -> str:
+    """Which commit was run, in words."""
     if git is None:
         return "not run from a checkout, so the commit is not known"
     return f"commit {git['commit'][:12]}{', with changes' if git['modified'] else ''}"
 
 
-def _clocks(card: dict[str, Any]) -> str:
+def clocks(card: dict[str, Any]) -> str:
+    """What `CardWatch.record` saw under load, in words; it must have seen some."""
     clock, held = card["clock_mhz"], card["throttling"]
     causes = ", ".join(f"{name} ({share:.0%} of the time)" for name, share in held.items())
     return (

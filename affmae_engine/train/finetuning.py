@@ -30,7 +30,7 @@ from affmae_engine.train.weights import WeightsMetadata
 
 
 def finetune_task(
-    config: RunConfig, store: Store, *, init_from: Path | None = None
+    config: RunConfig, store: Store, *, init_from: Path | None = None, parts: Split | None = None
 ) -> tuple[RunConfig, Task, TransferReport | None]:
     """Everything that the loop needs to train a segmenter on a labelled store.
 
@@ -39,6 +39,7 @@ def finetune_task(
         store: made by `labels.gather.write_labelled_store`.
         init_from: run, checkpoint or weights to start from; None starts from random weights. When a run is resumed
             its checkpoint replaces whatever the model starts with, so nothing is loaded then.
+        parts: labelled regions to train on and to validate on; None: as `finetune.val_images` and `val_fraction` say.
 
     Returns:
         the configuration with classes, class weights and steps filled in; the task; what became of the weights.
@@ -48,7 +49,7 @@ def finetune_task(
         InputError: labels that are no classes, nothing labelled, too little data for a validation set.
     """
     names = _class_names(config, store)
-    parts = _split(config, store)
+    parts = parts or _split(config, store)
     normalisation = Normalisation.from_store(config.data, store)
     dataset = SegmentationDataset(
         store, parts.train, config, classes=len(names), normalisation=normalisation, seed=config.train.seed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from affmae_engine.config import ModelConfig, OptimConfig, RunConfig
 from affmae_engine.data.dataset import PretrainDataset, croppable_planes
 from affmae_engine.data.normalise import Normalisation
-from affmae_engine.data.split import split
+from affmae_engine.data.split import Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
 from affmae_engine.model.build import Autoencoder, build_autoencoder, encoder_layers
@@ -28,7 +28,9 @@ from affmae_engine.train.transfer import follow_origin
 from affmae_engine.train.weights import WeightsMetadata
 
 
-def pretrain_task(config: RunConfig, store: Store, *, init_from: Path | None = None) -> tuple[RunConfig, Task]:
+def pretrain_task(
+    config: RunConfig, store: Store, *, init_from: Path | None = None, parts: Split | None = None
+) -> tuple[RunConfig, Task]:
     """Everything that the loop needs to pretrain on a store.
 
     Args:
@@ -36,6 +38,7 @@ def pretrain_task(config: RunConfig, store: Store, *, init_from: Path | None = N
         store: the images; labels are not looked at.
         init_from: run, checkpoint or weights to start from; None starts from random weights. When a run is resumed
             its checkpoint replaces whatever the model starts with, so nothing is loaded then.
+        parts: regions to train on and to hold out; None: as `data.holdout` says.
 
     Returns:
         the configuration with the number of steps filled in, and the task.
@@ -45,7 +48,7 @@ def pretrain_task(config: RunConfig, store: Store, *, init_from: Path | None = N
         InputError: no image can be cropped; weights that are not there.
         CorruptError: damaged weights.
     """
-    parts = split(store.images, config.data.holdout, seed=config.train.seed)
+    parts = parts or split(store.images, config.data.holdout, seed=config.train.seed)
     dataset = PretrainDataset(store, parts.train, config, seed=config.train.seed)
     if config.train.epochs is not None:
         steps = max(1, math.ceil(config.train.epochs * dataset.samples_per_epoch / config.train.batch_size))

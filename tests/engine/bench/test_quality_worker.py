@@ -1,0 +1,151 @@
+"""What a worker makes of a part: scores, times, and failures that are results."""
+
+import pytest
+import torch
+
+from affmae_engine.bench import quality_worker
+from affmae_engine.bench.quality import Part, QualityPlan
+from affmae_engine.bench.quality_data import parts_of
+from affmae_engine.bench.quality_pace import Pace
+from affmae_engine.bench.quality_worker import Job, Work, calibrate, train_part, weights_of
+from affmae_engine.config import RunConfig
+from affmae_engine.data.phantom import CLASS_NAMES, generate
+from affmae_engine.events import RunStarted, StepLogged
+
+TINY = {
+    "model": {"size": "tiny"}, "data": {"crop_size": 32, "workers": 0}, "kernels": {"compile": False},
+    "train": {"batch_size": 4, "micro_batch": 2, "device": "cpu"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return RunConfig.model_validate(TINY)
+
+
+@pytest.fixture
+def store(make_labelled_store):
+    phantom = generate((6, 64, 64), seed=25)
+    return make_labelled_store({"stack": (phantom.image_ZYX, phantom.labels_ZYX)}, class_names=CLASS_NAMES)
+
+
+@pytest.fixture
+def work(config: RunConfig):
+    """work(part, steps, calibrate_s): a piece of work with the settings of a comparison."""
+    plan = QualityPlan(("tiny",), (0,), (1.0,), 10.0, 5.0, {("tiny", t): config for t in ("pretrain", "finetune")})
+
+    def make(part: Part, steps: int = 2, calibrate_s: float | None = None) -> Work:
+        return Work(part, plan.config_of(part, steps).model_dump(mode="json"), calibrate_s)
+
+    return make
+
+
+def test_a_job_survives_json(work) -> None:
+    job = Job("store", "runs", 0.2, (work(Part("tiny", "affmae", 0)), work(Part("tiny", "vit-mae", 1, "scratch", 0.5))))
+    assert Job.from_json(job.to_json()) == job
+
+
+def test_pretraining_and_finetuning_give_scores(store, work, tmp_path) -> None:
+    parts, told = parts_of(store, 0.2), []
+    first = Part("tiny", "vit-mae", 0)
+    pretrained = train_part(work(first), store, parts, tmp_path, told.append)
+    assert pretrained.status == "ok", pretrained.note
+    assert pretrained.steps == 2 and pretrained.images == 8 and pretrained.held_out_loss > 0
+    assert pretrained.train_s > 0 and pretrained.seconds > pretrained.train_s
+    assert weights_of(first, tmp_path).is_file(), "finetunings start from it"
+    assert {m["step"] for m in told} == {1, 2} and told[-1]["total"] == 2
+
+    tuned = Part("tiny", "vit-mae", 0, "pretrained", 0.5)
+    result = train_part(work(tuned), store, parts, tmp_path, told.append)
+    assert result.status == "ok", result.note
+    assert 0 <= result.miou <= 1 and result.sections == 2 and len(result.per_class) == 5
+    pixels = sum(figures["pixels"] for figures in result.per_class.values())
+    assert pixels == sum((r.z1 - r.z0) * 64 * 64 for r in parts.test), (
+        "all of the test part, and nothing else, is scored"
+    )
+    assert not (tmp_path / tuned.name / "checkpoints").exists()
+
+
+def test_without_pretraining_there_is_no_finetuning_from_it(store, work, tmp_path) -> None:
+    part = Part("tiny", "affmae", 0, "pretrained", 1.0)
+    result = train_part(work(part), store, parts_of(store, 0.2), tmp_path, lambda message: None)
+    assert (result.status, result.note) == ("failed", "its pretraining gave no weights")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "note"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB"), "out of memory", "80 GiB"),
+        (RuntimeError("cuDNN error\nmore"), "failed", "RuntimeError: cuDNN error"),
+    ],
+)
+def test_failures_are_results(raised, status, note, store, work, tmp_path, monkeypatch, capsys) -> None:
+    def fail(*args: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(quality_worker, "_fit", fail)
+    part = Part("tiny", "affmae", 0, "scratch", 1.0)
+    result = train_part(work(part), store, parts_of(store, 0.2), tmp_path, lambda message: None)
+    assert result.status == status and note in result.note and "\n" not in result.note and result.miou is None
+    assert "Traceback" in capsys.readouterr().err, "the log has it all"
+
+
+def test_divergence_is_a_result(store, config, tmp_path) -> None:
+    wild = config.model_copy(
+        update={
+            "optim": config.optim.model_copy(update={"lr": 1e30, "clip_norm": 0.0, "warmup_steps": 0}),
+            "train": config.train.model_copy(update={"steps": 6, "log_every": 1, "max_nonfinite": 2}),
+        }
+    )
+    part = Part("tiny", "vit-mae", 0, "scratch", 1.0)
+    wild = wild.model_copy(update={"model": wild.model.model_copy(update={"family": "vit-mae"})})
+    result = train_part(
+        Work(part, wild.model_dump(mode="json")), store, parts_of(store, 0.2), tmp_path, lambda message: None
+    )
+    assert result.status == "diverged" and "non-finite" in result.note
+
+
+def test_calibration_halves_what_does_not_fit(store, work, tmp_path, monkeypatch) -> None:
+    real, tried = quality_worker._fit, []
+
+    def fit(run, config, *rest):
+        tried.append(config.train.micro_batch)
+        if config.train.micro_batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(run, config, *rest)
+
+    monkeypatch.setattr(quality_worker, "_fit", fit)
+    part = Part("tiny", "vit-mae", 0, "scratch", 1.0)
+    speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
+    assert tried == [2, 1] and speed.micro_batch == 1 and 0 < speed.step_s < 10
+    assert not list(tmp_path.glob("calibration-*")), "nothing is left of it"
+
+    monkeypatch.setattr(quality_worker, "_fit", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
+    assert speed.step_s is None and speed.status == "out of memory"
+
+
+def logged(step: int, step_s: float) -> StepLogged:
+    return StepLogged(
+        step=step, losses={"loss": 1.0}, lr=1e-3, grad_norm=1.0, images_per_s=1.0, data_wait=0.0, step_s=step_s,
+        memory_gib=1.0, memory_peak_gib=1.0, eta_s=1.0,
+    )  # fmt: skip
+
+
+def test_start_up_is_not_the_pace() -> None:
+    pace = Pace(warmup=10)
+    for event in (logged(5, 4.0), logged(10, 0.5), logged(15, 0.2), logged(20, 0.3), logged(25, 0.2)):
+        pace(event)
+    assert pace.step_s == pytest.approx(0.2)
+    assert pace.train_s == pytest.approx(5 * (4.0 + 0.5 + 0.2 + 0.3 + 0.2))
+    assert pace.startup_s == pytest.approx(5 * 3.8 + 5 * 0.3)
+
+
+def test_a_pace_asks_for_a_stop_once_it_has_measured_enough() -> None:
+    pace = Pace(warmup=2, enough_s=1.0)
+    pace(RunStarted(task="pretrain", run="r", step=0, total_steps=9, resumed=False, device="", precision="",
+                    parameters=1, batch_size=1))  # fmt: skip
+    for step in range(1, 30):
+        pace(logged(step, 0.125))
+        assert pace.stop.requested == (step >= 10), "two steps of warm-up, then a second of eight steps"
+    assert pace.startup_s == pytest.approx(0.0)
