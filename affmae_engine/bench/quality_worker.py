@@ -116,7 +116,8 @@ def calibrate(work: Work, store: Store, parts: Parts, runs: Path) -> Speed:
     Where the micro-batch does not fit into the card's memory, halves are tried, which changes nothing but the time.
     """
     config = RunConfig.model_validate(work.config)
-    micro, batch = config.train.micro_batch or config.train.batch_size, config.train.batch_size
+    batch, asked = config.train.batch_size, config.train.micro_batch
+    micro = asked if isinstance(asked, int) else batch
     while True:
         speed = _measure(work, config, micro, store, parts, runs)
         _free()
