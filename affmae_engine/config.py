@@ -27,30 +27,36 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network (paper section 3). Widths and depths come from `size`; see `affmae_engine.model.sizes`."""
+    """The network (paper section 3). Widths and depths come from `family` and `size`; see `affmae_engine.model.sizes`
+    and `affmae_engine.model.vit_mae`."""
 
-    family: Literal["affmae"] = "affmae"
-    """Architecture."""
+    family: Literal["affmae", "vit-mae"] = "affmae"
+    """Architecture: AFFMAE, or the plain ViT-MAE of the same size that it is compared with. A ViT merges nothing, so
+    the fields marked "AFFMAE only" mean nothing to it, nor do `[loss]` and `kernels.backend`; it takes about three
+    times the memory, so a preset's `train.micro_batch` may have to be lowered."""
     size: Literal["tiny", "small", "base"] = "small"
-    """Widths and depths: `small` (23 M parameters), `base` (66 M), `tiny` (under 1 M, for CPUs and tests)."""
+    """Widths and depths: `small` (23 M parameters; ViT-MAE 22 M), `base` (65 M; 64 M), `tiny` (1 M, for CPUs and
+    tests)."""
     channels: Positive = 1
     """Image channels; EM is grey, so 1."""
     patch_size: Literal[2, 4, 8, 16, 32] = 8
     """Edge of one token, in pixels."""
     cluster_size: Positive = 8
-    """Tokens in one cluster (m)."""
+    """Tokens in one cluster (m). AFFMAE only."""
     neighbours: Positive = 64
-    """Tokens that one token attends to (M); a multiple of `cluster_size`."""
+    """Tokens that one token attends to (M); a multiple of `cluster_size`. AFFMAE only: a ViT's attend to all."""
     merging: Literal["cluster", "l2norm"] = "cluster"
-    """How tokens are merged between stages: learned scores with gathering, or selection by feature norm."""
+    """How tokens are merged between stages: learned scores with gathering, or selection by feature norm. AFFMAE
+    only."""
     merge_keep: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the tokens that survives each merging (rho)."""
+    """Share of the tokens that survives each merging (rho). AFFMAE only."""
     drop_path: Fraction = 0.1
-    """Stochastic depth of the deepest encoder block; rises linearly from 0."""
+    """Stochastic depth of the deepest encoder block; rises linearly from 0. In a ViT for finetuning only, as He et al.
+    have it."""
     decoder_dropout: Fraction = 0.1
-    """Dropout of the decoder's residual branches."""
+    """Dropout of the decoder's residual branches. AFFMAE only: a ViT's decoder has none."""
     decoder_ffn_ratio: Annotated[float, Field(gt=0)] = 2.0
-    """Hidden width of the decoder's feed-forward layer, as a multiple of its width."""
+    """Hidden width of the decoder's feed-forward layer, as a multiple of its width. AFFMAE only: a ViT's is 4."""
 
     @model_validator(mode="after")
     def _whole_clusters(self) -> ModelConfig:
@@ -98,7 +104,7 @@ class MaskConfig(Section):
 
 
 class LossConfig(Section):
-    """Deep supervision (method sections 5 and 6)."""
+    """Deep supervision of AFFMAE's decoder steps (method sections 5 and 6); a ViT has none of them."""
 
     step2: Annotated[float, Field(ge=0)] = 0.12
     """Weight of the loss after decoder step 2 (stages 4 and 3)."""

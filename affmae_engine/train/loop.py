@@ -23,6 +23,7 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.loading import batches
 from affmae_engine.errors import AffmaeError, ConfigError, Interrupted, ResourceError
 from affmae_engine.events import Event, RunEnded, RunStarted, finite
+from affmae_engine.model.build import runs_kernels
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
 from affmae_engine.train.compile import compile_regions
@@ -215,7 +216,7 @@ def _started(session: Session, *, resumed: bool) -> RunStarted:
         precision=session.choice.precision,
         parameters=sum(parameter.numel() for parameter in session.state.model.parameters()),
         batch_size=config.train.batch_size,
-        backends=kernel_backends(config.kernels.backend, session.choice.device),
+        backends=kernel_backends(config.kernels.backend, session.choice.device) if runs_kernels(config.model) else {},
     )
 
 
