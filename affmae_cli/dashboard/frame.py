@@ -119,7 +119,8 @@ def _x_axis(view: View, left: int, columns: int, right: int, below: int) -> list
     rule = ["─"] * columns
     text = [" "] * (left + columns + right)
     free = 0
-    for tick in linear_ticks(view.x0, view.x1, max(2, columns // _COLUMNS_PER_TICK)):
+    most = min(max(2, columns // _COLUMNS_PER_TICK), int(view.x1 - view.x0))  # there is nothing between two steps
+    for tick in linear_ticks(view.x0, view.x1, most):
         at = int(np.rint(view.columns(np.array([tick]), columns * 2)[0])) // 2
         rule[at] = "┬"
         label = count_label(tick)

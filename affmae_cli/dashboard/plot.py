@@ -174,7 +174,7 @@ def draw(traces: Sequence[Trace], view: View, columns: int, rows: int, grid: Seq
 
 
 def _joined(row: Floats, column: Floats) -> tuple[Floats, Floats]:
-    """Points on straight lines between neighbours, close enough that no dot is left out."""
+    """The points, and others on straight lines between neighbours, close enough that no dot is left out."""
     if len(row) < 2:
         return row, column
     reach = np.maximum(np.abs(np.diff(row)), np.abs(np.diff(column)))
@@ -184,7 +184,8 @@ def _joined(row: Floats, column: Floats) -> tuple[Floats, Floats]:
     start = np.repeat(np.cumsum(count) - count, count)
     share = (np.arange(count.sum()) - start) / np.repeat(np.maximum(count - 1, 1), count)
     at = np.repeat(np.arange(len(row) - 1), count)
-    return row[at] + share * np.diff(row)[at], column[at] + share * np.diff(column)[at]
+    between = row[at] + share * np.diff(row)[at], column[at] + share * np.diff(column)[at]
+    return np.concatenate([row, between[0]]), np.concatenate([column, between[1]])
 
 
 def layers(traces: Sequence[Trace], x0: float, x1: float, *, smoothing: bool) -> list[Trace]:

@@ -83,7 +83,7 @@ def memory(view: RunView) -> tuple[Figure, ...]:
         )
     if step is None:
         return (Figure("memory", NOT_AVAILABLE, "muted"),)
-    return (Figure("memory", f"{'process' if view.on_cpu else 'this run'} {step.memory_gib:.1f}{peak_text(peak)} GiB"),)
+    return (Figure("process" if view.on_cpu else "this run", f"{gib(step.memory_gib)}{peak_text(peak)}"),)
 
 
 def machine(view: RunView) -> tuple[Figure, ...]:

@@ -6,7 +6,7 @@ import math
 
 
 def linear_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) within [low, high], at most `most` of them."""
+    """Round values (1, 2 or 5 times a power of ten apart) within [low, high], with at most `most` gaps between."""
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low or most < 1:
         return []
     raw = (high - low) / most
@@ -14,7 +14,7 @@ def linear_ticks(low: float, high: float, most: int) -> list[float]:
     step = next(power * m for m in (1, 2, 5, 10, 20) if (high - low) / (power * m) <= most)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)][:most]
+    return [number * step for number in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
