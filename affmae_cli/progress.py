@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, OverflowMethod, RenderableType
@@ -35,7 +36,14 @@ _STOPPING = "stopping after this step; Ctrl-C once more leaves at once, without 
 
 
 def watched_fit(
-    run: RunDir, config: RunConfig, task: Task, *, resume: bool = False, quiet: bool = False, tensorboard: bool = False
+    run: RunDir,
+    config: RunConfig,
+    task: Task,
+    *,
+    data: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    tensorboard: bool = False,
 ) -> Summary:
     """`fit` with signals caught and progress shown on stderr, or in the dashboard of the process that started this one.
 
@@ -43,6 +51,7 @@ def watched_fit(
         run: as for `fit`.
         config: as for `fit`.
         task: as for `fit`.
+        data: the dataset, for other processes of the same run.
         resume: as for `fit`.
         quiet: show warnings only.
         tensorboard: write TensorBoard files too.
@@ -51,12 +60,14 @@ def watched_fit(
         ConfigError: TensorBoard files were asked for and the package is missing.
         AffmaeError: as `fit`.
     """
+    from affmae_cli.processes import announced
     from affmae_cli.tensorboard_copy import tensorboard_copy
     from affmae_cli.trainer_process import announcer, is_trainer
     from affmae_engine.train.loop import fit
     from affmae_engine.train.signals import StopRequest
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(announced(run, config, task.name, data, resume=resume))
         copies = [stack.enter_context(tensorboard_copy(run))] if tensorboard else []
         if is_trainer():
             stop = stack.enter_context(StopRequest().installed())

@@ -51,9 +51,9 @@ def summary(reader: RunReader, *, width: int = 80) -> RenderableType:
         table.add_row("config", Text(output.printable(reader.problem), style="yellow"))
     for index, verdict in enumerate(state.verdicts() if state.latest is not None else []):
         table.add_row("verdict" if index == 0 else "", Text(verdict.text, style=_LEVEL_STYLES[verdict.level]))
-    told = [text for event in state.recent if (text := line(event, state.total_steps))]
-    for index, text in enumerate(told[-_EVENTS:]):
-        table.add_row("events" if index == 0 else "", Text(output.printable(text)))
+    events = [line(event, state.total_steps) for event in state.recent]
+    for index, event in enumerate([event for event in events if event][-_EVENTS:]):
+        table.add_row("events" if index == 0 else "", Text(output.printable(event)))
     parts.append(table)
     if status.kind in ("failed", "gone"):
         parts += [Text("the log's end:", style="dim")]

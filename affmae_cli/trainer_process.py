@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO, TYPE_CHECKING
 
 from affmae_cli import output
@@ -76,7 +77,7 @@ class Trainer:
         self._process = process
         self._pipe = pipe
         self._words, self._passed_on = words, 0
-        self._interrupts = 0
+        self._interrupted = False
 
     @classmethod
     def start(cls) -> Trainer:
@@ -108,17 +109,19 @@ class Trainer:
 
     def wait_for_run(self) -> Path | None:
         """Pass on what the trainer says until it has begun; returns its run, or None when it ended before that."""
-        with output.console().status("getting ready ..."), os.fdopen(self._pipe, "rb") as pipe:
-            ready = False
-            while not ready:
-                with self._interruptible():
-                    ready = bool(select.select([pipe], [], [], 0.1)[0])
-                    self._relay()
+        with (
+            self._passing_on_interrupts(),
+            output.console().status("getting ready ..."),
+            os.fdopen(self._pipe, "rb") as pipe,
+        ):
+            while not select.select([pipe], [], [], 0.1)[0]:
+                self._relay()
             said = pipe.readline()  # one short line, or the end
-        if not said:
-            self._wait()
-            return None
+            if not said:
+                self._process.wait()
         self._relay()
+        if not said:
+            return None
         found = json.loads(said)
         self._words.close()
         self._words, self._passed_on = Path(found["console"]).open("rb"), found["offset"]  # noqa: SIM115
@@ -133,19 +136,13 @@ class Trainer:
                 except KeyboardInterrupt:
                     output.say(f"left while {root} saves and stops by itself")
                     return 128 + signal.SIGINT
-        self._wait()
+        self._relay()
         return self.exit_code()
 
     def exit_code(self) -> int:
         """As a shell reports it; only when the trainer has ended."""
         code = self._process.wait()
         return code if code >= 0 else 128 - code
-
-    def _wait(self) -> None:
-        while self.poll() is None:
-            with self._interruptible(), contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.1)
-        self._relay()
 
     def _relay(self) -> None:
         # The trainer writes through the same description of the file, so its position is not ours to move.
@@ -159,12 +156,18 @@ class Trainer:
                 output.say(line)
 
     @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
+    def _passing_on_interrupts(self) -> Iterator[None]:
+        """Ctrl-C, which the terminal sends to us alone, goes to the trainer; the second one ends it at once."""
+
+        def pass_on(_number: int, _frame: FrameType | None) -> None:
+            self._process.send_signal(signal.SIGKILL if self._interrupted else signal.SIGINT)
+            self._interrupted = True
+
+        before = signal.signal(signal.SIGINT, pass_on)
         try:
             yield
-        except KeyboardInterrupt:
-            self._interrupts += 1
-            self._process.send_signal(signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def is_trainer() -> bool:
@@ -185,8 +188,14 @@ def announcer(run: RunDir) -> Callable[[Event], None]:
         said = True
         sys.stdout.flush()
         sys.stderr.flush()
-        console = os.open(run.console, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        where = {"run": str(run.root), "console": str(run.console), "offset": os.fstat(console).st_size}
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        path = run.console
+        try:
+            console = os.open(path, flags, 0o666)
+        except OSError:  # a full disk is told elsewhere
+            path = Path(os.devnull)
+            console = os.open(path, flags)
+        where = {"run": str(run.root), "console": str(path), "offset": os.fstat(console).st_size}
         os.dup2(console, 1)
         os.dup2(console, 2)
         os.close(console)

@@ -27,30 +27,36 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network (paper section 3). Widths and depths come from `size`; see `affmae_engine.model.sizes`."""
+    """The network (paper section 3). Widths and depths come from `family` and `size`; see `affmae_engine.model.sizes`
+    and `affmae_engine.model.vit_mae`."""
 
-    family: Literal["affmae"] = "affmae"
-    """Architecture."""
+    family: Literal["affmae", "vit-mae"] = "affmae"
+    """Architecture: AFFMAE, or the plain ViT-MAE of the same size that it is compared with. A ViT merges nothing, so
+    the fields marked "AFFMAE only" mean nothing to it, nor do `[loss]` and `kernels.backend`; it takes about three
+    times the memory, so a preset's `train.micro_batch` may have to be lowered."""
     size: Literal["tiny", "small", "base"] = "small"
-    """Widths and depths: `small` (23 M parameters), `base` (66 M), `tiny` (under 1 M, for CPUs and tests)."""
+    """Widths and depths: `small` (23 M parameters; ViT-MAE 22 M), `base` (65 M; 64 M), `tiny` (1 M, for CPUs and
+    tests)."""
     channels: Positive = 1
     """Image channels; EM is grey, so 1."""
     patch_size: Literal[2, 4, 8, 16, 32] = 8
     """Edge of one token, in pixels."""
     cluster_size: Positive = 8
-    """Tokens in one cluster (m)."""
+    """Tokens in one cluster (m). AFFMAE only."""
     neighbours: Positive = 64
-    """Tokens that one token attends to (M); a multiple of `cluster_size`."""
+    """Tokens that one token attends to (M); a multiple of `cluster_size`. AFFMAE only: a ViT's attend to all."""
     merging: Literal["cluster", "l2norm"] = "cluster"
-    """How tokens are merged between stages: learned scores with gathering, or selection by feature norm."""
+    """How tokens are merged between stages: learned scores with gathering, or selection by feature norm. AFFMAE
+    only."""
     merge_keep: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the tokens that survives each merging (rho)."""
+    """Share of the tokens that survives each merging (rho). AFFMAE only."""
     drop_path: Fraction = 0.1
-    """Stochastic depth of the deepest encoder block; rises linearly from 0."""
+    """Stochastic depth of the deepest encoder block; rises linearly from 0. In a ViT for finetuning only, as He et al.
+    have it."""
     decoder_dropout: Fraction = 0.1
-    """Dropout of the decoder's residual branches."""
+    """Dropout of the decoder's residual branches. AFFMAE only: a ViT's decoder has none."""
     decoder_ffn_ratio: Annotated[float, Field(gt=0)] = 2.0
-    """Hidden width of the decoder's feed-forward layer, as a multiple of its width."""
+    """Hidden width of the decoder's feed-forward layer, as a multiple of its width. AFFMAE only: a ViT's is 4."""
 
     @model_validator(mode="after")
     def _whole_clusters(self) -> ModelConfig:
@@ -98,7 +104,7 @@ class MaskConfig(Section):
 
 
 class LossConfig(Section):
-    """Deep supervision (method sections 5 and 6)."""
+    """Deep supervision of AFFMAE's decoder steps (method sections 5 and 6); a ViT has none of them."""
 
     step2: Annotated[float, Field(ge=0)] = 0.12
     """Weight of the loss after decoder step 2 (stages 4 and 3)."""
@@ -126,7 +132,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop: length, batch, precision and how often things happen. Every interval is in optimizer steps."""
+    """The loop: length, batch, precision and how often things happen. Intervals are in optimizer steps."""
 
     steps: Positive = 10_000
     """Optimizer steps of the run; ignored when `epochs` is given."""
@@ -134,8 +140,9 @@ class TrainConfig(Section):
     """Length in passes over the data instead; turned into `steps` when the data is known."""
     batch_size: Positive = 32
     """Images per optimizer step, over all processes and accumulation."""
-    micro_batch: Positive | None = None
-    """Images per forward pass on one device; None takes the whole share of `batch_size`."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Images per forward pass on one device; `auto` measures what fits this card, None takes the whole share of
+    `batch_size`. Changes memory and speed, not the result; halved by itself when memory runs out."""
     precision: Precision = "auto"
     """`auto` is bf16 on a CUDA card that has it, fp16 on an older one, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -150,10 +157,17 @@ class TrainConfig(Section):
     """Steps between two preview pictures; 0 only at the end."""
     checkpoint_every: NonNegative = 500
     """Steps between two checkpoints; 0 only at the end."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 15.0
+    """Minutes after which a checkpoint is saved, however few steps they were; 0 counts steps only."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept, besides the best one."""
     max_nonfinite: Positive = 25
     """Steps in a row with a non-finite loss or gradient (each is skipped) before the run is stopped."""
+    max_nonfinite_share: Fraction = 0.01
+    """Share of the last 1000 steps that may be non-finite before the run is stopped; 0 turns this off. Not with fp16,
+    whose loss scale is found by overflows."""
+    spike_factor: Annotated[float, Field(ge=0)] = 8.0
+    """A logged loss this many spreads (of the 50 logged before it) above their median is reported; 0 turns it off."""
 
 
 class FinetuneConfig(Section):
@@ -238,7 +252,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _whole_batches(self) -> RunConfig:
         micro = self.train.micro_batch
-        if micro is not None and self.train.batch_size % micro:
+        if isinstance(micro, int) and self.train.batch_size % micro:
             raise ValueError(
                 f"train.batch_size ({self.train.batch_size}) must be a multiple of train.micro_batch ({micro})"
             )

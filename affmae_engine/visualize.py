@@ -48,7 +48,8 @@ class ReconstructionRow:
     """One image of a reconstruction picture.
 
     image_YX: normalised input. masked_YX: True where pixels were hidden. images: reconstruction [Y, X] by title, in
-    the order of the columns. stage_positions: (x, y) canvas cells [N, 2] of each encoder stage, finest first.
+    the order of the columns. stage_positions: (x, y) canvas cells [N, 2] of each encoder stage, finest first; empty
+    where no tokens are merged.
     """
 
     image_YX: NDArray[np.float32]
@@ -85,11 +86,12 @@ def reconstruction_picture(rows: Sequence[ReconstructionRow], *, patch: int, wid
     """Images one below the other: original, masked, the reconstructions, and where the tokens of each stage are.
 
     Args:
-        rows: at least one; all with the same titles.
+        rows: at least one; all with the same titles. Without stage positions the last column is left out.
         patch: edge of a canvas cell in pixels.
         width: of the picture, about.
     """
-    titles = ["original", "masked", *rows[0].images, "tokens by stage"]
+    merged = bool(rows[0].stage_positions)
+    titles = ["original", "masked", *rows[0].images, *(["tokens by stage"] if merged else [])]
     edge = max(32, (width - _GAP * (len(titles) + 1)) // len(titles))
     tiles = []
     for row in rows:
@@ -98,12 +100,13 @@ def reconstruction_picture(rows: Sequence[ReconstructionRow], *, patch: int, wid
         hidden = np.where(row.masked_YX, np.uint8(128), grey)
         line = [grey, hidden, *(to_grey(image, limits) for image in row.images.values())]
         tiles.append([_fitted(_as_rgb(tile), edge) for tile in line])
-        tiles[-1].append(token_picture(row.image_YX, row.stage_positions, patch=patch, edge=edge))
+        if merged:
+            tiles[-1].append(token_picture(row.image_YX, row.stage_positions, patch=patch, edge=edge))
     legend = [
         (f"token kept until stage {stage}" if stage > 1 else "token of stage 1 only", colour)
         for stage, colour in enumerate(STAGE_COLOURS, 1)
     ]
-    return _table(tiles, titles, legend)
+    return _table(tiles, titles, legend if merged else [])
 
 
 def token_picture(

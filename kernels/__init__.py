@@ -5,7 +5,8 @@ the contract (shapes, dtypes, gradients, checks, choice of backend), `reference.
 which is specification, CPU path and test oracle in one.
 
 Reading order: `neighbourhoods` (clusters of points on a canvas and who is near whom), `cluster_attention`,
-`token_merging`, `point_attention`, `residual_norm`; then `dispatch` (which implementation runs and why).
+`token_merging`, `point_attention`; `residual_norm`, `bias_gelu` and `linear_relu`, the seams between them; then
+`dispatch` (which implementation runs and why).
 
 Axes: B batch, N tokens, C channels, A heads, D head width, m cluster size, K clusters or survivors, M neighbours,
 Q queries, S samples, T = h * w canvas cells. Positions are integer cells (x, y); a canvas index is y * w + x.

@@ -14,6 +14,16 @@ import torch
 
 from affmae_kernels import launch
 
+OPERATIONS = (
+    "neighbourhoods",
+    "cluster_attention",
+    "token_merging",
+    "point_attention",
+    "residual_norm",
+    "bias_gelu",
+    "linear_relu",
+)
+"""Every operation that has kernels, by the name of its package."""
 Backend = Literal["auto", "triton", "reference"]
 _BACKENDS = get_args(Backend)
 

@@ -1,13 +1,12 @@
-"""`affmae bench`: whole training steps against ViT-MAE, or (`--kernels`) single operations against their references.
+"""`affmae bench`: AFFMAE against ViT-MAE on this machine, or (`--kernels`) single operations against their references.
 
 What is wrong is not timed: each operation is first compared with its float64 reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,53 +15,109 @@ from affmae_cli.options import DeviceOption, JsonOption, QuietOption
 
 if TYPE_CHECKING:
     from affmae_cli.bench_plan import Plan
+    from affmae_cli.bench_view import View
+    from affmae_engine.bench.comparison import Comparison
     from affmae_engine.bench.kernels import KernelResult
     from affmae_engine.bench.report import Table
+    from affmae_engine.bench.results import Ratio, Result
 
-_STEPS, _KERNELS = "Training steps", "Single operations"
+_NETWORKS, _HOW, _KERNELS = "What is compared", "How it is measured", "Single operations"
 
 
 def bench(
-    kernels: Annotated[bool, typer.Option("--kernels", help="Time single operations instead of steps.")] = False,
     sizes: Annotated[
-        str | None, typer.Option("--sizes", metavar="LIST", help="tiny, small, base; default small,base.")
+        str | None,
+        typer.Option(
+            "--sizes",
+            metavar="LIST",
+            help="tiny, small, base; small unless full.",
+            rich_help_panel=_NETWORKS,
+        ),
     ] = None,
     resolutions: Annotated[
-        str | None, typer.Option("--resolutions", metavar="LIST", help="Edges in pixels; default 512,1024.")
+        str | None,
+        typer.Option(
+            "--resolutions",
+            metavar="LIST",
+            help="Edges in pixels; 512 unless full.",
+            rich_help_panel=_NETWORKS,
+        ),
     ] = None,
+    task: Annotated[
+        str,
+        typer.Option("--task", metavar="LIST", help="pretrain, finetune, predict.", rich_help_panel=_NETWORKS),
+    ] = "pretrain",
     batch: Annotated[
-        str, typer.Option("--batch", metavar="N|auto", help="Images; `auto` 32 (small: 64) at 512, 8 at 1024.")
+        str,
+        typer.Option(
+            "--batch", metavar="N|auto", help="Images; `auto` by task, size and card.", rich_help_panel=_NETWORKS
+        ),
     ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"], typer.Option("--dtype", help="Of features and autocast.")
-    ] = "auto",
-    device: DeviceOption = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few repeats, and a tiny model unless sizes are given.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write report.md and results.json there.")
-    ] = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Timed steps; default 30.", rich_help_panel=_STEPS)
-    ] = None,
     models: Annotated[
-        str, typer.Option("--models", metavar="LIST", help="affmae, vit-mae.", rich_help_panel=_STEPS)
+        str, typer.Option("--models", metavar="LIST", help="affmae, vit-mae.", rich_help_panel=_NETWORKS)
     ] = "affmae,vit-mae",
     vit: Annotated[
         str,
         typer.Option(
             "--vit",
             metavar="LIST",
-            help="How ViT-MAE runs: compile, compile-fp32-residual, graph (recorded step), reduce-overhead, eager. "
-            "The fastest counts.",
-            rich_help_panel=_STEPS,
+            help="How ViT-MAE runs: auto (the faster of compile and graph), compile, compile-fp32-residual, graph "
+            "(recorded step), reduce-overhead, eager. The fastest counts.",
+            rich_help_panel=_NETWORKS,
         ),
-    ] = "compile",
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        typer.Option("--dtype", help="Of features and autocast.", rich_help_panel=_NETWORKS),
+    ] = "auto",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="STORE",
+            help="Dataset made by `affmae ingest`: also time pretraining with its loading.",
+            rich_help_panel=_NETWORKS,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Few rounds, AFFMAE not compiled; unless sizes are named.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="small and base at 512 and 1024 px, compiled, three rounds.", rich_help_panel=_HOW),
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Processes per case.", rich_help_panel=_HOW)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Timed steps in each.", rich_help_panel=_HOW)
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile AFFMAE's layers, as long training runs do. Default: not when quick.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    max_batch: Annotated[
+        bool,
+        typer.Option("--max-batch", help="Also find the largest batch that fits.", rich_help_panel=_HOW),
+    ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also show where each step spends its time.", rich_help_panel=_STEPS)
+        bool, typer.Option("--profile", help="Also show where each step spends its time.", rich_help_panel=_HOW)
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1, help="Seconds until a process is given up.", rich_help_panel=_HOW)
+    ] = 900.0,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Time single operations instead of networks.", rich_help_panel=_KERNELS),
     ] = False,
     ops: Annotated[
         str | None,
@@ -72,13 +127,25 @@ def bench(
         bool,
         typer.Option("--reference/--no-reference", help="Time the references too.", rich_help_panel=_KERNELS),
     ] = True,
+    device: DeviceOption = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write report.md and results.json there.")
+    ] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Measure AFFMAE on this machine: training steps against ViT-MAE, or single operations."""
+    """Compare AFFMAE with ViT-MAE on this machine: speed, memory, arithmetic.
+
+    Without options a quick look at the small network; `--full` measures both sizes at both resolutions.
+    """
     from affmae_cli import bench_plan
 
     plan = bench_plan.make_plan(
-        sizes=sizes, resolutions=resolutions, batch=batch, dtype=dtype, device=device, quick=quick, steps=steps,
-        models=models, vit=vit, operations=ops, out=out,
+        bench_plan.Options(
+            sizes=sizes, resolutions=resolutions, batch=batch, task=task, models=models, vit=vit, dtype=dtype,
+            device=device, quick=quick, full=full, compile=compile_, rounds=rounds, steps=steps, max_batch=max_batch,
+            data=data, profile=profile, timeout=timeout, kernels=kernels, operations=ops, out=out,
+        )
     )  # fmt: skip
     if not quiet:
         output.say(plan.choice.description)
@@ -87,7 +154,7 @@ def bench(
     if kernels:
         _kernels(plan, reference=reference, json=json, quiet=quiet)
     else:
-        _steps(plan, profile=profile, json=json, quiet=quiet)
+        _networks(plan, json=json, quiet=quiet)
 
 
 def _kernels(plan: Plan, *, reference: bool, json: bool, quiet: bool) -> None:
@@ -99,14 +166,14 @@ def _kernels(plan: Plan, *, reference: bool, json: bool, quiet: bool) -> None:
     limits = ceilings.measure_ceilings(device, precision)
     results: list[KernelResult] = []
     tables: list[Table] = []
-    values = report.document("kernels", about, results, ceilings=vars(limits))
+    values = report.document("kernels", about, [], ceilings=vars(limits))
     for result in run_cases(
         plan.settings, device, precision, limits, operations=plan.operations, seconds=plan.seconds,
-        reference=reference, tell=_teller(quiet),
+        reference=reference, tell=(lambda text: None) if quiet else output.say,
     ):  # fmt: skip
         results.append(result)
         tables = [report.kernel_table(results)]
-        values = report.document("kernels", about, results, ceilings=vars(limits))
+        values = report.document("kernels", about, [r.as_dict() for r in results], ceilings=vars(limits))
         if plan.out is not None:
             report.write(plan.out, values, report.markdown("kernels", about, tables, limits))
     if json:
@@ -117,37 +184,77 @@ def _kernels(plan: Plan, *, reference: bool, json: bool, quiet: bool) -> None:
     _refuse_wrong(results)
 
 
-def _steps(plan: Plan, *, profile: bool, json: bool, quiet: bool) -> None:
-    from affmae_engine.bench import report
-    from affmae_engine.bench.kernels import run_cases
-    from affmae_engine.bench.step import StepResult, measure_step
+def _networks(plan: Plan, *, json: bool, quiet: bool) -> None:
+    """The comparison; what was measured is written after every process, so that nothing is lost on the way.
 
-    tell = _teller(quiet)
+    Operations are checked while compilers run, which disturbs neither; nothing is timed before both are done.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from affmae_cli.bench_view import showing
+    from affmae_engine.bench import comparison_report, report
+    from affmae_engine.bench.card import CardWatch
+    from affmae_engine.bench.comparison import Comparison
+    from affmae_engine.bench.processes import Processes
+
     about = report.circumstances(plan.choice, plan.remarks)
-    gate = list(
-        run_cases(
-            plan.gate_settings, plan.choice.device, plan.choice.dtype, None, operations=plan.operations,
-            tell=lambda text: tell(f"check {text}"),
-        )
-    )  # fmt: skip
-    _refuse_wrong(gate)
-    checked = {"cases": len(gate), "worst_error": max((result.worst_error for result in gate), default=None)}
-    results: list[StepResult] = []
-    tables: list[Table] = []
-    values = report.document("steps", about, results, gate=checked, ratios=[])
-    for case in plan.cases:
-        tell(f"{case.model} {case.size}, {case.resolution} px, batch {case.batch}")
-        results.append(measure_step(case, plan.choice, steps=plan.steps, warmup=plan.warmup, profile=profile))
-        ratios = report.step_ratios(results)
-        tables = [report.step_table(results), report.ratio_table(ratios)]
-        tables += [report.profile_table(result) for result in results if result.profile]
-        values = report.document("steps", about, results, gate=checked, ratios=ratios)
-        if plan.out is not None:
-            report.write(plan.out, values, report.markdown("training steps", about, tables))
+    with (
+        showing(quiet=quiet) as view,
+        ThreadPoolExecutor(1) as aside,
+        Processes(plan.timeout, ahead=plan.ahead) as processes,
+    ):
+        comparison = Comparison(plan.cases, plan.comparison, view.changed)
+        view.follow(comparison.outcomes, comparison.clock)
+        compiling = aside.submit(comparison.compile_all, processes)
+        gate = _gate(plan, view)
+        compiling.result()
+        with CardWatch(plan.choice.device) as card:
+            for _ in comparison.measure(processes):
+                values, results, ratios = _document(about, gate, plan, comparison, card.record())
+                if plan.out is not None:
+                    report.write(plan.out, values, comparison_report.markdown(values, results, ratios))
     if json:
         output.print_json(values)
-    else:
-        _show(tables)
+        return
+    for sentence in comparison_report.sentences(ratios, results):
+        output.show(sentence.replace("**", ""))
+    _show(comparison_report.tables(results, ratios))
+
+
+def _document(
+    about: dict[str, Any], gate: dict[str, Any], plan: Plan, comparison: Comparison, card: dict[str, Any]
+) -> tuple[dict[str, Any], list[Result], list[Ratio]]:
+    """The document of what is known so far, and its results and ratios as records."""
+    from affmae_engine.bench import report
+    from affmae_engine.bench.results import ratios_of, result_of
+
+    results = [result_of(outcome) for outcome in comparison.outcomes]
+    ratios = ratios_of(results)
+    asked = plan.comparison
+    settings = {"rounds": asked.rounds, "steps": asked.request.steps, "warmup": asked.request.warmup}
+    values = report.document(
+        "comparison", about, [result.model_dump(mode="json") for result in results],
+        settings=settings, gate=gate, card=card, ratios=[ratio.model_dump(mode="json") for ratio in ratios],
+    )  # fmt: skip
+    return values, results, ratios
+
+
+def _gate(plan: Plan, view: View) -> dict[str, Any]:
+    """Compares every operation with its reference.
+
+    Raises:
+        AffmaeError: one is wrong or does not run.
+    """
+    from affmae_engine.bench.kernels import run_cases
+
+    found = list(
+        run_cases(
+            plan.gate_settings, plan.choice.device, plan.choice.dtype, None, operations=plan.operations,
+            tell=lambda text: view.tell(f"check {text}"),
+        )
+    )  # fmt: skip
+    _refuse_wrong(found)
+    return {"cases": len(found), "worst_error": max((result.worst_error for result in found), default=0.0)}
 
 
 def _refuse_wrong(results: list[KernelResult]) -> None:
@@ -164,10 +271,6 @@ def _refuse_wrong(results: list[KernelResult]) -> None:
         )
 
 
-def _teller(quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else output.say
-
-
 def _show(tables: list[Table]) -> None:
     """Tables without their empty columns; where there is no terminal they are as wide as they need to be."""
     from rich import box
@@ -176,18 +279,18 @@ def _show(tables: list[Table]) -> None:
     from rich.text import Text
 
     for table in tables:
-        used = [i for i in range(len(table.columns)) if any(row[i] for row in table.rows)]
-        if not used:
+        used = table.without_empty_columns()
+        if not used.columns:
             continue
-        shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
-        for i in used:
-            shown.add_column(Text(table.columns[i]), overflow="fold")
-        for row in table.rows:
-            shown.add_row(*(Text(output.printable(row[i])) for i in used))
+        shown = RichTable(title=Text(used.title), title_justify="left", box=box.SIMPLE_HEAD)
+        for name in used.columns:
+            shown.add_column(Text(name), overflow="fold")
+        for row in used.rows:
+            shown.add_row(*(Text(output.printable(cell)) for cell in row))
         console = Console(highlight=False, emoji=False)
         if not console.is_terminal:
             natural = Console(width=1000).measure(shown).maximum
-            console = Console(highlight=False, emoji=False, width=max(natural, len(table.title)))
+            console = Console(highlight=False, emoji=False, width=max(natural, len(used.title)))
         with console.capture() as rendered:
             console.print(shown)
         output.show(rendered.get())

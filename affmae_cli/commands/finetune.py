@@ -12,6 +12,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import (
+    BatchOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -67,6 +68,7 @@ def finetune(
     set_: SetOption = None,
     steps: StepsOption = None,
     epochs: EpochsOption = None,
+    batch: BatchOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     out: OutOption = None,
@@ -81,8 +83,8 @@ def finetune(
     """Learn to segment from labelled images.
 
     Classes, class weights and the validation part are found from the labels. The result is a run directory that holds
-    its data; `affmae predict STACK -m RUN` uses it. Ctrl-C saves a checkpoint and ends; `affmae finetune --resume RUN`
-    goes on from there.
+    its data; `affmae predict STACK -m RUN` uses it. In a terminal the dashboard opens; leaving it asks whether to stop
+    or go on. With --no-tui Ctrl-C saves a checkpoint and ends. `affmae finetune --resume RUN` goes on from there.
     """
     if dashboard_wanted(no_tui=no_tui or dry_run, quiet=quiet, as_json=json):
         raise typer.Exit(train_in_dashboard())
@@ -90,7 +92,7 @@ def finetune(
         from affmae_cli.tensorboard_copy import check_installed
 
         check_installed()
-    flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
+    flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     sources = _Sources(images or [], labels or [], val_images or [], val_labels or [], pixel_size)
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
@@ -208,7 +210,7 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "finetune", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "finetune")
-    return run, watched_fit(run, config, task, quiet=quiet, tensorboard=tensorboard), report
+    return run, watched_fit(run, config, task, data=run.data, quiet=quiet, tensorboard=tensorboard), report
 
 
 def _prepare(
@@ -248,7 +250,7 @@ def _continue(
     check_same_data(recorded_data(run), store)
     config, task, _ = finetune_task(asked, store)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, resume=True, quiet=quiet, tensorboard=tensorboard)
+    return run, watched_fit(run, config, task, data=run.data, resume=True, quiet=quiet, tensorboard=tensorboard)
 
 
 def _transfer_table(report: TransferReport) -> Table:

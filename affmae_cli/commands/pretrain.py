@@ -10,6 +10,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import (
+    BatchOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -49,6 +50,7 @@ def pretrain(
     set_: SetOption = None,
     steps: StepsOption = None,
     epochs: EpochsOption = None,
+    batch: BatchOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     out: OutOption = None,
@@ -63,8 +65,9 @@ def pretrain(
 ) -> None:
     """Learn from images without labels.
 
-    The result is a run directory; `affmae finetune --init-from RUN` builds on it. Ctrl-C saves a checkpoint and
-    ends; `affmae pretrain --resume RUN` goes on from there.
+    The result is a run directory; `affmae finetune --init-from RUN` builds on it. In a terminal the dashboard opens;
+    leaving it asks whether to stop or go on. With --no-tui Ctrl-C saves a checkpoint and ends. `affmae pretrain
+    --resume RUN` goes on from there.
     """
     if dashboard_wanted(no_tui=no_tui or dry_run, quiet=quiet, as_json=json):
         raise typer.Exit(train_in_dashboard())
@@ -72,7 +75,7 @@ def pretrain(
         from affmae_cli.tensorboard_copy import check_installed
 
         check_installed()
-    flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
+    flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
 
@@ -119,7 +122,7 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "pretrain", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "pretrain")
-    return run, watched_fit(run, config, task, quiet=quiet, tensorboard=tensorboard)
+    return run, watched_fit(run, config, task, data=store.path, quiet=quiet, tensorboard=tensorboard)
 
 
 def _continue(
@@ -147,7 +150,7 @@ def _continue(
     check_same_data(recorded, store)
     config, task = pretrain_task(asked, store, init_from=None)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, resume=True, quiet=quiet, tensorboard=tensorboard)
+    return run, watched_fit(run, config, task, data=store.path, resume=True, quiet=quiet, tensorboard=tensorboard)
 
 
 def _open_store(data: list[Path] | None) -> Store:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Union
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Any, Union, get_type_hints
 
 import msgspec
 import numpy as np
@@ -30,6 +30,7 @@ SYSTEM_COLUMNS = (
     "host_memory_used", "process_memory", "cpu",
 )  # fmt: skip
 """Fields of a `system` line that are drawn over time."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,46 @@ class Segment:
     events: list[Event] = field(default_factory=list)
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Known = float | None
+_IN_JSON: dict[Any, Any] = {
+    int: _Count,
+    float: _Known,
+    list[float]: list[_Known],
+    dict[str, float]: dict[str, _Known],
+    dict[str, dict[str, float]]: dict[str, dict[str, _Known]],
+}
+"""What stands in a line for a field of an event: numbers that are not finite are null."""
+
+
+def _rare(event: type[Event]) -> type[msgspec.Struct]:
+    # Its values are not used, it only proves that the line is what it says; the line is then read as an event.
+    hints = get_type_hints(event)
+    known = [(f.name, _IN_JSON.get(hints[f.name], hints[f.name]), f) for f in fields(event)]
+    wanted = [(name, kind) for name, kind, f in known if f.default is MISSING and f.default_factory is MISSING]
+    others = [(name, kind, None) for name, kind, f in known if (name, kind) not in wanted]
+    return msgspec.defstruct(f"_{event.kind}", [*wanted, *others], tag_field="kind", tag=event.kind, gc=False)
+
+
 _Step = msgspec.defstruct(
     "_Step",
-    [("step", int), ("losses", dict[str, float | None]), *((name, float | None, None) for name in STEP_COLUMNS)],
+    [("step", _Count), ("losses", dict[str, _Known]), *((name, _Known, None) for name in STEP_COLUMNS)],
     tag_field="kind",
-    tag="step",
+    tag=StepLogged.kind,
     gc=False,
 )
 _System = msgspec.defstruct(
     "_System",
-    [("time", float), *((name, float | None, None) for name in SYSTEM_COLUMNS)],
+    [("time", float), *((name, _Known, None) for name in SYSTEM_COLUMNS)],
     tag_field="kind",
-    tag="system",
+    tag=SystemSampled.kind,
     gc=False,
 )
-# Of the rare kinds only the kind is read here; their lines are read again as events.
-_RARE = tuple(
-    msgspec.defstruct(f"_{kind}", [], tag_field="kind", tag=kind) for kind in EVENTS if kind not in ("step", "system")
+_Started = _rare(RunStarted)
+_RARE = (
+    _Started,
+    *(_rare(event) for event in EVENTS.values() if event not in (StepLogged, SystemSampled, RunStarted)),
 )
-_Started = next(rare for rare in _RARE if rare.__struct_config__.tag == RunStarted.kind)
 _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Union[_Step, _System, *_RARE])
 _step_values, _system_values = operator.attrgetter(*STEP_COLUMNS), operator.attrgetter(*SYSTEM_COLUMNS)
 
@@ -119,14 +141,14 @@ def _segment(data: bytes, lines: Sequence[Any], edge_N: np.ndarray, offset: int)
 
     segment = Segment()
     chosen = [index for index, line in enumerate(lines) if type(line) is _Step]
-    last = event(chosen[-1]) if chosen else None
+    last = next((found for index in reversed(chosen) if (found := event(index)) is not None), None)
     if isinstance(last, StepLogged):
         steps = lines if len(chosen) == len(lines) else [lines[index] for index in chosen]
         segment.steps = _step_batch(steps, edge_N[chosen] + offset, last)
     if len(chosen) == len(lines):
         return segment
     chosen = [index for index, line in enumerate(lines) if type(line) is _System]
-    last = event(chosen[-1]) if chosen else None
+    last = next((found for index in reversed(chosen) if (found := event(index)) is not None), None)
     if isinstance(last, SystemSampled):
         systems = [lines[index] for index in chosen]
         time_N = np.array([line.time for line in systems])
@@ -147,12 +169,15 @@ def _step_batch(lines: Sequence[Any], offset_N: np.ndarray, last: StepLogged) ->
         with contextlib.suppress(KeyError):  # the usual case: every line has the same losses
             columns |= _columns(prefixed, map(operator.itemgetter(*names), losses))
             names = []
-    columns |= {LOSS_PREFIX + name: np.array([found.get(name) for found in losses], np.float32) for name in names}
+    for name in names:
+        columns |= _columns([LOSS_PREFIX + name], ((found.get(name),) for found in losses))
     return StepBatch(np.array([line.step for line in lines], np.int64), offset_N, columns, last)
 
 
-def _columns(names: Sequence[str], rows: Iterator[tuple[float | None, ...]]) -> dict[str, np.ndarray]:
-    return dict(zip(names, np.array(list(rows), np.float32).T, strict=True))
+def _columns(names: Sequence[str], rows: Iterable[tuple[float | None, ...]]) -> dict[str, np.ndarray]:
+    values = np.array(list(rows), np.float64)
+    values[np.abs(values) > _LARGEST] = np.nan  # a diverged loss may be more than float32 holds
+    return dict(zip(names, values.astype(np.float32).T, strict=True))
 
 
 def _decoded(line: bytes) -> Any:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 CAPACITY = 8192
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class _Buckets:
             self.count_N[chosen],
             {name: value[:, chosen] for name, value in self.values.items()},
         )
+
+    def only(self, names: Sequence[str]) -> _Buckets:
+        """The same with fewer columns."""
+        values = {name: self.values[name] for name in names if name in self.values}
+        return _Buckets(self.first_N, self.last_N, self.offset_N, self.count_N, values)
 
     def joined(self, other: _Buckets) -> _Buckets:
         """These and then those; a column that one side lacks is NaN there."""
@@ -162,16 +168,13 @@ class Series:
             smooth: weight of the past in an exponential mean over the stored points, 0 (none) to below 1. Extremes
                 stay those of the data.
         """
-        kept = self._all()
-        if name not in kept.values or not len(kept):
+        if name not in self.names:
             return _EMPTY
+        kept = self._all(name)
         if smooth > 0:
-            value = kept.values[name].copy()
-            value[0] = smoothed(value[0], smooth)
-            kept.values = {name: value}
+            kept.values[name][0] = smoothed(kept.values[name][0], smooth)
         chosen = slice(int(np.searchsorted(kept.last_N, low)), int(np.searchsorted(kept.first_N, high, side="right")))
         window = kept[chosen]
-        window.values = {name: window.values[name]}
         window = window.merged(-(-len(window) // max(1, points)))
         return Curve(window.last_N, *window.values[name])
 
@@ -184,8 +187,9 @@ class Series:
             return 0, 0
         return int(kept.offset_N[start]), int(kept.offset_N[end]) if end < len(kept) else None
 
-    def _all(self) -> _Buckets:
-        return self._full.joined(self._rest.merged(self._stride))
+    def _all(self, *names: str) -> _Buckets:
+        """A copy of everything, with these columns alone."""
+        return self._full.only(names).joined(self._rest.only(names).merged(self._stride))
 
     def _append(self, new: _Buckets) -> None:
         rest = self._rest.joined(new) if len(self._rest) else new
@@ -200,13 +204,22 @@ class Series:
 
 def smoothed(value_N: np.ndarray, weight: float) -> np.ndarray:
     """Exponential mean that starts at the first value (bias-corrected) and passes over NaN."""
-    out, mean, total = np.empty_like(value_N), 0.0, 0.0
-    for index, value in enumerate(value_N.tolist()):
-        if value == value:
-            mean = weight * mean + (1 - weight) * value
-            total = weight * total + (1 - weight)
-        out[index] = mean / total if value == value else math.nan
-    return out
+    out_N = np.full(len(value_N), np.nan, np.float32)
+    known_N = ~np.isnan(value_N)
+    count = int(known_N.sum())
+    if not count:
+        return out_N
+    # Block by block as a product with the weights of the past: a loop over points would take most of a viewer's time.
+    blocks = -(-count // _BLOCK)
+    padded = np.zeros(blocks * _BLOCK)
+    padded[:count] = value_N[known_N]
+    powers = weight ** np.arange(_BLOCK + 1)
+    lag = np.subtract.outer(np.arange(_BLOCK), np.arange(_BLOCK))
+    means = padded.reshape(blocks, _BLOCK) @ ((1 - weight) * np.where(lag >= 0, powers[np.abs(lag)], 0)).T
+    for block in range(1, blocks):
+        means[block] += powers[1:] * means[block - 1, -1]
+    out_N[known_N] = means.reshape(-1)[:count] / (1 - weight ** np.arange(1, count + 1))
+    return out_N
 
 
 def _points(x_N: np.ndarray, offset_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> _Buckets:

@@ -69,6 +69,7 @@ class RunState:
         self.longest_aside_s = 0.0
         self._before_s = 0.0
         self._intervals: deque[float] = deque(maxlen=9)
+        self._waits: deque[float] = deque(maxlen=5)
 
     def apply(self, segments: Iterable[Segment]) -> None:
         """Take in what was read, in order."""
@@ -138,8 +139,8 @@ class RunState:
     @property
     def data_wait(self) -> float:
         """Share of the wall time spent waiting for data over the last lines, 0 to 1; NaN before it is known."""
-        values = self.steps.curve("data_wait", points=1 << 30).mean_N[-5:]
-        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+        known = [value for value in self._waits if math.isfinite(value)]
+        return statistics.fmean(known) if known else math.nan
 
     @property
     def interval_s(self) -> float:
@@ -181,6 +182,7 @@ class RunState:
 
     def _steps(self, batch: StepBatch) -> None:
         self.steps.add(batch.step_N, batch.columns, batch.offset_N)
+        self._waits = deque([*self._waits, *batch.columns["data_wait"][-5:].tolist()], 5)
         if self.latest is not None and self._current() and batch.last.time > self.latest.time:
             self._intervals.append((batch.last.time - self.latest.time) / len(batch.step_N))
         self.latest = batch.last
@@ -210,6 +212,7 @@ class RunState:
             self._before_s += max(0.0, before)
         self.started, self.ended = event, None
         self._intervals.clear()
+        self._waits.clear()
         # What a killed process did after its last checkpoint is done again.
         self.steps.cut(event.step + 0.5)
         self.held_out.cut(event.step + 0.5)

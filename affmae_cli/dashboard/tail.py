@@ -48,6 +48,7 @@ class LineTail:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return self._gone()
+        restarted = False
         try:
             restarted = self._is_another(descriptor)
             if restarted:
@@ -56,7 +57,7 @@ class LineTail:
             self._identity = (status.st_dev, status.st_ino)
             data = os.pread(descriptor, self._chunk, self._offset)
         except OSError:
-            return Lines(b"", self._offset, False, False)
+            return Lines(b"", self._offset, restarted, False)
         finally:
             os.close(descriptor)
         full = len(data) == self._chunk

@@ -1,7 +1,6 @@
 """Every operation at the shapes of production: four stages, base and small, 512 and 1024 pixels, rho 0.4.
 
-Features have the benchmark's dtype, parameters are fp32, as in training. Bytes are the least that has to move (every
-input read once, every output written once), operations are those of the formula. Inputs are a function of a seed.
+Features have the benchmark's dtype, parameters are fp32, as in training.
 
 Axes: B batch, N tokens, C channels, A heads, D head width, Q queries, S samples, M neighbours, T canvas cells.
 """
@@ -10,109 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from affmae_engine.config import MaskConfig, ModelConfig
+from affmae_engine.bench.cases import Case, Inputs, Setting, Work, leaves, positions, random_from, works
+from affmae_engine.bench.seam_cases import gelu_case, norm_case, relu_case
 from affmae_engine.model.decoder import SAMPLES
-from affmae_engine.model.masking import draw_mask, visible_count
-from affmae_engine.model.merging import survivor_count
-from affmae_engine.model.patches import cell_positions
 from affmae_engine.model.sizes import SIZES
 from affmae_kernels.cluster_attention import cluster_attention
 from affmae_kernels.neighbourhoods import Neighbourhoods, build
 from affmae_kernels.point_attention import NearestTable, nearest_table, point_attention
 from affmae_kernels.token_merging import merge_tokens
 
-OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "nearest_table", "point_attention")
+OPERATIONS = (
+    "neighbourhoods",
+    "cluster_attention",
+    "token_merging",
+    "nearest_table",
+    "point_attention",
+    "residual_norm",
+    "bias_gelu",
+    "linear_relu",
+)
 NEAREST = 4
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A size of model, an edge in pixels and a batch."""
-
-    size: str
-    resolution: int
-    batch: int
-    model: ModelConfig = field(default_factory=ModelConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-
-    @property
-    def canvas_hw(self) -> tuple[int, int]:
-        """Height and width of the canvas, in cells."""
-        return self.resolution // self.model.patch_size, self.resolution // self.model.patch_size
-
-    def tokens(self) -> list[int]:
-        """Tokens of each stage."""
-        counts = [visible_count(self.canvas_hw, self.mask.ratio)]
-        for _ in SIZES[self.size].dims[1:]:
-            counts.append(survivor_count(counts[-1], self.model.merge_keep))
-        return counts
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """features: floating, a row per image. parameters: floating, shared by the images. fixed: whole numbers, a row per
-    image. Gradients are wanted of features and parameters. near, table: made of "pos" in `fixed` by `structure`."""
-
-    features: dict[str, Tensor]
-    parameters: dict[str, Tensor]
-    fixed: dict[str, Tensor]
-    structure: Callable[[Tensor, str], Neighbourhoods | NearestTable] | None = None
-    """From positions and a backend."""
-    built: Neighbourhoods | NearestTable | None = None
-
-    @property
-    def near(self) -> Neighbourhoods:
-        """Neighbourhoods of the tokens."""
-        assert isinstance(self.built, Neighbourhoods)
-        return self.built
-
-    @property
-    def table(self) -> NearestTable:
-        """Table of the tokens nearest to each cell."""
-        assert isinstance(self.built, NearestTable)
-        return self.built
-
-    def differentiable(self) -> dict[str, Tensor]:
-        """What gradients are wanted of, by name."""
-        return {**self.features, **self.parameters}
-
-    def exact(self, images: list[int]) -> Inputs:
-        """A float64 copy of some images, for the reference."""
-        fixed = {name: tensor[images] for name, tensor in self.fixed.items()}
-        return Inputs(
-            {name: _leaf(tensor.detach()[images].double()) for name, tensor in self.features.items()},
-            {name: _leaf(tensor.detach().double()) for name, tensor in self.parameters.items()},
-            fixed,
-            self.structure,
-            self.structure(fixed["pos"], "reference") if self.structure else None,
-        )
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least traffic in bytes, and the operations, of one call."""
-
-    read_write: float
-    flops: float
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation at one shape. `run` returns integers where there is nothing to differentiate."""
-
-    op: str
-    setting: Setting
-    shape: str
-    make: Callable[[int, torch.device, torch.dtype], Inputs]
-    run: Callable[[Inputs, str], Tensor]
-    forward: Callable[[int], Work]
-    backward: Callable[[int], Work] | None = None
-    """Work by bytes per feature element; None: no gradients."""
 
 
 def all_cases(settings: list[Setting], operations: tuple[str, ...] = OPERATIONS) -> list[Case]:
@@ -132,9 +52,13 @@ def _cases_of(setting: Setting) -> list[Case]:
     for stage, tokens in enumerate(counts):
         cases.append(_build_case(setting, tokens))
         cases.append(_attention_case(setting, tokens, size.heads[stage], size.dims[stage]))
+        cases.append(norm_case(setting, tokens, size.dims[stage]))
+        cases.append(gelu_case(setting, tokens, int(size.dims[stage] * size.mlp_ratio)))
         if stage + 1 < len(counts):
             cases.append(_merge_case(setting, tokens, counts[stage + 1], size.dims[stage]))
     cases.append(_point_case(setting, None, queries, size.decoder_heads, size.decoder_dim))
+    cases.append(norm_case(setting, queries, size.decoder_dim))
+    cases.append(relu_case(setting, queries, size.decoder_dim, int(size.decoder_dim * setting.model.decoder_ffn_ratio)))
     for tokens in counts:
         cases.append(_table_case(setting, tokens))
         cases.append(_point_case(setting, tokens, queries, size.decoder_heads, size.decoder_dim))
@@ -162,7 +86,7 @@ def _attention_case(setting: Setting, tokens: int, heads: int, dim: int) -> Case
     pairs = min(setting.model.neighbours, tokens) + 1
 
     def make(seed: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        random = _random(seed, device)
+        random = random_from(seed, device)
         structure, fixed, near = _neighbourhoods(setting, tokens, seed, device)
         parameters = {
             "blank_key": random(heads, width),
@@ -171,7 +95,7 @@ def _attention_case(setting: Setting, tokens: int, heads: int, dim: int) -> Case
             "bias": 0.1 * random(heads),
         }
         features = {"qkv": random(batch, tokens, 3, heads, width).to(dtype)}
-        return Inputs(_leaves(features), _leaves(parameters), fixed, structure, near)
+        return Inputs(leaves(features), leaves(parameters), fixed, structure, near)
 
     def run(inputs: Inputs, backend: str) -> Tensor:
         p = inputs.parameters
@@ -180,7 +104,7 @@ def _attention_case(setting: Setting, tokens: int, heads: int, dim: int) -> Case
 
     index_bytes, flops = rows * (8 + 4 * clusters), 4 * rows * pairs * dim
     shape = f"B {batch} N {tokens} A {heads} D {width}"
-    forward, backward = _works(index_bytes, 4 * rows * dim, flops, 8 * rows * dim, 2.5 * flops)
+    forward, backward = works(index_bytes, 4 * rows * dim, flops, 8 * rows * dim, 2.5 * flops)
     return Case("cluster_attention", setting, shape, make, run, forward, backward)
 
 
@@ -188,7 +112,7 @@ def _merge_case(setting: Setting, tokens: int, survivors: int, dim: int) -> Case
     batch = setting.batch
 
     def make(seed: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        random = _random(seed, device)
+        random = random_from(seed, device)
         structure, fixed, near = _neighbourhoods(setting, tokens, seed, device)
         kept_BK = random(batch, tokens).argsort(1)[:, :survivors].sort(1).values
         features = {"feat": random(batch, tokens, dim).to(dtype), "score": random(batch, tokens).sigmoid()}
@@ -199,7 +123,7 @@ def _merge_case(setting: Setting, tokens: int, survivors: int, dim: int) -> Case
             "norm_bias": 0.1 * random(4),
         }
         fixed["survivors"] = kept_BK
-        return Inputs(_leaves(features), _leaves(parameters), fixed, structure, near)
+        return Inputs(leaves(features), leaves(parameters), fixed, structure, near)
 
     def run(inputs: Inputs, backend: str) -> Tensor:
         p, f = inputs.parameters, inputs.features
@@ -211,7 +135,7 @@ def _merge_case(setting: Setting, tokens: int, survivors: int, dim: int) -> Case
     index_bytes = rows * (8 + 4) + kept * (8 + 4 * setting.model.neighbours // setting.model.cluster_size)
     elements, flops = rows * dim + 4 * kept * dim, 8 * kept * min(setting.model.neighbours, tokens) * dim
     shape = f"B {batch} N {tokens} K {survivors} C {dim}"
-    forward, backward = _works(index_bytes, elements, flops, elements + rows * dim, 2 * flops)
+    forward, backward = works(index_bytes, elements, flops, elements + rows * dim, 2 * flops)
     return Case("token_merging", setting, shape, make, run, forward, backward)
 
 
@@ -234,7 +158,7 @@ def _point_case(setting: Setting, source: int | None, queries: int, heads: int, 
         return nearest_table(pos_BN2, setting.canvas_hw, backend=backend)
 
     def make(seed: int, device: torch.device, dtype: torch.dtype) -> Inputs:
-        random = _random(seed, device)
+        random = random_from(seed, device)
         query_BQ2 = positions(setting, queries, seed, device, masked=True)
         pos_BN2 = query_BQ2 if source is None else positions(setting, tokens, seed, device)
         # On a grid of 1/64 cell, so that every precision rounds a location to the same cell.
@@ -245,7 +169,7 @@ def _point_case(setting: Setting, source: int | None, queries: int, heads: int, 
             "logit": random(batch, queries, heads, SAMPLES).to(dtype),
         }
         fixed, tau = {"pos": pos_BN2, "query": query_BQ2}, torch.full((1,), 2.0, device=device)
-        return Inputs(_leaves(features), _leaves({"tau": tau}), fixed, structure, structure(pos_BN2, "auto"))
+        return Inputs(leaves(features), leaves({"tau": tau}), fixed, structure, structure(pos_BN2, "auto"))
 
     def run(inputs: Inputs, backend: str) -> Tensor:
         f, fixed, tau = inputs.features, inputs.fixed, inputs.parameters["tau"]
@@ -256,21 +180,10 @@ def _point_case(setting: Setting, source: int | None, queries: int, heads: int, 
     asked = batch * queries * heads * SAMPLES
     elements = batch * tokens * dim + batch * queries * dim + 3 * asked
     flops = 2 * asked * NEAREST * width
-    forward, backward = _works(index_bytes, elements, flops, elements + batch * tokens * dim + 3 * asked, 2 * flops)
+    forward, backward = works(index_bytes, elements, flops, elements + batch * tokens * dim + 3 * asked, 2 * flops)
     kind = "self" if source is None else f"cross N {tokens}"
     shape = f"B {batch} Q {queries} {kind} A {heads} D {width}"
     return Case("point_attention", setting, shape, make, run, forward, backward)
-
-
-def positions(setting: Setting, tokens: int, seed: int, device: torch.device, *, masked: bool = False) -> Tensor:
-    """int32 cells [B, tokens, 2]: visible (or masked) cells of Perlin masks, thinned out at random for later stages."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for image in range(setting.batch):
-        cell_V = draw_mask(setting.canvas_hw, setting.mask, seed=seed, index=image)[masked]
-        chosen = torch.randperm(len(cell_V), generator=generator)[:tokens]
-        rows.append(cell_V[chosen.sort().values])
-    return cell_positions(torch.stack(rows).to(device), setting.canvas_hw)
 
 
 def ring_offsets(heads: int, device: torch.device) -> Tensor:
@@ -294,32 +207,3 @@ def _neighbourhoods(
 
     near = structure(positions(setting, tokens, seed, device), "auto")
     return structure, {"pos": near.pos_BN2}, near
-
-
-def _works(
-    index_bytes: float, elements: float, flops: float, backward_elements: float, backward_flops: float
-) -> tuple[Callable[[int], Work], Callable[[int], Work]]:
-    def forward(width: int) -> Work:
-        return Work(index_bytes + width * elements, flops)
-
-    def backward(width: int) -> Work:
-        return Work(index_bytes + width * backward_elements, backward_flops)
-
-    return forward, backward
-
-
-def _random(seed: int, device: torch.device) -> Callable[..., Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    return draw
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
-
-
-def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _leaf(tensor) for name, tensor in tensors.items()}

@@ -1,7 +1,8 @@
 """Where a training step spends its time: the kernels of a few steps, by what they are for.
 
-The project's own kernels are recognised by name: every function under `@triton.jit` in the folder of an operation
-belongs to that operation. What remains is sorted by patterns of the names that PyTorch's libraries give their kernels.
+The project's own kernels are recognised by name, which no two share: every function under `@triton.jit` in the folder
+of an operation belongs to that operation. What remains is sorted by patterns of the names that PyTorch's libraries give
+their kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ _OPERATIONS = {
     "point_attention": "point attention",
     "token_merging": "merging",
     "neighbourhoods": "neighbourhoods",
+    "residual_norm": "residual LayerNorm",
+    "bias_gelu": "GELU",
+    "linear_relu": "ReLU",
+    "column_sums": "sums of partial sums",
 }
+"""By folder, or by file where an operation is one."""
 _PATTERNS = (
     ("copies and casts", r"^triton_poi_fused__to_copy(_t|_view|_transpose)*_\d+$"),
     ("matrix products", r"^triton_(tem|mm)_"),
@@ -110,8 +116,8 @@ def operation_kernels() -> dict[str, str]:
     root = Path(next(iter(affmae_kernels.__path__)))
     found: dict[str, str] = {}
     for file in sorted(root.rglob("*.py")):
-        category = _OPERATIONS.get(file.parent.name, "project, other")
-        for match in re.finditer(r"@triton\.jit(?:\([^)]*\))?\s*def (\w+)", file.read_text("utf-8")):
+        category = _OPERATIONS.get(file.parent.name, _OPERATIONS.get(file.stem, "project, other"))
+        for match in re.finditer(r"@triton\.jit(?:\([^)]*\))?[^\n]*\s+def (\w+)", file.read_text("utf-8")):
             found[match[1]] = category
     return found
 

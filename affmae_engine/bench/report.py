@@ -1,16 +1,17 @@
-"""What a benchmark says: one document for JSON, and tables of text for the terminal and for report.md.
+"""What every benchmark says: circumstances and document for JSON, tables of text for the terminal and for report.md.
 
-A figure without its circumstances is worth nothing, so the document holds the card, the versions, the dtype, rho and
-the mask ratio. Ratios are taken between what ran in one process.
+A figure without its circumstances is worth nothing, so the document holds the card, the versions, the commit, the
+dtype, rho and the mask ratio. What a comparison of the families says in addition is in `comparison_report`.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import torch
 from affmae_engine import atomic
 from affmae_engine.bench.ceilings import Ceilings
 from affmae_engine.bench.kernels import KernelResult
-from affmae_engine.bench.step import StepResult
 from affmae_engine.config import MaskConfig, ModelConfig
+from affmae_engine.doctor.machine import installed
 from affmae_engine.events import finite
 from affmae_engine.train.device import DeviceChoice
+from affmae_engine.train.environment import command_line, git_state, kernel_backends
 
-SCHEMA = 1
+SCHEMA = 2
 GATE_NOTE = "Every result and gradient was compared with the float64 reference before it was timed."
 
 
@@ -36,6 +38,11 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
+    def without_empty_columns(self) -> Table:
+        """The table with the columns in which any row says something."""
+        used = [i for i in range(len(self.columns)) if any(row[i] for row in self.rows)]
+        return Table(self.title, tuple(self.columns[i] for i in used), [tuple(r[i] for i in used) for r in self.rows])
+
     def markdown(self) -> str:
         """As a Markdown table under its title."""
         lines = [f"## {self.title}", "", _line(self.columns), _line("---" for _ in self.columns)]
@@ -44,19 +51,20 @@ class Table:
 
 def circumstances(choice: DeviceChoice, remarks: Sequence[str]) -> dict[str, Any]:
     """Where and with what something was measured."""
-    found = {}
-    for name in ("affmae", "torch", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {name: installed(name) for name in ("affmae", "torch", "triton")}
     model, mask = ModelConfig(), MaskConfig()
     return {
         "device": choice.description,
         "dtype": choice.precision,
-        "versions": found,
+        "versions": {name: number for name, number in found.items() if number},
         "cuda": torch.version.cuda,
+        "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "backends": kernel_backends("auto", choice.device),
+        "git": git_state(),
+        "command": command_line(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "merge_keep": model.merge_keep,
         "mask_ratio": mask.ratio,
         "mask_kind": mask.kind,
@@ -77,106 +85,36 @@ def kernel_table(results: Iterable[KernelResult]) -> Table:
         rows.append(
             (
                 *cells,
-                _number(result.forward["ms"]),
-                _number(result.both["ms"]) if result.both else "",
-                _number(reference),
-                _number(reference / whole["ms"] if reference else None),
-                _number(whole["gb_s"]),
-                _number(whole["tflop_s"]),
-                _number(whole["bound_ms"]),
+                figure(result.forward["ms"]),
+                figure(result.both["ms"]) if result.both else "",
+                figure(reference),
+                figure(reference / whole["ms"] if reference else None),
+                figure(whole["gb_s"]),
+                figure(whole["tflop_s"]),
+                figure(whole["bound_ms"]),
                 "",
             )
         )
     return Table("Single operations", (*columns, "GB/s", "TFLOP/s", "bound ms", "note"), rows)
 
 
-def step_table(results: Iterable[StepResult]) -> Table:
-    """Whole training steps."""
-    columns = ("px", "size", "batch", "model", "runs as", "step ms", "img/s", "peak GiB", "reserved GiB", "note")
-    rows = []
-    for result in results:
-        rows.append(
-            (
-                str(result.resolution),
-                result.size,
-                str(result.batch),
-                result.model,
-                result.how,
-                _number(result.ms) if result.status == "ok" else result.status,
-                _number(result.images_per_s),
-                _number(result.allocated_gib),
-                _number(result.reserved_gib),
-                result.note,
-            )
-        )
-    return Table("Training steps", columns, rows)
-
-
-def step_ratios(results: Sequence[StepResult]) -> list[dict[str, Any]]:
-    """AFFMAE against the fastest ViT-MAE of the same size, resolution and batch.
-
-    Returns:
-        records with "speed" (ViT-MAE's time by AFFMAE's) and "memory" (AFFMAE's peak by ViT-MAE's); None where one
-        side has no figure.
-    """
-    records = []
-    for ours in results:
-        if ours.model != "affmae":
-            continue
-        same = (ours.size, ours.resolution, ours.batch)
-        theirs = [r for r in results if r.model != "affmae" and (r.size, r.resolution, r.batch) == same]
-        if not theirs:
-            continue
-        best = min(theirs, key=lambda result: result.ms or math.inf)
-        memory = None
-        if ours.ms and best.ms and ours.allocated_gib and best.allocated_gib:
-            memory = ours.allocated_gib / best.allocated_gib
-        records.append(
-            {
-                "size": ours.size,
-                "resolution": ours.resolution,
-                "batch": ours.batch,
-                "against": best.how,
-                "speed": best.ms / ours.ms if ours.ms and best.ms else None,
-                "memory": memory,
-            }
-        )
-    return records
-
-
-def ratio_table(ratios: Iterable[dict[str, Any]]) -> Table:
-    """`step_ratios` as text."""
-    rows = [
-        (
-            str(ratio["resolution"]),
-            ratio["size"],
-            str(ratio["batch"]),
-            ratio["against"],
-            _number(ratio["speed"]),
-            _number(ratio["memory"]),
-        )
-        for ratio in ratios
-    ]
-    columns = ("px", "size", "batch", "against ViT-MAE as", "time, ViT-MAE / AFFMAE", "memory, AFFMAE / ViT-MAE")
-    return Table("AFFMAE against ViT-MAE", columns, rows)
-
-
-def profile_table(result: StepResult) -> Table:
-    """Where one model's step spends its time."""
-    profile = result.profile or {"categories": {}, "total_ms": 0.0}
+def profile_table(title: str, profile: dict[str, Any]) -> Table:
+    """Where a step spends its time; `profile` is `Profile.as_dict()`."""
     total = profile["total_ms"] or 1.0
     rows = [
-        (name, _number(ms), f"{100 * ms / total:.1f} %", f"{launches:.0f}")
+        (name, figure(ms), f"{100 * ms / total:.1f} %", f"{launches:.0f}")
         for name, (ms, launches) in profile["categories"].items()
     ]
-    title = f"{result.model} {result.size}, {result.resolution} px, batch {result.batch}: time by kind of kernel"
-    return Table(title, ("kind", "ms a step", "share", "launches"), [*rows, ("sum", _number(total), "", "")])
+    return Table(
+        f"{title}: time by kind of kernel",
+        ("kind", "ms a step", "share", "launches"),
+        [*rows, ("sum", figure(total), "", "")],
+    )
 
 
-def document(kind: str, about: dict[str, Any], results: Sequence[Any], **more: Any) -> dict[str, Any]:
+def document(kind: str, about: dict[str, Any], results: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """The whole outcome as JSON values; numbers that are not finite become None."""
-    values: dict[str, Any] = {"schema": SCHEMA, "kind": kind, **about, **more}
-    values["results"] = [result.as_dict() for result in results]
+    values: dict[str, Any] = {"schema": SCHEMA, "kind": kind, **about, **more, "results": list(results)}
     plain: dict[str, Any] = finite(values)
     return plain
 
@@ -206,7 +144,7 @@ def write(folder: Path, values: dict[str, Any], text: str) -> None:
     atomic.commit_text(folder / "report.md", text)
 
 
-def _number(value: float | None) -> str:
+def figure(value: float | None) -> str:
     """Three digits that mean something, without exponents."""
     if value is None:
         return ""

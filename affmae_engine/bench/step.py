@@ -1,239 +1,201 @@
-"""Times whole training steps: forward, loss, backward, clipping and fused AdamW, on random images and Perlin masks.
+"""Networks, optimizers and data of a benchmark case, ready to step: what is timed.
 
-Both models take the step of the trainer (`train.step.TrainStep`) with the same optimizer, so what differs is the model
-and how it is run: AFFMAE as the trainer runs it, ViT-MAE compiled as a whole with the attention that PyTorch picks.
-Running out of memory is a result.
+Both families take the step of the trainer (`train.step.TrainStep`) with the same optimizer, images and masks, so what
+differs is the network and how it is run: AFFMAE as the trainer runs it, ViT-MAE compiled as a whole, with the
+attention that PyTorch picks. Finetuning trains a segmenter with the loss of finetuning; predicting is the forward pass
+of a segmenter in eval mode, AFFMAE's as the predictor runs it.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from affmae_engine.bench.profile import Profile, profile_step
-from affmae_engine.bench.timing import step_times
-from affmae_engine.config import LossConfig, MaskConfig, ModelConfig, OptimConfig
-from affmae_engine.errors import AffmaeError
-from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.bench.case import CLASSES, Case, mask_settings
+from affmae_engine.config import FinetuneConfig, LossConfig, OptimConfig
+from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.vit_mae import VitMae
 from affmae_engine.train.compile import compile_regions
 from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.environment import kernel_backends
+from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch
-from affmae_engine.train.optim import build_adamw, decay_groups, set_learning_rate
-from affmae_engine.train.step import EAGER_STEPS, TrainStep, seed_forward
-
-Model = Literal["affmae", "vit-mae"]
-VitMode = Literal["compile", "compile-fp32-residual", "graph", "reduce-overhead", "eager"]
+from affmae_engine.train.optim import build_adamw, layer_decay_groups, set_learning_rate
+from affmae_engine.train.step import Losses, TrainStep, seed_forward
 
 BATCHES = 2
 """Different batches on the device, which take turns."""
 
-
-@dataclass(frozen=True)
-class StepCase:
-    """One model at one size, resolution (pixels) and batch."""
-
-    model: Model
-    size: str
-    resolution: int
-    batch: int
-    vit_mode: VitMode = "compile"
-    """How ViT-MAE runs: compiled; compiled with the residual stream in fp32 although autocast is on, as in most
-    published code; compiled and the whole step recorded as CUDA graphs; torch.compile's own graphs; as it is."""
-    backend: str = "auto"
-    """Of AFFMAE's operations."""
-
-
-@dataclass
-class StepResult:
-    """A case's outcome. status: "ok", "out of memory" or "failed". Memory in GiB, on a card only."""
-
-    model: str
-    size: str
-    resolution: int
-    batch: int
-    how: str = ""
-    """How the model was run, in words."""
-    parameters: int = 0
-    status: str = "ok"
-    note: str = ""
-    ms: float | None = None
-    low_ms: float | None = None
-    high_ms: float | None = None
-    repeats: int = 0
-    images_per_s: float | None = None
-    loss: float | None = None
-    allocated_gib: float | None = None
-    """Most memory that tensors took, from the first step on (compilation and recording included)."""
-    reserved_gib: float | None = None
-    """Most memory that PyTorch held during the timed steps, with what CUDA graphs keep."""
-    before_gib: float | None = None
-    """Memory that was still taken when the case began; part of the two above."""
-    profile: dict[str, Any] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class PreparedStep:
-    """A callable that takes one whole step and returns its loss on the device; how it runs; parameters."""
+class Network:
+    """A network on its device and the way it is run.
 
-    step: Callable[[], Tensor]
+    losses: of a batch, in training. recorded: whether its steps are replayed as CUDA graphs; recordable: whether they
+    could be. how: all of it in words.
+    """
+
+    model: nn.Module
+    losses: Losses
+    recorded: bool
+    recordable: bool
     how: str
-    parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def as_recorded(self) -> Network:
+        """The same network, compiled code included, with its steps recorded."""
+        return replace(self, recorded=True, how=f"{self.how}, recorded step")
 
 
-def measure_step(case: StepCase, choice: DeviceChoice, *, steps: int, warmup: int, profile: bool = False) -> StepResult:
-    """Builds a model, takes `warmup` steps, times `steps` more. A failure is in the result, not raised."""
-    result = StepResult(case.model, case.size, case.resolution, case.batch)
-    _free(choice.device)
-    try:
-        _measure(result, case, choice, steps, warmup, profile)
-    except AffmaeError:
-        raise
-    except Exception as error:  # one side's failure must not hide the other's result
-        out = _memory_error(error)
-        result.status = "out of memory" if out else "failed"
-        result.note = _first_line(out or error)
-        result.ms = result.low_ms = result.high_ms = result.images_per_s = None
-    _free(choice.device)
-    return result
+def make_network(case: Case, choice: DeviceChoice, *, recorded: bool) -> Network:
+    """The network of a case with random weights.
 
-
-def _measure(result: StepResult, case: StepCase, choice: DeviceChoice, steps: int, warmup: int, profile: bool) -> None:
-    on_card = choice.device.type == "cuda"
-    if on_card:
-        torch.cuda.reset_peak_memory_stats(choice.device)
-        result.before_gib = torch.cuda.memory_allocated(choice.device) / 2**30
-        warmup = max(warmup, EAGER_STEPS + 2)
-    prepared = prepare_step(case, choice)
-    result.how, result.parameters = prepared.how, prepared.parameters
-    for _ in range(warmup):
-        prepared.step()
-    if on_card:
-        torch.cuda.synchronize(choice.device)
-        result.allocated_gib = torch.cuda.max_memory_allocated(choice.device) / 2**30
-        torch.cuda.empty_cache()  # what compilation and recording left behind
-        torch.cuda.reset_peak_memory_stats(choice.device)
-    timing = step_times(prepared.step, choice.device, steps)
-    if on_card:
-        now = torch.cuda.max_memory_allocated(choice.device) / 2**30
-        result.allocated_gib = max(result.allocated_gib or 0.0, now)
-        result.reserved_gib = torch.cuda.max_memory_reserved(choice.device) / 2**30
-    result.loss = float(prepared.step())
-    if not math.isfinite(result.loss):
-        raise FloatingPointError(f"the loss is {result.loss}")
-    result.ms, result.low_ms, result.high_ms, result.repeats = timing.ms, timing.low_ms, timing.high_ms, timing.repeats
-    result.images_per_s = 1e3 * case.batch / timing.ms
-    if profile:
-        measured: Profile = profile_step(prepared.step, choice.device)
-        result.profile = measured.as_dict()
-
-
-def prepare_step(case: StepCase, choice: DeviceChoice) -> PreparedStep:
-    """Model, optimizer and data of a case, ready to step."""
+    Args:
+        case: what to build.
+        choice: where it runs.
+        recorded: for ViT-MAE, whether its steps are recorded; AFFMAE's are whenever the trainer would.
+    """
     torch.manual_seed(0)
-    if case.model == "affmae":
-        model, record, how = _affmae(case, choice)
+    losses: Losses = _Segmentation() if case.work == "finetune" else _reconstruction
+    if case.work == "pretrain":
+        model: nn.Module = _autoencoder(case)
     else:
-        model, record, how = _vit_mae(case, choice)
-    model.train()
+        model = build_segmenter(case.network, CLASSES, backend=case.backend)
+    model = model.to(choice.device)
+    model.train(case.work != "predict")
+    on_card = choice.device.type == "cuda"
+    recordable = on_card and case.work == "pretrain"  # of the tasks, the trainer records this one
+    if case.model == "affmae":
+        recorded, how = _accelerate_affmae(model, case, choice)
+    else:
+        how = _compile_vit(model, case, on_card)
+    network = Network(model, losses, False, recordable, how)
+    return network.as_recorded() if recorded and recordable else network
+
+
+def make_step(case: Case, network: Network, choice: DeviceChoice, batches: Iterator[dict[str, Tensor]]) -> Call:
+    """A call of the case's work, which returns the loss (for `predict` a logit) on the device."""
+    if case.work == "predict":
+        return partial(_predict, network.model, choice, batches)
     optim = OptimConfig()
-    optimizer = build_adamw(decay_groups(model.named_parameters(), optim.weight_decay, lambda name: 1.0), optim)
+    groups = layer_decay_groups(network.model, optim, encoder_layers(case.network))
+    optimizer = build_adamw(groups, optim)
     set_learning_rate(optimizer, optim.lr / 100)  # as in warm-up: stays finite on noise
     scaler = torch.amp.GradScaler(choice.device.type, enabled=choice.dtype == torch.float16)
     take_step = TrainStep(
-        model, _losses, optimizer, scaler, choice, accumulate=1, clip_norm=optim.clip_norm, record=record
-    )
-    batches = itertools.cycle(random_batches(case, choice.device))
+        network.model, network.losses, optimizer, scaler, choice,
+        accumulate=1, clip_norm=optim.clip_norm, record=network.recorded,
+    )  # fmt: skip
     count, watch = itertools.count(), Stopwatch()
 
     def step() -> Tensor:
         return take_step(batches, seed=partial(seed_forward, 0, next(count), 0), watch=watch).losses["loss"]
 
-    return PreparedStep(step, how, sum(parameter.numel() for parameter in model.parameters()))
+    return step
 
 
-def random_batches(case: StepCase, device: torch.device) -> list[dict[str, Tensor]]:
-    """`BATCHES` batches of noise with the masks of pretraining."""
-    patch, mask = ModelConfig().patch_size, MaskConfig()
-    canvas_hw = case.resolution // patch, case.resolution // patch
+def make_forward(network: Network, choice: DeviceChoice, batch: dict[str, Tensor]) -> Call:
+    """A call of the forward pass with the loss, as in training; recorded where the step is."""
+
+    def forward() -> Tensor:
+        with choice.autocast():
+            return network.losses(network.model, batch)["loss"].detach()
+
+    if not network.recorded:
+        return forward
+    side = torch.cuda.Stream(choice.device)
+    side.wait_stream(torch.cuda.current_stream(choice.device))
+    with torch.cuda.stream(side):
+        forward()
+    torch.cuda.current_stream(choice.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = forward()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def random_batches(case: Case, device: torch.device) -> list[dict[str, Tensor]]:
+    """`BATCHES` batches of noise, with the masks of pretraining or with labels."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for number in range(BATCHES):
-        drawn = [draw_mask(canvas_hw, mask, seed=0, index=number * case.batch + i) for i in range(case.batch)]
-        image = torch.randn(case.batch, 1, case.resolution, case.resolution, generator=generator)
-        batch = {
-            "image": image,
-            "visible": torch.stack([visible for visible, _ in drawn]),
-            "masked": torch.stack([masked for _, masked in drawn]),
-        }
+        shape = (case.batch, 1, case.resolution, case.resolution)
+        batch = {"image": torch.randn(shape, generator=generator)}
+        if case.work == "pretrain":
+            batch |= _masks(case, first=number * case.batch)
+        elif case.work == "finetune":
+            batch["labels"] = torch.randint(CLASSES, (case.batch, *shape[2:]), generator=generator)
         batches.append({name: tensor.to(device) for name, tensor in batch.items()})
     return batches
 
 
-def _affmae(case: StepCase, choice: DeviceChoice) -> tuple[nn.Module, bool, str]:
-    """AFFMAE as the trainer runs it on a card with all kernels: compiled regions, recorded steps."""
-    config = ModelConfig.model_validate({"size": case.size})
-    model = MaskedAutoencoder(config, LossConfig(), backend=case.backend).to(choice.device)
-    backends = set(kernel_backends(case.backend, choice.device).values())
-    fast = choice.device.type == "cuda" and backends == {"triton"}
-    if fast:
-        compile_regions(model)
-    how = "compiled regions, recorded step" if fast else "eager"
-    return model, fast, f"{' and '.join(sorted(backends))} operations, {how}"
-
-
-def _vit_mae(case: StepCase, choice: DeviceChoice) -> tuple[nn.Module, bool, str]:
-    mode = case.vit_mode if choice.device.type == "cuda" else "eager"
-    model = VitMae(case.size, fp32_residual=mode == "compile-fp32-residual").to(choice.device)
-    if mode != "eager":
-        model.compile(dynamic=False, mode="reduce-overhead" if mode == "reduce-overhead" else None)
-    described = {
-        "compile": "torch.compile",
-        "compile-fp32-residual": "torch.compile, fp32 residual",
-        "graph": "torch.compile, recorded step",
-        "reduce-overhead": "torch.compile with reduce-overhead",
-        "eager": "eager",
+def _masks(case: Case, *, first: int) -> dict[str, Tensor]:
+    drawn = [draw_mask(case.canvas_hw, mask_settings(), seed=0, index=first + i) for i in range(case.batch)]
+    return {
+        "visible": torch.stack([visible for visible, _ in drawn]),
+        "masked": torch.stack([masked for _, masked in drawn]),
     }
-    return model, mode == "graph", f"SDPA, {described[mode]}"
 
 
-def _losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _autoencoder(case: Case) -> nn.Module:
+    if case.vit_mode == "compile-fp32-residual" and case.model == "vit-mae":
+        return VitMae(case.network, fp32_residual=True)
+    return build_autoencoder(case.network, LossConfig(), backend=case.backend)
+
+
+def _accelerate_affmae(model: nn.Module, case: Case, choice: DeviceChoice) -> tuple[bool, str]:
+    """As the trainer runs it on a card with all kernels; the predictor compiles and records nothing."""
+    backends = set(kernel_backends(case.backend, choice.device).values())
+    operations = f"{' and '.join(sorted(backends))} operations"
+    fast = choice.device.type == "cuda" and backends == {"triton"} and case.work != "predict"
+    if fast and case.compile:
+        compile_regions(model)
+        operations += ", compiled regions"
+    return fast, operations
+
+
+def _compile_vit(model: nn.Module, case: Case, on_card: bool) -> str:
+    mode = case.vit_mode if on_card else "eager"
+    if mode == "eager":
+        return "SDPA, eager"
+    model.compile(dynamic=False, mode="reduce-overhead" if mode == "reduce-overhead" else None)
+    more = {"compile-fp32-residual": ", fp32 residual", "reduce-overhead": " with reduce-overhead"}
+    return f"SDPA, torch.compile{more.get(mode, '')}"
+
+
+def _predict(model: nn.Module, choice: DeviceChoice, batches: Iterator[dict[str, Tensor]]) -> Tensor:
+    with torch.no_grad(), choice.autocast():
+        logits_BKHW: Tensor = model(next(batches)["image"])["logits"]
+    return logits_BKHW[0, 0, 0, 0]
+
+
+def _reconstruction(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return model(batch["image"], batch["visible"], batch["masked"])
 
 
-def _free(device: torch.device) -> None:
-    """Gives back what the last case left: compiled code holds on to models."""
-    if device.type == "cuda":
-        torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+class _Segmentation:
+    """The loss of finetuning with equal class weights."""
 
+    def __init__(self) -> None:
+        self._loss = SegmentationLoss(FinetuneConfig(), LossConfig(), [1.0] * CLASSES)
 
-def _memory_error(error: BaseException) -> BaseException | None:
-    """The out-of-memory error behind an exception: compiler and autograd wrap it at times."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(seen):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named losses of a batch."""
+        return self._loss(model(batch["image"]), batch["labels"])

@@ -27,6 +27,8 @@ OPERATIONS = {
     "token_merging": "thins the tokens out between stages",
     "point_attention": "the decoder's attention",
     "residual_norm": "joins a layer to what came before",
+    "bias_gelu": "the bend inside the encoder's layers",
+    "linear_relu": "the bend inside the decoder's layers",
 }
 NEEDS = (
     f"The kernels need an NVIDIA card of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer "

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from affmae_kernels.bias_gelu import bias_gelu
 from affmae_kernels.cluster_attention import cluster_attention
+from affmae_kernels.linear_relu import linear_relu
 from affmae_kernels.neighbourhoods import build
 from affmae_kernels.point_attention import nearest_table, point_attention
 from affmae_kernels.residual_norm import residual_norm
@@ -167,6 +169,34 @@ def residual_norm_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Proble
     def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
         x_BNC, branch_BNC, weight_C, bias_C = leaves.values()
         return lambda: residual_norm(x_BNC, branch_BNC, weight_C, bias_C, backend=backend)[0]
+
+    return _floating(leaves, {}, bind, seed)
+
+
+def bias_gelu_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Problem:
+    """Rows of heads times width channels."""
+    random = _random(seed)
+    channels = shape.heads * shape.width
+    leaves = {"x": random(shape.batch, shape.tokens, channels).to(dtype), "bias": random(channels)}
+
+    def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
+        return lambda: bias_gelu(leaves["x"], leaves["bias"], backend=backend)
+
+    return _floating(leaves, {}, bind, seed)
+
+
+def linear_relu_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Problem:
+    """Twice as many hidden channels. No sum is near 0, where rounding would decide on which side of the bend it is."""
+    random = _random(seed)
+    channels = shape.heads * shape.width
+    leaves = {
+        "x": random(shape.batch, shape.tokens, channels).clamp(-3, 3).to(dtype),
+        "weight": 0.2 / channels**0.5 * random(2 * channels, channels),
+        "bias": 2.0 * random(2 * channels).sign(),
+    }
+
+    def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
+        return lambda: linear_relu(leaves["x"], leaves["weight"], leaves["bias"], backend=backend)
 
     return _floating(leaves, {}, bind, seed)
 

@@ -28,6 +28,8 @@ FLOATING: dict[str, Make] = {
     "token_merging": problems.token_merging_problem,
     "point_attention": problems.point_attention_problem,
     "residual_norm": problems.residual_norm_problem,
+    "bias_gelu": problems.bias_gelu_problem,
+    "linear_relu": problems.linear_relu_problem,
 }
 SHAPES = (
     Shape(2, 197, (17, 23), 3, 32, 79),

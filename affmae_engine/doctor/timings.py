@@ -26,6 +26,8 @@ TIMED: dict[str, tuple[str, Make]] = {
     "nearest_table": ("point_attention", problems.nearest_table_problem),
     "point_attention": ("point_attention", problems.point_attention_problem),
     "residual_norm": ("residual_norm", problems.residual_norm_problem),
+    "bias_gelu": ("bias_gelu", problems.bias_gelu_problem),
+    "linear_relu": ("linear_relu", problems.linear_relu_problem),
 }
 """What is timed: the operation it belongs to, and how a problem is made."""
 
@@ -87,7 +89,7 @@ def production_shape(name: str, device: torch.device) -> Shape:
     """The first stage of the base network, half of the image hidden; for point attention the decoder's last step."""
     batch, side = (4, 64) if device.type == "cuda" else (1, 32)
     tokens = side * side // 2
-    if name in ("point_attention", "residual_norm"):
+    if name in ("point_attention", "residual_norm", "linear_relu"):
         return Shape(batch, tokens, (side, side), 6, 64, tokens)
     return Shape(batch, tokens, (side, side), 4, 32, int(0.4 * tokens))
 
@@ -134,6 +136,6 @@ def _described(name: str, shape: Shape) -> str:
         return f"{text}, {shape.heads} heads of {shape.width}"
     if name == "token_merging":
         return f"{text} to {shape.asking}, {shape.heads * shape.width} channels"
-    if name == "residual_norm":
+    if name in ("residual_norm", "bias_gelu", "linear_relu"):
         return f"{text}, {shape.heads * shape.width} channels"
     return text

@@ -8,8 +8,6 @@ Axes: B batch, C channels, H W image, V visible and Q masked tokens, P = p * p *
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -17,30 +15,10 @@ from affmae_engine.config import LossConfig, ModelConfig
 from affmae_engine.model.decoder import Decoder
 from affmae_engine.model.encoder import Encoder, StageOutput
 from affmae_engine.model.heads import STEP_OF_HEAD, make_heads
-from affmae_engine.model.masking import restore_order
-from affmae_engine.model.patches import (
-    canvas_of,
-    cell_positions,
-    pad_to_patches,
-    patchify,
-    real_pixels,
-    take_rows,
-    unpatchify,
-)
+from affmae_engine.model.patches import canvas_of, cell_positions, pad_to_patches, patchify, real_pixels, take_rows
+from affmae_engine.model.reconstruction import Reconstruction, fill_in
 
 __all__ = ["MaskedAutoencoder", "Reconstruction", "canvas_of"]
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Predicted images and the encoder's tokens, for pictures and for the collapse signal."""
-
-    images: dict[str, Tensor]
-    """"last", "step2", "step1": [B, C, H, W]; visible patches are those of the input."""
-    stage_pos: list[Tensor]
-    """int32 (x, y) cells [B, N, 2] of each stage, finest first."""
-    stage_feat: list[Tensor]
-    """Normed features [B, N, C] of each stage."""
 
 
 class MaskedAutoencoder(nn.Module):
@@ -83,14 +61,10 @@ class MaskedAutoencoder(nn.Module):
         """What the model makes of the masked patches; arguments and errors as in `forward`."""
         self._check(image_BCHW, visible_BV, masked_BQ)
         predicted, stages = self._predict(image_BCHW, visible_BV, masked_BQ)
-        height, width = image_BCHW.shape[-2:]
-        seen_BVP = take_rows(patchify(pad_to_patches(image_BCHW, self.patch), self.patch), visible_BV)
-        restore_BT = restore_order(visible_BV, masked_BQ)
-        images = {}
-        for name, value_BQP in predicted.items():
-            patch_BTP = take_rows(torch.cat([seen_BVP.to(value_BQP.dtype), value_BQP], 1), restore_BT)
-            whole_BCHW = unpatchify(patch_BTP, canvas_of(height, width, self.patch), self.patch)
-            images[name] = whole_BCHW[..., :height, :width]
+        images = {
+            name: fill_in(image_BCHW, visible_BV, masked_BQ, value_BQP, self.patch)
+            for name, value_BQP in predicted.items()
+        }
         return Reconstruction(images, [s.pos_BN2 for s in stages], [s.feat_BNC for s in stages])
 
     def _predict(

@@ -3,7 +3,8 @@
 Unusual: both self- and cross-attention are deformable point attention; a sample is interpolated from the 4 tokens
 nearest to it. Post-norm. The set of queries never changes, so its table of nearest points serves all four steps.
 
-Axes: B batch, Q queries, N tokens of a stage, C decoder width, A heads, D head width, S samples, T canvas cells.
+Axes: B batch, Q queries, N tokens of a stage, C decoder width, H hidden width, A heads, D head width, S samples (in
+suffixes 2S, 3S: those of all heads), T canvas cells.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from affmae_engine.model.encoder import StageOutput
 from affmae_engine.model.initialise import STD, linear, projection
 from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.sizes import SIZES
+from affmae_kernels.linear_relu import linear_relu
 from affmae_kernels.point_attention import nearest_table, point_attention
 from affmae_kernels.residual_norm import residual_norm
 
@@ -85,14 +87,22 @@ class PointAttention(nn.Module):
             self.offset.bias.copy_((direction_A2[:, None] * ring_S11).flatten())
 
     def forward(self, query_BQC: Tensor, queries: Points, source_BNC: Tensor, tokens: Points) -> Tensor:
-        """What the queries find among the tokens, [B, Q, C], without the bias of the output layer."""
+        """What the queries find among the tokens, [B, Q, C], without the bias of the output layer.
+
+        Offsets and logits come from one product: both layers are so narrow that reading the queries is what it costs.
+        """
+        layers = self.offset, self.logit
+        asked_BQ3S = F.linear(
+            query_BQC, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        )
+        offset_BQ2S, logit_BQS = asked_BQ3S.split([layer.out_features for layer in layers], -1)
         out_BQAD = point_attention(
             self.value(source_BNC).unflatten(-1, (self.heads, -1)),
             tokens.pos_BN2,
             tokens.table,
             queries.pos_BN2,
-            self.offset(query_BQC).unflatten(-1, (self.heads, SAMPLES, 2)),
-            self.logit(query_BQC).unflatten(-1, (self.heads, SAMPLES)),
+            offset_BQ2S.unflatten(-1, (self.heads, SAMPLES, 2)),
+            logit_BQS.unflatten(-1, (self.heads, SAMPLES)),
             self.tau,
             tokens.canvas_hw,
             backend=self.backend,
@@ -122,9 +132,10 @@ class DecoderStep(nn.Module):
         source_BNC = self.source_norm(self.source(stage_BNC)) + sine_BNC.to(x_BQC.dtype)
         found_BQC = self.cross_attention(x_BQC, queries, source_BNC, tokens)
         x_BQC = self._join(x_BQC, found_BQC, self.cross_attention.output, self.norm2)
-        first, activate, last = self.ffn
-        assert isinstance(last, nn.Linear)
-        return self._join(x_BQC, F.linear(activate(first(x_BQC)), last.weight), last, self.norm3)
+        first, _, last = self.ffn
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        hidden_BQH = linear_relu(x_BQC, first.weight, first.bias, backend=self.backend)
+        return self._join(x_BQC, F.linear(hidden_BQH, last.weight), last, self.norm3)
 
     def _join(self, x_BQC: Tensor, branch_BQC: Tensor, layer: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         """`branch_BQC` comes without the bias of the `layer` that made it: it is added in the same pass."""

@@ -26,6 +26,7 @@ from affmae_engine.model.norm import LayerNorm
 from affmae_kernels import bias_gelu, cluster_attention, residual_norm
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.products import weight_gradient
 
 
 def run_blocks(
@@ -72,19 +73,18 @@ def _run_fused(blocks: list[Block], norm: LayerNorm, x: Tensor, near: Neighbourh
     scales = _branch_scales(blocks, x)
     lowered = _lowered(blocks, x.dtype)
     for index, block in enumerate(blocks):
-        attention = block.attention
-        position = torch.cat([attention.position.weight, attention.position.bias[:, None]], 1)
+        attention, (w_qkv, b_qkv, w_out, w_first, w_last) = block.attention, lowered[index]
         x, branch = _Attend.apply(
             x, branch, offset, scale, block.norm1.weight, block.norm1.bias, attention.qkv.weight, attention.qkv.bias,
-            position, attention.blank_key, attention.blank_value, attention.output.weight, where, attention.heads,
-            *lowered[4 * index : 4 * index + 2],
+            attention.position.weight, attention.position.bias, attention.blank_key, attention.blank_value,
+            attention.output.weight, where, attention.heads, w_qkv, b_qkv, w_out,
         )  # fmt: skip
         offset, scale = attention.output.bias, None if scales is None else scales[2 * index]
         first, last = block.mlp[0], block.mlp[-1]
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         x, branch = _FeedForward.apply(
             x, branch, offset, scale, block.norm2.weight, block.norm2.bias, first.weight, first.bias, last.weight,
-            *lowered[4 * index + 2 : 4 * index + 4],
+            w_first, w_last,
         )  # fmt: skip
         offset, scale = last.bias, None if scales is None else scales[2 * index + 1]
     assert branch is not None
@@ -105,26 +105,19 @@ def _branch_scales(blocks: list[Block], x: Tensor) -> tuple[Tensor, ...] | None:
     return ((drawn < keep) / keep).unbind(0)
 
 
-def _lowered(blocks: list[Block], dtype: torch.dtype) -> list[Tensor]:
-    """The four matrices of each block in `dtype`, all copied by a launch or two."""
-    weights = [
-        layer.weight.detach()
-        for block in blocks
-        for layer in (block.attention.qkv, block.attention.output, block.mlp[0], block.mlp[-1])
-        if isinstance(layer, nn.Linear)
-    ]
-    if all(weight.dtype == dtype for weight in weights):
-        return weights
-    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-    torch._foreach_copy_(copies, weights)
-    return copies
-
-
-def _weight_gradient(dout: Tensor, features: Tensor) -> Tensor:
-    """dout^T features; where cuBLAS can, in fp32, in which the products are summed anyway."""
-    if dout.is_cuda and dout.dtype != torch.float32:
-        return torch.mm(dout.t(), features, out_dtype=torch.float32)
-    return dout.t() @ features
+def _lowered(blocks: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    """Of each block the matrix and bias of queries, keys and values, and the matrices of the attention's output and of
+    the MLP, in `dtype`; all are copied by a launch or two."""
+    wanted: list[Tensor] = []
+    for block in blocks:
+        qkv, output, first, last = block.attention.qkv, block.attention.output, block.mlp[0], block.mlp[-1]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        wanted += [t.detach() for t in (qkv.weight, qkv.bias, output.weight, first.weight, last.weight)]
+    copies = wanted
+    if any(tensor.dtype != dtype for tensor in wanted):
+        copies = [torch.empty_like(tensor, dtype=dtype) for tensor in wanted]
+        torch._foreach_copy_(copies, wanted)
+    return [tuple(copies[at : at + 5]) for at in range(0, len(copies), 5)]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -138,22 +131,23 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 class _Attend(torch.autograd.Function):
     """(s, branch) from the last sum and branch: s = x + scale (branch + offset), then cluster attention of LN(s).
 
-    The first call of a stage has no branch. `position` is [A, 6], the bias network's weights and biases; `where` what
-    `places` gives, `w_...` the matrices in the features' dtype.
+    The first call of a stage has no branch. `where` is what `places` gives; `w_qkv`, `b_qkv` and `w_out` are the
+    parameters in the features' dtype.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, offset: Tensor | None, scale: Tensor | None, norm_weight: Tensor,
-        norm_bias: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, position: Tensor, blank_key: Tensor,
-        blank_value: Tensor, out_weight: Tensor, where: tuple[Tensor, ...], heads: int, w_qkv: Tensor, w_out: Tensor,
+        norm_bias: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, position_weight: Tensor, position_bias: Tensor,
+        blank_key: Tensor, blank_value: Tensor, out_weight: Tensor, where: tuple[Tensor, ...], heads: int,
+        w_qkv: Tensor, b_qkv: Tensor, w_out: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from affmae_kernels.cluster_attention.triton_impl import attend
 
         norm = _Norm.forward(x, branch, offset, norm_weight, norm_bias, scale)
         y, s, *_ = norm
-        qkv = torch.addmm(qkv_bias.to(x.dtype), _rows(y), w_qkv.t()).view(*x.shape[:2], 3, heads, -1)
-        network = position.float(), blank_key.float(), blank_value.float()
+        qkv = torch.addmm(b_qkv, _rows(y), w_qkv.t()).view(*x.shape[:2], 3, heads, -1)
+        network = [tensor.float() for tensor in (position_weight, position_bias, blank_key, blank_value)]
         out, lse = attend(qkv, *where, *network)
         ctx.save_for_backward(*_Norm.kept(norm), scale, w_qkv, w_out, *network, qkv, out, lse, *where)
         ctx.moved = offset is not None
@@ -163,15 +157,16 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor | None, dbranch: Tensor) -> tuple[Tensor | None, ...]:
-        from affmae_kernels.cluster_attention.triton_impl import attend_backward
+        from affmae_kernels.cluster_attention.triton_impl import launch_backward
         from affmae_kernels.column_sums import column_sums
 
-        s, stat, weight, bias, scale, w_qkv, w_out, *network, qkv, out, lse = ctx.saved_tensors[:13]
-        where = ctx.saved_tensors[13:]
+        s, stat, weight, bias, scale, w_qkv, w_out, *network, qkv, out, lse = ctx.saved_tensors[:14]
+        where = ctx.saved_tensors[14:]
         drows = _rows(dbranch.contiguous())
-        dout_weight = _weight_gradient(drows, _rows(out.flatten(2)))
+        dout_weight = weight_gradient(drows, _rows(out.flatten(2)))
         dout = (drows @ w_out).view_as(out)
-        dqkv, dposition, dkey, dvalue = attend_backward(dout, qkv, *where, *network, out, lse)
+        arguments = dout, qkv, *where, *network, out, lse
+        dqkv, *of_network = launch_backward(*arguments)
         dqkv = dqkv.flatten(2).flatten(0, 1)
         dy = (dqkv @ w_qkv).view_as(s)
         dx, dprevious, y, dweight, dbias, doffset = _Norm.backward(
@@ -179,8 +174,8 @@ class _Attend(torch.autograd.Function):
         )
         return (
             dx, dprevious if ctx.needs_input_grad[1] else None, doffset, None, dweight, dbias,
-            _weight_gradient(dqkv, _rows(y)), column_sums(dqkv), dposition, dkey, dvalue, dout_weight,
-            None, None, None, None,
+            weight_gradient(dqkv, _rows(y)), column_sums(dqkv), *of_network, dout_weight,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -211,13 +206,13 @@ class _FeedForward(torch.autograd.Function):
         drows = _rows(dbranch.contiguous())
         dhidden, activated, dfirst_bias = gelu.launch_backward(drows @ w_last, hidden, b_first, again=True)
         assert activated is not None
-        dlast_weight = _weight_gradient(drows, activated)
+        dlast_weight = weight_gradient(drows, activated)
         del activated
         dy = (dhidden @ w_first).view_as(s)
         dx, dprevious, y, dweight, dbias, doffset = _Norm.backward(
             dy, _contiguous(ds), s, stat, weight, bias, scale, True
         )
-        dfirst_weight = _weight_gradient(dhidden, _rows(y))
+        dfirst_weight = weight_gradient(dhidden, _rows(y))
         return dx, dprevious, doffset, None, dweight, dbias, dfirst_weight, dfirst_bias, dlast_weight, None, None
 
 

@@ -4,7 +4,10 @@ Unusual: a masked patch is set to 0 in the image and again after every convoluti
 nothing of it reaches a visible patch although the convolutions overlap. What a visible patch then sees of a masked
 neighbour is known without computing it: zeros in the image, GELU(bias of the LayerNorm) later. So only the visible
 patches are computed: a convolution of stride 2 and padding 1 needs of its neighbours no more than the last row of the
-patch above and the last column of the patch to the left, and becomes one matrix product over 3x3 windows.
+patch above, the last column of the patch to the left and the corner between them, the patch's rim. It becomes one
+matrix product over all features of a patch and one over its rim; that most of the large matrix is zero costs less than
+cutting 3x3 windows out, which would write every feature two times and more. (Up to an edge of 8; the matrix grows with
+its fourth power, so larger patches are convolved, each with its rim.)
 
 Axes: B batch, C channels, H W image, h w canvas, V visible tokens, I image channels, r edge of a patch's features.
 """
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 
 from affmae_engine.model.norm import LayerNorm
 
+LARGEST_MATRIX = 8
+"""Largest edge of features whose convolution is done as a dense matrix product."""
 _DIRECTIONS = {"left": (-1, 0), "above": (0, -1), "corner": (-1, -1)}
 """(x, y) steps to the patches that a window reaches into."""
 
@@ -55,12 +60,14 @@ class Stem(nn.Module):
             return self._all(image_BIHW)
         canvas_hw = image_BIHW.shape[-2] // self.patch, image_BIHW.shape[-1] // self.patch
         around = _Surroundings.of(visible_BV, canvas_hw)
-        window = _image_windows(image_BIHW, visible_BV, around, self.patch)
-        for conv, norm in zip(self.convs[:-1], self.norms[:-1], strict=True):
+        window_BVwwI = _image_windows(image_BIHW, visible_BV, around, self.patch)
+        x = _convolve_windows(window_BVwwI, self.convs[0])
+        for norm, conv in zip(self.norms[:-1], self.convs[1:], strict=True):
             assert isinstance(norm, LayerNorm)
-            feat_BVrrC = F.gelu(norm(_convolve(window, conv)))
-            window = around.windows(feat_BVrrC, F.gelu(norm.bias).to(feat_BVrrC.dtype))
-        feat_BVC: Tensor = self.norms[-1](_convolve(window, self.convs[-1]).flatten(2))
+            feat_BVrrC = F.gelu(norm(x))
+            rims = around.rims(feat_BVrrC, F.gelu(norm.bias).to(feat_BVrrC.dtype))
+            x = _convolve(feat_BVrrC, rims, conv)
+        feat_BVC: Tensor = self.norms[-1](x.flatten(2))
         return feat_BVC
 
     def _all(self, image_BIHW: Tensor) -> Tensor:
@@ -99,17 +106,16 @@ class _Surroundings:
             inside[name] = (x_BV + dx > 0) & (y_BV + dy > 0)
         return cls(before, after, inside)
 
-    def windows(self, feat_BVrrC: Tensor, masked_C: Tensor) -> Tensor:
-        """[B, V, r+1, r+1, C]: each patch with the last row and column of those above and to the left of it.
+    def rims(self, feat_BVrrC: Tensor, masked_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each patch sees of its neighbours: corner [B, V, C], the row above it and the column left [B, V, r, C].
 
         Args:
             feat_BVrrC: features of the visible patches.
             masked_C: what stands in a masked patch on the canvas; outside of it there are zeros.
         """
-        left = self._neighbour("left", feat_BVrrC[:, :, :, -1], masked_C)[:, :, :, None]
-        above = self._neighbour("above", feat_BVrrC[:, :, -1], masked_C)[:, :, None]
-        corner = self._neighbour("corner", feat_BVrrC[:, :, -1, -1], masked_C)[:, :, None, None]
-        return torch.cat([torch.cat([corner, above], 3), torch.cat([left, feat_BVrrC], 3)], 2)
+        corner = self._neighbour("corner", feat_BVrrC[:, :, -1, -1], masked_C)
+        above = self._neighbour("above", feat_BVrrC[:, :, -1], masked_C)
+        return corner, above, self._neighbour("left", feat_BVrrC[:, :, :, -1], masked_C)
 
     def _neighbour(self, name: str, edge: Tensor, masked_C: Tensor) -> Tensor:
         """The edges [B, V, ..., C] of each patch's neighbour in a direction."""
@@ -154,9 +160,41 @@ def _image_windows(image_BIHW: Tensor, visible_BV: Tensor, around: _Surroundings
     return window.masked_fill(hidden, 0.0)
 
 
-def _convolve(window: Tensor, conv: nn.Module) -> Tensor:
-    """3x3 convolution of stride 2 over windows [B, V, r+1, r+1, C]: [B, V, r/2, r/2, C'], one matrix product."""
+def _convolve(feat_BVrrC: Tensor, rims: tuple[Tensor, Tensor, Tensor], conv: nn.Module) -> Tensor:
+    """3x3 convolution of stride 2 over patches and their rims: [B, V, r/2, r/2, C']."""
+    edge = feat_BVrrC.shape[2]
+    corner_BVC, above_BVrC, left_BVrC = rims
+    if edge > LARGEST_MATRIX:
+        first_BVw1C = torch.cat([corner_BVC[:, :, None, None], left_BVrC[:, :, :, None]], 2)
+        rest_BVwrC = torch.cat([above_BVrC[:, :, None], feat_BVrrC], 2)
+        return _convolve_windows(torch.cat([first_BVw1C, rest_BVwrC], 3), conv)
+    matrix, bias = _as_matrix(conv, edge)
+    rim_BVR = torch.cat([corner_BVC, above_BVrC.flatten(2), left_BVrC.flatten(2)], 2)
+    rim_matrix = torch.cat([matrix[:, 0].flatten(1), matrix[:, 1:, 0].flatten(1)], 1)
+    out = F.linear(feat_BVrrC.flatten(2), matrix[:, 1:, 1:].flatten(1), bias) + F.linear(rim_BVR, rim_matrix)
+    return out.unflatten(-1, (edge // 2, edge // 2, -1))
+
+
+def _convolve_windows(window_BVwwC: Tensor, conv: nn.Module) -> Tensor:
+    """The same over windows of w = r + 1 that hold their rims."""
     assert isinstance(conv, nn.Conv2d)
-    half = window.shape[2] // 2
-    taps = [window[:, :, y : y + 2 * half - 1 : 2, x : x + 2 * half - 1 : 2] for y in range(3) for x in range(3)]
-    return F.linear(torch.cat(taps, -1), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+    edge = window_BVwwC.shape[2] - 1
+    if edge > LARGEST_MATRIX:
+        out = F.conv2d(window_BVwwC.flatten(0, 1).permute(0, 3, 1, 2), conv.weight, conv.bias, stride=2)
+        return out.permute(0, 2, 3, 1).unflatten(0, window_BVwwC.shape[:2])
+    matrix, bias = _as_matrix(conv, edge)
+    values_BVK = window_BVwwC.flatten(2)
+    odd = -values_BVK.shape[-1] % 8  # tensor cores take rows of whole 16 bytes
+    out = F.linear(F.pad(values_BVK, (0, odd)), F.pad(matrix.flatten(1), (0, odd)), bias)
+    return out.unflatten(-1, (edge // 2, edge // 2, -1))
+
+
+def _as_matrix(conv: nn.Module, edge: int) -> tuple[Tensor, Tensor]:
+    """A 3x3 convolution of stride 2 as a linear map of a patch with its rim: weight [(r/2)^2 C', r+1, r+1, C] and bias
+    [(r/2)^2 C'], for features of edge r. Row and column 0 are the rim."""
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    taps_O33C = conv.weight.permute(0, 2, 3, 1)
+    places = [
+        F.pad(taps_O33C, (0, 0, x, edge - 2 - x, y, edge - 2 - y)) for y in range(0, edge, 2) for x in range(0, edge, 2)
+    ]
+    return torch.cat(places), conv.bias.repeat(len(places))

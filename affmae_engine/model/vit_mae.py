@@ -1,9 +1,10 @@
-"""ViT-MAE, the plain masked autoencoder (He et al., CVPR 2022): the baseline of equal parameters for the benchmark.
+"""ViT-MAE, the plain masked autoencoder (He et al., CVPR 2022): the model family that AFFMAE is measured against.
 
 Global attention on every pair of tokens. The encoder sees the visible patches and a class token, the decoder all of
 them. Two shortcuts that leave the result as it is: only visible patches are embedded, and since attention does not ask
 in which order tokens come, the decoder's are [class, visible, masked] and never put back into canvas order. Under
-autocast the residual stream has autocast's dtype, as that of AFFMAE; `fp32_residual` keeps it in fp32.
+autocast the residual stream has autocast's dtype, as that of AFFMAE; `fp32_residual` keeps it in fp32. Positions are
+computed, not learned, so any canvas will do.
 
 Axes: B batch, C width, H W image, V visible and Q masked tokens, T all tokens of the canvas, N tokens of a sequence,
 A heads, D head width, P = p * p * channels values of a patch.
@@ -11,13 +12,18 @@ A heads, D head width, P = p * p * channels values of a patch.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from affmae_engine.config import ModelConfig
+from affmae_engine.model.block import DropPath
+from affmae_engine.model.heads import Head
 from affmae_engine.model.patches import canvas_of, patchify, take_rows
+from affmae_engine.model.reconstruction import Reconstruction, fill_in
 
 MLP_RATIO = 4
 TOKEN_STD = 0.02
@@ -25,7 +31,7 @@ TOKEN_STD = 0.02
 
 @dataclass(frozen=True)
 class VitSize:
-    """One size of the baseline."""
+    """One size of the family."""
 
     dim: int
     """Width of the encoder."""
@@ -50,7 +56,7 @@ VIT_SIZES: dict[str, VitSize] = {
 
 
 def sincos_positions(canvas_hw: tuple[int, int], dim: int, device: torch.device) -> Tensor:
-    """Fixed position code of every canvas cell, [T, dim] fp32: sines and cosines of y, then of x.
+    """Fixed position code of every canvas cell, [T, dim] fp32: sines and cosines of x, then of y.
 
     Raises:
         ValueError: when 4 does not divide `dim`.
@@ -60,14 +66,14 @@ def sincos_positions(canvas_hw: tuple[int, int], dim: int, device: torch.device)
     frequency_F = 10000.0 ** (-torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
     height, width = canvas_hw
     cell_T = torch.arange(height * width, device=device)
-    angles = [cells_T[:, None] * frequency_F for cells_T in (cell_T // width, cell_T % width)]
+    angles = [cells_T[:, None] * frequency_F for cells_T in (cell_T % width, cell_T // width)]
     return torch.cat([part for angle_TF in angles for part in (angle_TF.sin(), angle_TF.cos())], -1)
 
 
 class VitBlock(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x))."""
+    """x + attention(LN(x)), then x + MLP(LN(x)), with stochastic depth where a rate is given."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, drop_path: float = 0.0) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
@@ -77,44 +83,98 @@ class VitBlock(nn.Module):
         self.output = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, MLP_RATIO * dim), nn.GELU(), nn.Linear(MLP_RATIO * dim, dim))
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
         qkv_BN3AD = self.qkv(self.norm1(x_BNC)).unflatten(-1, (3, self.heads, -1))
         q_BAND, k_BAND, v_BAND = qkv_BN3AD.permute(2, 0, 3, 1, 4).unbind(0)
         out_BAND = F.scaled_dot_product_attention(q_BAND, k_BAND, v_BAND)
-        x_BNC = x_BNC + self.output(out_BAND.transpose(1, 2).flatten(2))
-        return x_BNC + self.mlp(self.norm2(x_BNC))
+        x_BNC = x_BNC + self.drop_path(self.output(out_BAND.transpose(1, 2).flatten(2)))
+        return x_BNC + self.drop_path(self.mlp(self.norm2(x_BNC)))
+
+
+class VitEncoder(nn.Module):
+    """Patches to tokens, a class token in front, and blocks on all of them."""
+
+    def __init__(self, shape: VitSize, values: int, *, drop_path: float = 0.0, fp32_residual: bool = False) -> None:
+        super().__init__()
+        self.dim, self.fp32_residual = shape.dim, fp32_residual
+        self.embed = nn.Linear(values, shape.dim)
+        self.class_token = nn.Parameter(torch.empty(shape.dim))
+        rates = [drop_path * block / max(shape.depth - 1, 1) for block in range(shape.depth)]
+        self.blocks = nn.ModuleList(VitBlock(shape.dim, shape.heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(shape.dim)
+
+    def forward(self, patch_BNP: Tensor, canvas_hw: tuple[int, int], visible_BV: Tensor | None) -> Tensor:
+        """[B, 1 + N, C]: the class token, then the patches.
+
+        Args:
+            patch_BNP: values of the visible patches, or of all.
+            canvas_hw: height and width of the canvas, in cells.
+            visible_BV: int64 canvas indices of the patches; None: all of them in canvas order.
+        """
+        x_BNC = _residual(self.embed(patch_BNP), self.fp32_residual)
+        position_TC = sincos_positions(canvas_hw, self.dim, x_BNC.device).to(x_BNC.dtype)
+        x_BNC = x_BNC + (position_TC if visible_BV is None else position_TC[visible_BV])
+        class_B1C = self.class_token.to(x_BNC.dtype).expand(len(x_BNC), 1, -1)
+        x_BNC = torch.cat([class_B1C, x_BNC], 1)
+        for block in self.blocks:
+            x_BNC = block(x_BNC)
+        encoded_BNC: Tensor = self.norm(x_BNC)
+        return encoded_BNC
+
+
+class VitDecoder(nn.Module):
+    """Blocks on the tokens of the whole canvas; with a mask token when some of them are masked."""
+
+    def __init__(self, shape: VitSize, *, masking: bool, fp32_residual: bool = False) -> None:
+        super().__init__()
+        self.dim, self.fp32_residual = shape.decoder_dim, fp32_residual
+        self.embed = nn.Linear(shape.dim, shape.decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(shape.decoder_dim)) if masking else None
+        self.blocks = nn.ModuleList(
+            VitBlock(shape.decoder_dim, shape.decoder_heads) for _ in range(shape.decoder_depth)
+        )
+
+    def forward(
+        self,
+        encoded_BNC: Tensor,
+        canvas_hw: tuple[int, int],
+        visible_BV: Tensor | None = None,
+        masked_BQ: Tensor | None = None,
+    ) -> Tensor:
+        """Features of the masked tokens [B, Q, C], or, when nothing is masked, of all tokens [B, T, C].
+
+        Args:
+            encoded_BNC: the encoder's class token and patches.
+            canvas_hw: height and width of the canvas, in cells.
+            visible_BV, masked_BQ: int64 canvas indices; both or neither.
+        """
+        x_BNC = _residual(self.embed(encoded_BNC), self.fp32_residual)
+        position_TC = sincos_positions(canvas_hw, self.dim, x_BNC.device).to(x_BNC.dtype)
+        seen_BNC = x_BNC[:, 1:] + (position_TC if visible_BV is None else position_TC[visible_BV])
+        parts = [x_BNC[:, :1], seen_BNC]
+        if masked_BQ is not None and self.mask_token is not None:
+            parts.append(self.mask_token.to(x_BNC.dtype) + position_TC[masked_BQ])
+        x_BNC = torch.cat(parts, 1)
+        for block in self.blocks:
+            x_BNC = block(x_BNC)
+        return x_BNC[:, 1 if masked_BQ is None else -masked_BQ.shape[1] :]
 
 
 class VitMae(nn.Module):
     """Encoder on visible patches, decoder on all, pixels of the masked ones. Sides of images are whole patches."""
 
-    def __init__(self, size: str, *, patch: int = 8, channels: int = 1, fp32_residual: bool = False) -> None:
+    def __init__(self, model: ModelConfig, *, fp32_residual: bool = False) -> None:
         super().__init__()
-        if size not in VIT_SIZES:
-            raise ValueError(f"size must be one of {', '.join(VIT_SIZES)}; got {size!r}")
-        shape = VIT_SIZES[size]
-        values = patch * patch * channels
-        self.patch, self.channels, self.fp32_residual = patch, channels, fp32_residual
-        self.dim, self.decoder_dim = shape.dim, shape.decoder_dim
-        self.embed = nn.Linear(values, shape.dim)
-        self.class_token = nn.Parameter(torch.empty(shape.dim))
-        self.blocks = nn.ModuleList(VitBlock(shape.dim, shape.heads) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(shape.dim)
-        self.decoder_embed = nn.Linear(shape.dim, shape.decoder_dim)
-        self.mask_token = nn.Parameter(torch.empty(shape.decoder_dim))
-        self.decoder_blocks = nn.ModuleList(
-            VitBlock(shape.decoder_dim, shape.decoder_heads) for _ in range(shape.decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(shape.decoder_dim)
-        self.pixels = nn.Linear(shape.decoder_dim, values)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.class_token, std=TOKEN_STD)
-        nn.init.normal_(self.mask_token, std=TOKEN_STD)
+        shape = VIT_SIZES[model.size]
+        values = model.patch_size**2 * model.channels
+        self.patch, self.channels = model.patch_size, model.channels
+        self.encoder = VitEncoder(shape, values, fp32_residual=fp32_residual)
+        self.decoder = VitDecoder(shape, masking=True, fp32_residual=fp32_residual)
+        self.heads = nn.ModuleDict({"last": Head(shape.decoder_dim, values)})
+        initialise(self)
 
     def forward(self, image_BCHW: Tensor, visible_BV: Tensor, masked_BQ: Tensor) -> dict[str, Tensor]:
         """The loss of a batch.
@@ -124,45 +184,30 @@ class VitMae(nn.Module):
             visible_BV, masked_BQ: int64 canvas indices, see `masking.draw_mask`.
 
         Returns:
-            "loss": mean squared error of the masked patches' pixels, a scalar, at least fp32.
+            "loss": mean squared error of the masked patches' pixels, a scalar, at least fp32; and the same as "last",
+            the name that AFFMAE gives to the loss of its last decoder step.
 
         Raises:
             ValueError: when channels, sides, or visible plus masked tokens, do not fit the image.
         """
+        value_BQP, _ = self._predict(image_BCHW, visible_BV, masked_BQ)
+        target_BQP = take_rows(patchify(image_BCHW, self.patch), masked_BQ).to(value_BQP.dtype)
+        loss = (value_BQP - target_BQP).square().mean()
+        return {"loss": loss, "last": loss}
+
+    @torch.no_grad()
+    def reconstruct(self, image_BCHW: Tensor, visible_BV: Tensor, masked_BQ: Tensor) -> Reconstruction:
+        """What the model makes of the masked patches; arguments and errors as in `forward`."""
+        value_BQP, encoded_BNC = self._predict(image_BCHW, visible_BV, masked_BQ)
+        image = fill_in(image_BCHW, visible_BV, masked_BQ, value_BQP, self.patch)
+        return Reconstruction({"last": image}, [], [encoded_BNC[:, 1:]])
+
+    def _predict(self, image_BCHW: Tensor, visible_BV: Tensor, masked_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [B, Q, P] of the masked patches, and the encoder's tokens [B, 1 + V, C]."""
         canvas_hw = self._canvas(image_BCHW, visible_BV, masked_BQ)
-        patch_BTP = patchify(image_BCHW, self.patch)
-        encoded_BNC = self._encode(take_rows(patch_BTP, visible_BV), visible_BV, canvas_hw)
-        value_BQP = self._decode(encoded_BNC, visible_BV, masked_BQ, canvas_hw)
-        value_BQP = value_BQP.to(torch.promote_types(value_BQP.dtype, torch.float32))
-        target_BQP = take_rows(patch_BTP, masked_BQ).to(value_BQP.dtype)
-        return {"loss": (value_BQP - target_BQP).square().mean()}
-
-    def _encode(self, patch_BVP: Tensor, visible_BV: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
-        """[B, 1 + V, C]: the class token, then the visible patches."""
-        x_BVC = self._residual(self.embed(patch_BVP))
-        position_TC = sincos_positions(canvas_hw, self.dim, x_BVC.device)
-        x_BVC = x_BVC + position_TC[visible_BV].to(x_BVC.dtype)
-        class_B1C = self.class_token.to(x_BVC.dtype).expand(len(x_BVC), 1, -1)
-        x_BNC = torch.cat([class_B1C, x_BVC], 1)
-        for block in self.blocks:
-            x_BNC = block(x_BNC)
-        encoded_BNC: Tensor = self.norm(x_BNC)
-        return encoded_BNC
-
-    def _decode(self, encoded_BNC: Tensor, visible_BV: Tensor, masked_BQ: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
-        """Pixels [B, Q, P] of the masked patches."""
-        x_BNC = self._residual(self.decoder_embed(encoded_BNC))
-        position_TC = sincos_positions(canvas_hw, self.decoder_dim, x_BNC.device).to(x_BNC.dtype)
-        seen_BVC = x_BNC[:, 1:] + position_TC[visible_BV]
-        hidden_BQC = self.mask_token.to(x_BNC.dtype) + position_TC[masked_BQ]
-        x_BNC = torch.cat([x_BNC[:, :1], seen_BVC, hidden_BQC], 1)
-        for block in self.decoder_blocks:
-            x_BNC = block(x_BNC)
-        value_BQP: Tensor = self.pixels(self.decoder_norm(x_BNC[:, -masked_BQ.shape[1] :]))
-        return value_BQP
-
-    def _residual(self, x_BNC: Tensor) -> Tensor:
-        return x_BNC.float() if self.fp32_residual else x_BNC
+        patch_BVP = take_rows(patchify(image_BCHW, self.patch), visible_BV)
+        encoded_BNC = self.encoder(patch_BVP, canvas_hw, visible_BV)
+        return self.heads["last"](self.decoder(encoded_BNC, canvas_hw, visible_BV, masked_BQ)), encoded_BNC
 
     def _canvas(self, image_BCHW: Tensor, visible_BV: Tensor, masked_BQ: Tensor) -> tuple[int, int]:
         if image_BCHW.ndim != 4 or image_BCHW.shape[1] != self.channels:
@@ -177,3 +222,38 @@ class VitMae(nn.Module):
                 f"{rows} x {columns} canvas"
             )
         return rows, columns
+
+
+def initialise(model: nn.Module) -> None:
+    """Xavier-uniform matrices, zero biases, small random tokens, as He et al. start theirs."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_token"):
+            nn.init.normal_(parameter, std=TOKEN_STD)
+
+
+def vit_encoder_depth(parameter_name: str, depth: int) -> int | None:
+    """Depth of a parameter for layer-wise learning-rate decay, counted from the image.
+
+    Returns:
+        0 for patch embedding and class token, 1, 2, ... for the `depth` blocks (the norm belongs to the last one),
+        None for decoder and heads, which have no decay.
+
+    Raises:
+        ValueError: for an encoder parameter of an unknown kind.
+    """
+    if not parameter_name.startswith("encoder."):
+        return None
+    if parameter_name.startswith(("encoder.embed.", "encoder.class_token")):
+        return 0
+    match = re.match(r"encoder\.(?:blocks\.(\d+)|norm)\.", parameter_name)
+    if match is None:
+        raise ValueError(f"unknown encoder parameter {parameter_name!r}")
+    return depth if match[1] is None else 1 + int(match[1])
+
+
+def _residual(x_BNC: Tensor, fp32: bool) -> Tensor:
+    return x_BNC.float() if fp32 else x_BNC

@@ -13,7 +13,7 @@ from torch import nn
 from affmae_engine.config import ModelConfig, TrainConfig
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.errors import CorruptError, InputError
-from affmae_engine.model.segmenter import Segmenter
+from affmae_engine.model.build import build_segmenter
 from affmae_engine.predict.label_rows import label_dtype
 from affmae_engine.run_dir import RunDir, list_runs
 from affmae_engine.train.checkpoint import WEIGHTS, weights_file
@@ -65,7 +65,7 @@ class Predictor:
             )
         try:
             config = ModelConfig.model_validate(metadata.model)
-            model = Segmenter(config, len(metadata.class_names), backend=backend)
+            model = build_segmenter(config, len(metadata.class_names), backend=backend)
             model.load_state_dict(read_tensors(file))
         except ValidationError as error:
             raise CorruptError(

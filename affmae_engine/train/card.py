@@ -54,7 +54,8 @@ class Card:
 
     def sample(self) -> dict[str, Any]:
         """Fields of a `system` event that NVML gives; those it does not are absent."""
-        handle, found = self._handle, {"gpu": self.name, "gpu_missing": self.missing}
+        handle = self._handle
+        found: dict[str, Any] = {"gpu": self.name, "gpu_missing": self.missing}
         if handle is None:
             return found
         reserved = torch.cuda.memory_reserved(self._device)
@@ -108,13 +109,11 @@ def own_memory(processes: Iterable[tuple[int, int | None]], pid: int, reserved: 
 
 
 def _handle_of(device: torch.device) -> Any:
-    # torch numbers the visible cards, NVML all of them.
-    properties = torch.cuda.get_device_properties(device)
-    for prefix in ("GPU-", "MIG-"):
-        with contextlib.suppress(pynvml.NVMLError):
-            return pynvml.nvmlDeviceGetHandleByUUID(f"{prefix}{properties.uuid}")
-    bus = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-    return pynvml.nvmlDeviceGetHandleByPciBusId(bus)
+    # torch numbers the visible cards, NVML all of them; a slice of a card (MIG) has an id of its own.
+    uuid = torch.cuda.get_device_properties(device).uuid
+    with contextlib.suppress(pynvml.NVMLError):
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
 def _asked(question: Callable[[], Any]) -> Any:

@@ -2,7 +2,8 @@
 
 Unusual: not the whole model is compiled but its blocks. Blocks of one stage share one graph, so a network of 25 blocks
 and 4 decoder steps costs a dozen small compilations instead of one of minutes, and what lies between (orders, tables,
-look-ups) stays plain. The operations of `affmae_kernels` are opaque to the compiler.
+look-ups) stays plain. The operations of `affmae_kernels` are opaque to the compiler. A ViT has nothing in between: its
+encoder and its decoder are compiled as they are, so that a residual and the norm of the next block become one pass.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from affmae_engine.model.encoder import Stage
 from affmae_engine.model.heads import Head
 from affmae_engine.model.merging import ClusterMerging, NormMerging
 from affmae_engine.model.stem import Stem
+from affmae_engine.model.vit_mae import VitDecoder, VitEncoder
 
-REGIONS = (Stem, Block, ClusterMerging, NormMerging, SineEmbedding, DecoderStep, Head)
+REGIONS = (Stem, Block, ClusterMerging, NormMerging, SineEmbedding, DecoderStep, Head, VitEncoder, VitDecoder)
 GRAPHS_OF_A_FUNCTION = 64
 """Stages differ in width and number of tokens; PyTorch's default of 8 graphs of one function would not do."""
 

@@ -20,16 +20,15 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.device import DeviceChoice
-from affmae_kernels.dispatch import choose_backend
+from affmae_kernels.dispatch import OPERATIONS, choose_backend
 
 ENVIRONMENT_SCHEMA = 1
-_OPERATIONS = ("neighbourhoods", "cluster_attention", "token_merging", "point_attention", "residual_norm")
 _PACKAGES = ("affmae", "torch", "numpy", "zarr", "safetensors", "triton")
 
 
 def kernel_backends(backend: str, device: torch.device) -> dict[str, str]:
     """The implementation of each operation that `kernels.backend` means here."""
-    return {operation: choose_backend(backend, operation, device).name for operation in _OPERATIONS}
+    return {operation: choose_backend(backend, operation, device).name for operation in OPERATIONS}
 
 
 def write_environment(
@@ -61,7 +60,7 @@ def write_environment(
             "platform": platform.platform(),
             "host": socket.gethostname(),
             "cpus": os.cpu_count(),
-            "git": _git_state(),
+            "git": git_state(),
         },
     )
 
@@ -129,7 +128,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit and cleanliness of the checkout that this code runs from; None when it is not run from one."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():

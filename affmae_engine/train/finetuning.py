@@ -20,8 +20,7 @@ from affmae_engine.data.segmentation import SegmentationDataset, sections_of
 from affmae_engine.data.split import Region, Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError
-from affmae_engine.model.segmenter import Segmenter
-from affmae_engine.model.sizes import SIZES
+from affmae_engine.model.build import build_segmenter, encoder_layers
 from affmae_engine.train.losses import SegmentationLoss, weights_from_counts
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.segmentation_evaluation import SegmentationEvaluation, chosen_sections
@@ -58,7 +57,7 @@ def finetune_task(
     loss = SegmentationLoss(config.finetune, config.loss, config.finetune.class_weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = Segmenter(config.model, len(names), backend=config.kernels.backend)
+        model = build_segmenter(config.model, len(names), backend=config.kernels.backend)
     report = None
     if init_from is not None:
         report = load_pretrained(model, init_from, config=config, class_names=names, seed=config.train.seed)
@@ -69,7 +68,7 @@ def finetune_task(
         return loss(module(batch["image"]), batch["labels"])
 
     def parameter_groups(optim: OptimConfig) -> list[dict[str, Any]]:
-        return layer_decay_groups(model, optim, SIZES[config.model.size])
+        return layer_decay_groups(model, optim, encoder_layers(config.model))
 
     task = Task(
         name="finetune",

@@ -77,7 +77,9 @@ class Monitor:
             if time.monotonic() - sampled >= self._sample_every_s:
                 sampled = time.monotonic()
                 figures = {**self._card.sample(), **host_sample()}
-                rounded = {name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()}
+                rounded: dict[str, Any] = {
+                    name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()
+                }
                 self._emit(SystemSampled(step=self._step(), **rounded))
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig
 from affmae_engine.errors import CorruptError
-from affmae_engine.model.segmenter import encoder_depth, encoder_depths
-from affmae_engine.model.sizes import Size
+from affmae_engine.model.build import EncoderLayers
 
 
 def decay_groups(
@@ -58,6 +57,21 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.opti
     return optimizer
 
 
+def allocate_state(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's moments now (zeros), not in its first step, so that memory is short before training or never.
+
+    It takes a step that is marked as not finite, and such a step changes nothing.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.grad_scale = torch.ones((), device=device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.ones((), device=device)  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group `rate` times its own `lr_scale`."""
     for group in optimizer.param_groups:
@@ -93,16 +107,15 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     optimizer.state.update(state)
 
 
-def layer_decay_groups(model: nn.Module, optim: OptimConfig, size: Size) -> list[dict[str, Any]]:
+def layer_decay_groups(model: nn.Module, optim: OptimConfig, layers: EncoderLayers) -> list[dict[str, Any]]:
     """Optimizer groups whose learning rate falls by `layer_decay` per encoder layer, counted from the decoder.
 
-    The last encoder block has `layer_decay` times the rate of decoder and heads, the stem the smallest one.
+    The last encoder block has `layer_decay` times the rate of decoder and heads, the patch embedding the smallest one.
     Parameters of fewer than two axes have no weight decay.
     """
-    depths = encoder_depths(size)
 
     def lr_scale(name: str) -> float:
-        depth = encoder_depth(name, size)
-        return 1.0 if depth is None else optim.layer_decay ** (depths - depth)
+        depth = layers.depth_of(name)
+        return 1.0 if depth is None else optim.layer_decay ** (layers.count - depth)
 
     return decay_groups(model.named_parameters(), optim.weight_decay, lr_scale)

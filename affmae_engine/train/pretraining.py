@@ -19,8 +19,7 @@ from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.split import split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
-from affmae_engine.model.autoencoder import MaskedAutoencoder
-from affmae_engine.model.sizes import SIZES
+from affmae_engine.model.build import Autoencoder, build_autoencoder, encoder_layers
 from affmae_engine.train.checkpoint import load_weights
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.pretraining_evaluation import PretrainingEvaluation, choose_crops
@@ -61,12 +60,12 @@ def pretrain_task(config: RunConfig, store: Store, *, init_from: Path | None = N
     evaluation = PretrainingEvaluation(store, crops, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = MaskedAutoencoder(config.model, config.loss, backend=config.kernels.backend)
+        model = build_autoencoder(config.model, config.loss, backend=config.kernels.backend)
     if init_from is not None:
         notes += load_initial(model, init_from, config)
 
     def parameter_groups(optim: OptimConfig) -> list[dict[str, Any]]:
-        return layer_decay_groups(model, optim, SIZES[config.model.size])
+        return layer_decay_groups(model, optim, encoder_layers(config.model))
 
     task = Task(
         name="pretrain",
@@ -94,10 +93,11 @@ def reconstruction_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[st
     return model(batch["image"], batch["visible"], batch["masked"])
 
 
-def load_initial(model: MaskedAutoencoder, path: Path, config: RunConfig) -> list[str]:
+def load_initial(model: Autoencoder, path: Path, config: RunConfig) -> list[str]:
     """Give an autoencoder the weights of another run, by name; returns notes on what was not taken.
 
-    The class heads of a finetune run are left out; everything else must fit.
+    The class heads of a finetune run are left out, and a ViT's mask token, which its segmenter has none of, keeps its
+    random start; everything else must fit.
 
     Raises:
         ConfigError: the weights are of another size or shape of model; names both values.
@@ -109,7 +109,7 @@ def load_initial(model: MaskedAutoencoder, path: Path, config: RunConfig) -> lis
     here = model.state_dict()
     fitting = {name for name in here if name in there and there[name].shape == here[name].shape}
     absent = sorted(here.keys() - fitting)
-    heads_only = all(name.startswith("heads.") for name in absent)
+    heads_only = all(name.startswith("heads.") or name == "decoder.mask_token" for name in absent)
     if absent and not (origin.task == "finetune" and heads_only):
         raise CorruptError(
             f"{path} lacks {len(absent)} tensors of this model, for example {absent[0]}", "use another checkpoint"

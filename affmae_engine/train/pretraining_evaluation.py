@@ -21,10 +21,11 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.augment import Crop
 from affmae_engine.data.dataset import UNIFORM_STD, Plane, as_channels, load_crop
 from affmae_engine.data.store import Store
-from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.model.build import Autoencoder
 from affmae_engine.model.collapse import effective_rank
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.patches import canvas_of
+from affmae_engine.train.memory import in_smaller_batches
 from affmae_engine.train.task import Evaluation
 from affmae_engine.visualize import ReconstructionRow, Rgb, reconstruction_picture
 
@@ -37,6 +38,7 @@ _MASK_SEED = 20_260_216
 _LARGEST_BATCH = 32
 _GOLDEN = 0.618034
 _TITLES = {"step1": "from stage 4", "step2": "from stages 4 and 3", "last": "from all stages"}
+_ONLY_TITLE = {"last": "reconstruction"}
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,15 @@ class PretrainingEvaluation:
 
     def evaluate(self, model: nn.Module, device: torch.device) -> Evaluation:
         """Mean losses over the crops and the effective rank of each stage; the score is minus the loss."""
+        train = self.config.train
+        largest = train.micro_batch if isinstance(train.micro_batch, int) else train.batch_size
+        return in_smaller_batches(
+            lambda step: self._evaluate(model, device, step), min(largest, _LARGEST_BATCH), device
+        )
+
+    def _evaluate(self, model: nn.Module, device: torch.device, step: int) -> Evaluation:
         batch = self._crops()
         count = len(batch["image"])
-        train = self.config.train
-        step = min(train.micro_batch or train.batch_size, _LARGEST_BATCH)
         sums: dict[str, Tensor] = {}
         for start in range(0, count, step):
             part = {name: tensor[start : start + step].to(device) for name, tensor in batch.items()}
@@ -102,21 +109,22 @@ class PretrainingEvaluation:
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value.float() * len(part["image"])
         metrics = {name: float(value) / count for name, value in sums.items()}
         part = {name: tensor[:step].to(device) for name, tensor in batch.items()}
-        stages = cast(MaskedAutoencoder, model).reconstruct(part["image"], part["visible"], part["masked"]).stage_feat
+        stages = cast(Autoencoder, model).reconstruct(part["image"], part["visible"], part["masked"]).stage_feat
         ranks = [float(effective_rank(feat_BNC).mean()) for feat_BNC in stages]
         return Evaluation(score=-metrics["loss"], metrics=metrics, effective_rank=ranks)
 
     def preview(self, model: nn.Module, device: torch.device) -> dict[str, Rgb]:
-        """One picture: a few crops with what every supervised step makes of them, and the tokens of every stage."""
+        """One picture: a few crops, what every supervised step makes of them, and where the tokens of stages are."""
         batch = self._crops()
         chosen = _evenly(len(batch["image"]), PREVIEW_ROWS)
         part = {name: tensor[chosen].to(device) for name, tensor in batch.items()}
-        made = cast(MaskedAutoencoder, model).reconstruct(part["image"], part["visible"], part["masked"])
+        made = cast(Autoencoder, model).reconstruct(part["image"], part["visible"], part["masked"])
+        titles = _TITLES if len(made.images) > 1 else _ONLY_TITLE
         rows = [
             ReconstructionRow(
                 image_YX=part["image"][i, 0].cpu().numpy(),
                 masked_YX=self._masked_pixels(part["masked"][i]),
-                images={title: made.images[name][i, 0].float().cpu().numpy() for name, title in _TITLES.items()},
+                images={title: made.images[name][i, 0].float().cpu().numpy() for name, title in titles.items()},
                 stage_positions=[pos_BN2[i].cpu().numpy() for pos_BN2 in made.stage_pos],
             )
             for i in range(len(chosen))

@@ -1,8 +1,8 @@
 """Weights carried over from another run, with an account of every tensor: nothing is skipped in silence.
 
-Encoder and decoder are taken by name (the mask token, which stood for hidden patches, becomes the query of every
-patch). The pixel heads of a pretraining run become class heads (method section 6). The heads of a finetune run are
-taken when its classes are the same ones, and left out otherwise.
+Encoder and decoder are taken by name (AFFMAE's mask token, which stood for hidden patches, becomes the query of every
+patch; a ViT's has no use). The pixel heads of a pretraining run become class heads (method section 6). The heads of a
+finetune run are taken when its classes are the same ones, and left out otherwise.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from affmae_engine.train.weights import WeightsMetadata, read_metadata
 
 Outcome = Literal["loaded", "adapted", "skipped", "missing"]
 
-_BOUND = ("family", "size", "channels", "patch_size", "merging", "decoder_ffn_ratio")
-"""Fields of the model section that decide names and shapes of tensors: they must be those of the weights."""
+_BOUND = {
+    "affmae": ("family", "size", "channels", "patch_size", "merging", "decoder_ffn_ratio"),
+    "vit-mae": ("family", "size", "channels", "patch_size"),
+}
+"""Fields of the model section that decide names and shapes of tensors, by family: they must be those of the weights."""
 
-_FOLLOWED = (*_BOUND, "cluster_size", "neighbours", "merge_keep")
-"""Fields that a run takes from the weights it starts from, unless the user set them."""
+_UNBOUND = ("cluster_size", "neighbours", "merge_keep")
+"""Further fields that a run takes from the weights it starts from, unless the user set them."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,18 @@ def follow_origin(
         the configuration, and a note on what changed; empty when nothing did.
 
     Raises:
-        ConfigError: a chosen value that decides the shapes differs; lists all of them.
+        ConfigError: a chosen value that decides the shapes differs; lists all of them, or the family alone.
     """
     theirs = _model_of(origin, path)
     ours = config.model
-    differing = [field for field in _FOLLOWED if getattr(ours, field) != getattr(theirs, field)]
-    wrong = [field for field in differing if field in _BOUND and f"model.{field}" in chosen]
+    if ours.family != theirs.family and "model.family" in chosen:
+        raise ConfigError(
+            f"{path} holds a network of the family {theirs.family}; model.family = {ours.family} was asked for",
+            f"start from a run of that family, or use --set model.family={theirs.family}",
+        )
+    bound = _BOUND[theirs.family]
+    differing = [field for field in (*bound, *_UNBOUND) if getattr(ours, field) != getattr(theirs, field)]
+    wrong = [field for field in differing if field in bound and f"model.{field}" in chosen]
     if wrong:
         pairs = [f"model.{f} = {getattr(ours, f)} was asked for, {path} has {getattr(theirs, f)}" for f in wrong]
         raise ConfigError("; ".join(pairs), "leave these settings out, or start from another run")
@@ -129,7 +138,7 @@ def load_pretrained(
     """Give a segmenter the weights of another run.
 
     Args:
-        model: a `Segmenter` with its random start; changed in place.
+        model: from `build_segmenter`, with its random start; changed in place.
         path: run directory (its best checkpoint is taken), checkpoint folder or weights file.
         config: of the new run; its model section must fit (see `follow_origin`).
         class_names: of the new run.
@@ -140,7 +149,7 @@ def load_pretrained(
         InputError, CorruptError: the weights cannot be read.
     """
     origin, there = load_weights(path)
-    follow_origin(config, origin, path, chosen=[f"model.{field}" for field in _BOUND])
+    follow_origin(config, origin, path, chosen=[f"model.{field}" for field in ModelConfig.model_fields])
     here = model.state_dict()
     same_classes = origin.task == "finetune" and tuple(origin.class_names) == tuple(class_names)
     new: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ def _normal(u):
 
 
 @triton.jit(do_not_specialize=["N"])  # that C is a multiple of 16 makes loads wide
-def _forward_kernel(X, BIAS, Y, N, C, RB: tl.constexpr, CB: tl.constexpr):
+def _gelu_forward_kernel(X, BIAS, Y, N, C, RB: tl.constexpr, CB: tl.constexpr):
     """One program: one tile of y."""
     row = (tl.program_id(0) * RB + tl.arange(0, RB)).to(tl.int64)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
@@ -49,7 +49,7 @@ def _forward_kernel(X, BIAS, Y, N, C, RB: tl.constexpr, CB: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _backward_kernel(DY, X, BIAS, DX, Y, PART, N, C, RB: tl.constexpr, CB: tl.constexpr, AGAIN: tl.constexpr):
+def _gelu_backward_kernel(DY, X, BIAS, DX, Y, PART, N, C, RB: tl.constexpr, CB: tl.constexpr, AGAIN: tl.constexpr):
     """One program: every P-th tile of rows of CB channels; the sums of dx go to PART [P, C]."""
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     b = tl.load(BIAS + c, mask=c < C, other=0.0)
@@ -74,7 +74,7 @@ def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
     width = x.shape[-1]
     rows = x.numel() // width
     y = torch.empty_like(x)
-    _forward_kernel[(triton.cdiv(rows, RB), triton.cdiv(width, CB))](
+    _gelu_forward_kernel[(triton.cdiv(rows, RB), triton.cdiv(width, CB))](
         x, bias, y, rows, width, RB=RB, CB=CB, num_warps=WARPS
     )
     return y
@@ -89,7 +89,7 @@ def launch_backward(dy: Tensor, x: Tensor, bias: Tensor, *, again: bool) -> tupl
     blocks = triton.cdiv(width, CB)
     programs = min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(rows, BACKWARD_RB))
     part = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs, blocks)](
+    _gelu_backward_kernel[(programs, blocks)](
         dy, x, bias, dx, dx if y is None else y, part, rows, width, RB=BACKWARD_RB, CB=CB, AGAIN=again, num_warps=WARPS,
     )  # fmt: skip
     return dx, y, column_sums(part)

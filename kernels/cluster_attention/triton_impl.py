@@ -18,7 +18,7 @@ Axes: B batch, G groups, A heads, HB heads of a program, R = 16 rows of a group,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -30,24 +30,26 @@ from affmae_kernels.launch import precision_of
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.walks import GROUP
 
+Pass = Literal["forward", "query", "key"]
+"""The forward pass, the gradient of the queries, that of keys and values."""
 _SIZES = ["N", "ENTRIES", "GROUPS", "A"]
 """Differ from stage to stage; one compilation serves all."""
 
 
-def launch_options(heads: int, width: int, dtype: torch.dtype, *, query_gradient: bool = False) -> dict[str, int]:
-    """Heads of a program (HB), clusters of a tile (TILE), warps and pipeline depth.
+def launch_options(heads: int, width: int, dtype: torch.dtype, kernel: Pass) -> dict[str, int]:
+    """Heads of a program (HB), clusters of a tile (TILE), warps, pipeline depth, and a limit on registers.
 
-    4 heads of width 32 in half precision, tiles of 32 keys and 2 warps measured fastest on an H200, and 2 stages 10 to
-    20 % faster than 1. Tiles of 64 keys spill registers, and so do more heads of wider rows or of fp32, whose products
-    run on the ordinary units. The query gradient of 4 heads would spill on sm_80 and sm_120.
+    The fastest of some 150 that were measured on an H100 at the base network's stages. What counts is how many warps a
+    multiprocessor holds: two heads of width 32 and one warp. The query gradient would take 230 registers; held to 184
+    it is a tenth faster and spills none. fp32 products run on the ordinary units and need registers.
     """
     if dtype == torch.float32:
         return {"HB": 1, "TILE": 2, "num_warps": 4 if width == 64 else 2, "num_stages": 1}
-    most = 2 if width == 64 or query_gradient else 4
-    together = next(count for count in (4, 2, 1) if count <= most and heads % count == 0)
-    if query_gradient and width == 32:
-        return {"HB": together, "TILE": 4, "num_warps": 1, "num_stages": 1}
-    return {"HB": together, "TILE": 4, "num_warps": 2 if together > 1 else 1, "num_stages": 2}
+    together = 2 if heads % 2 == 0 and width <= 32 else 1
+    if kernel == "forward":
+        return {"HB": together, "TILE": 4, "num_warps": 1, "num_stages": 3}
+    options = {"HB": together, "TILE": 2, "num_warps": 1, "num_stages": 2}
+    return options | {"maxnreg": 184} if kernel == "query" and together == 2 and width == 32 else options
 
 
 @triton.jit
@@ -77,20 +79,20 @@ def _geometry(x_R, y_R, x_J, y_J, member_RJ, SIGN: tl.constexpr):
 
 
 @triton.jit
-def _load_bias(BIAS, heads, inverse_scale):
+def _load_bias(WEIGHT, BIAS, heads, inverse_scale):
     """w / scale, five of [HB, 1, 1], and c / scale, [HB, 1]."""
-    p = BIAS + heads * 6
+    p = WEIGHT + heads * 5
     w0 = (tl.load(p) * inverse_scale)[:, None, None]
     w1 = (tl.load(p + 1) * inverse_scale)[:, None, None]
     w2 = (tl.load(p + 2) * inverse_scale)[:, None, None]
     w3 = (tl.load(p + 3) * inverse_scale)[:, None, None]
     w4 = (tl.load(p + 4) * inverse_scale)[:, None, None]
-    return w0, w1, w2, w3, w4, (tl.load(p + 5) * inverse_scale)[:, None]
+    return w0, w1, w2, w3, w4, (tl.load(BIAS + heads) * inverse_scale)[:, None]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _forward_kernel(
-    QKV, POS, ENTRY, COUNT, BIAS, BLANK_K, BLANK_V, OUT, LSE, scale, N, ENTRIES, GROUPS, A,
+def _attention_forward_kernel(
+    QKV, POS, ENTRY, COUNT, WEIGHT, BIAS, BLANK_K, BLANK_V, OUT, LSE, scale, N, ENTRIES, GROUPS, A,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: out and lse of one group of queries, HB heads."""
@@ -111,7 +113,7 @@ def _forward_kernel(
     q = tl.load(q_ptr + row_c[None, :, None] * stride + hd)  # [HB, R, D]
     x_R = tl.load(pos + row_c * 2).to(tl.float32)
     y_R = tl.load(pos + row_c * 2 + 1).to(tl.float32)
-    w0, w1, w2, w3, w4, c = _load_bias(BIAS, heads, 1 / scale)
+    w0, w1, w2, w3, w4, c = _load_bias(WEIGHT, BIAS, heads, 1 / scale)
     bit = tl.full([R], 1, tl.int32) << i
     blank_k = tl.load(BLANK_K + heads[:, None] * D + d[None, :])
     blank_v = tl.load(BLANK_V + heads[:, None] * D + d[None, :])
@@ -144,15 +146,17 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_query_kernel(
-    QKV, POS, ENTRY, COUNT, BIAS, BLANK_K, BLANK_V, OUT, LSE, DOUT, DQKV, DELTA, PART, scale, N, ENTRIES, GROUPS, A,
+def _attention_query_kernel(
+    QKV, POS, ENTRY, COUNT, WEIGHT, BIAS, BLANK_K, BLANK_V, OUT, LSE, DOUT, DQKV, DELTA, PART, scale, N, ENTRIES,
+    GROUPS, A, LINE,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: one group of queries, HB heads. With p the softmax and delta_i = dout_i . out_i
 
         ds = p * (dout . v - delta),   dq = ds K / sqrt(D),   dw = sum ds * geometry,   dc = sum ds
 
-    The parameters' sums over the group go to PART [B * G, A, 2 D + 8]: d blank_k, d blank_v, dw, dc.
+    The parameters' sums over the group go to a row of PART [B * G, LINE]: d blank_k and d blank_v [A, D], dw [A, 5],
+    dc [A].
     """
     pid = tl.program_id(0)
     h0 = (pid % (A // HB)) * HB
@@ -178,7 +182,7 @@ def _backward_query_kernel(
     tl.store(DELTA + stat + row[None, :], delta, mask=live[None, :])
     x_R = tl.load(pos + row_c * 2).to(tl.float32)
     y_R = tl.load(pos + row_c * 2 + 1).to(tl.float32)
-    w0, w1, w2, w3, w4, c = _load_bias(BIAS, heads, 1 / scale)
+    w0, w1, w2, w3, w4, c = _load_bias(WEIGHT, BIAS, heads, 1 / scale)
     bit = tl.full([R], 1, tl.int32) << i
     scale2 = scale * 1.4426950408889634
     blank_k = tl.load(BLANK_K + heads[:, None] * D + d[None, :])
@@ -186,9 +190,10 @@ def _backward_query_kernel(
     p_blank = tl.exp2((tl.sum(q.to(tl.float32) * blank_k[:, None, :], 2) - c) * scale2 - lse)
     ds_blank = p_blank * (tl.sum(do.to(tl.float32) * blank_v[:, None, :], 2) - delta)
     dq = ds_blank[:, :, None] * blank_k[:, None, :]
-    part = PART + ((b * GROUPS + g) * A + heads) * (2 * D + 8)
-    tl.store(part[:, None] + d[None, :], tl.sum(ds_blank[:, :, None] * q.to(tl.float32), 1) * scale)
-    tl.store(part[:, None] + D + d[None, :], tl.sum(p_blank[:, :, None] * do.to(tl.float32), 1))
+    part = PART + (b * GROUPS + g) * LINE
+    blank = part + heads[:, None] * D + d[None, :]
+    tl.store(blank, tl.sum(ds_blank[:, :, None] * q.to(tl.float32), 1) * scale)
+    tl.store(blank + A * D, tl.sum(p_blank[:, :, None] * do.to(tl.float32), 1))
     g0 = tl.zeros([HB, R], tl.float32)
     g1 = tl.zeros([HB, R], tl.float32)
     g2 = tl.zeros([HB, R], tl.float32)
@@ -216,18 +221,18 @@ def _backward_query_kernel(
         g4 += tl.sum(ds * rx, 2)
     dq_at = DQKV + b * N * stride + h0 * D + row[None, :, None] * stride + hd
     tl.store(dq_at, (dq * scale).to(DQKV.dtype.element_ty), mask=live[None, :, None])
-    part += 2 * D
-    tl.store(part, tl.sum(g0, 1))
-    tl.store(part + 1, tl.sum(g1, 1))
-    tl.store(part + 2, tl.sum(g2, 1))
-    tl.store(part + 3, tl.sum(g3, 1))
-    tl.store(part + 4, tl.sum(g4, 1))
-    tl.store(part + 5, -tl.sum(ds_blank, 1))  # the logits' gradients of a softmax sum to zero
+    dw = part + 2 * A * D + heads * 5
+    tl.store(dw, tl.sum(g0, 1))
+    tl.store(dw + 1, tl.sum(g1, 1))
+    tl.store(dw + 2, tl.sum(g2, 1))
+    tl.store(dw + 3, tl.sum(g3, 1))
+    tl.store(dw + 4, tl.sum(g4, 1))
+    tl.store(part + 2 * A * D + 5 * A + heads, -tl.sum(ds_blank, 1))  # the logits' gradients of a softmax sum to zero
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _backward_key_kernel(
-    QKV, POS, ENTRY, COUNT, BIAS, LSE, DOUT, DQKV, DELTA, scale, N, ENTRIES, GROUPS, A,
+def _attention_key_kernel(
+    QKV, POS, ENTRY, COUNT, WEIGHT, BIAS, LSE, DOUT, DQKV, DELTA, scale, N, ENTRIES, GROUPS, A,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: dk = ds^T Q / sqrt(D) and dv = p^T dout of one group of keys, HB heads. The columns are the queries
@@ -251,7 +256,7 @@ def _backward_key_kernel(
     v = tl.load(q_ptr + 2 * A * D + row_c[None, :, None] * stride + hd)
     x_R = tl.load(pos + row_c * 2).to(tl.float32)
     y_R = tl.load(pos + row_c * 2 + 1).to(tl.float32)
-    w0, w1, w2, w3, w4, _c = _load_bias(BIAS, heads, 1 / scale)
+    w0, w1, w2, w3, w4, _c = _load_bias(WEIGHT, BIAS, heads, 1 / scale)
     bit = tl.full([R], 1, tl.int32) << (8 * (i // 8))  # the byte of this key's cluster; the query's bit is shifted down
     scale2 = scale * 1.4426950408889634
     dk = tl.zeros([HB, R, D], tl.float32)
@@ -281,11 +286,11 @@ def _backward_key_kernel(
 
 
 def _launch(
-    qkv: Tensor, entry: Tensor, count: Tensor, *, query_gradient: bool = False
+    qkv: Tensor, entry: Tensor, count: Tensor, kernel: Pass
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Grid, trailing arguments and constants of one of the three kernels."""
     _, tokens, _, heads, width = qkv.shape
-    options = launch_options(heads, width, qkv.dtype, query_gradient=query_gradient)
+    options = launch_options(heads, width, qkv.dtype, kernel)
     grid = (count.numel() * (heads // options["HB"]),)
     sizes = (width**-0.5, tokens, entry.shape[2], count.shape[1], heads)
     constants = {"R": GROUP, "D": width, "PREC": precision_of(qkv.dtype), "STAGES": options["num_stages"]}
@@ -295,53 +300,71 @@ def _launch(
 @torch.library.custom_op("affmae::cluster_attention", mutates_args=())
 def attend(
     qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
-    bias: Tensor, blank_key: Tensor, blank_value: Tensor,
+    weight: Tensor, bias: Tensor, blank_key: Tensor, blank_value: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, tokens, _, heads, width = qkv.shape
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
-    grid, sizes, constants = _launch(qkv, row_entry, row_count)
-    _forward_kernel[grid](qkv, pos, row_entry, row_count, bias, blank_key, blank_value, out, lse, *sizes, **constants)
+    grid, sizes, constants = _launch(qkv, row_entry, row_count, "forward")
+    _attention_forward_kernel[grid](
+        qkv, pos, row_entry, row_count, weight, bias, blank_key, blank_value, out, lse, *sizes, **constants
+    )
     return out, lse
 
 
 @attend.register_fake
 def _(
     qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
-    bias: Tensor, blank_key: Tensor, blank_value: Tensor,
+    weight: Tensor, bias: Tensor, blank_key: Tensor, blank_value: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, tokens, _, heads, width = qkv.shape
     out = qkv.new_empty(batch, tokens, heads, width)
     return out, qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-@torch.library.custom_op("affmae::cluster_attention_backward", mutates_args=())
-def attend_backward(
+def launch_backward(
     dout: Tensor, qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
-    bias: Tensor, blank_key: Tensor, blank_value: Tensor, out: Tensor, lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weight: Tensor, bias: Tensor, blank_key: Tensor, blank_value: Tensor, out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, weight, bias, blank_key and blank_value; the last four share memory."""
     heads, width = qkv.shape[3:]
-    dout = dout.contiguous()
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    part = torch.empty(row_count.numel(), heads, 2 * width + 8, dtype=torch.float32, device=qkv.device)
-    grid, sizes, constants = _launch(qkv, row_entry, row_count, query_gradient=True)
-    _backward_query_kernel[grid](
-        qkv, pos, row_entry, row_count, bias, blank_key, blank_value, out, lse, dout, dqkv, delta, part, *sizes,
-        **constants,
+    line = 16 * triton.cdiv(heads * (2 * width + 6), 16)  # wide loads when its rows are summed
+    part = torch.empty(row_count.numel(), line, dtype=torch.float32, device=qkv.device)
+    grid, sizes, constants = _launch(qkv, row_entry, row_count, "query")
+    _attention_query_kernel[grid](
+        qkv, pos, row_entry, row_count, weight, bias, blank_key, blank_value, out, lse, dout, dqkv, delta, part, *sizes,
+        line, **constants,
     )  # fmt: skip
-    grid, sizes, constants = _launch(qkv, key_entry, key_count)
-    _backward_key_kernel[grid](qkv, pos, key_entry, key_count, bias, lse, dout, dqkv, delta, *sizes, **constants)
-    total = column_sums(part.flatten(1)).view(heads, -1)[:, : 2 * width + 6]
-    dblank_key, dblank_value, dbias = total.split([width, width, 6], 1)
-    return dqkv, dbias.clone(), dblank_key.clone(), dblank_value.clone()  # an operator's results share no memory
+    grid, sizes, constants = _launch(qkv, key_entry, key_count, "key")
+    _attention_key_kernel[grid](
+        qkv, pos, key_entry, key_count, weight, bias, lse, dout, dqkv, delta, *sizes, **constants
+    )
+    total = column_sums(part)[: heads * (2 * width + 6)]
+    dkey, dvalue, dweight, dbias = total.split([heads * width, heads * width, heads * 5, heads])
+    return dqkv, dweight.view(heads, 5), dbias, dkey.view(heads, width), dvalue.view(heads, width)
 
 
-@attend_backward.register_fake
+@torch.library.custom_op("affmae::cluster_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
+    weight: Tensor, bias: Tensor, blank_key: Tensor, blank_value: Tensor, out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dqkv, *of_parameters = launch_backward(
+        dout.contiguous(), qkv, pos, row_entry, row_count, key_entry, key_count, weight, bias, blank_key, blank_value,
+        out, lse,
+    )  # fmt: skip
+    dweight, dbias, dkey, dvalue = (gradient.clone() for gradient in of_parameters)  # results share no memory
+    return dqkv, dweight, dbias, dkey, dvalue
+
+
+@_backward.register_fake
 def _(
     dout: Tensor, qkv: Tensor, pos: Tensor, row_entry: Tensor, row_count: Tensor, key_entry: Tensor, key_count: Tensor,
-    bias: Tensor, blank_key: Tensor, blank_value: Tensor, out: Tensor, lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(qkv), torch.empty_like(bias), torch.empty_like(blank_key), torch.empty_like(blank_value)
+    weight: Tensor, bias: Tensor, blank_key: Tensor, blank_value: Tensor, out: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dqkv, dweight, dbias, dkey, dvalue = map(torch.empty_like, (qkv, weight, bias, blank_key, blank_value))
+    return dqkv, dweight, dbias, dkey, dvalue
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -351,8 +374,8 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _differentiate(ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
-    dqkv, dbias, dblank_key, dblank_value = attend_backward(dout, *ctx.saved_tensors)
-    return dqkv, None, None, None, None, None, dbias, dblank_key, dblank_value
+    dqkv, *of_parameters = _backward(dout, *ctx.saved_tensors)
+    return dqkv, None, None, None, None, None, *of_parameters
 
 
 attend.register_autograd(_differentiate, setup_context=_keep)
@@ -375,12 +398,8 @@ def cluster_attention(
     bias_A: Tensor,
 ) -> Tensor:
     """See the package for the formula and the shapes."""
-    bias_A6 = torch.cat([bias_weight_A5.float(), bias_A.float()[:, None]], 1)
+    parameters = bias_weight_A5, bias_A, blank_key_AD, blank_value_AD
     out_BNAD, _ = attend(
-        qkv_BN3AD.contiguous(),
-        *places(neighbourhoods),
-        bias_A6,
-        blank_key_AD.float().contiguous(),
-        blank_value_AD.float().contiguous(),
+        qkv_BN3AD.contiguous(), *places(neighbourhoods), *(tensor.float().contiguous() for tensor in parameters)
     )
     return out_BNAD

@@ -71,7 +71,9 @@ class Problem:
 
 
 @triton.jit(do_not_specialize=["NQ", "W", "H"])
-def _count_kernel(QUERY_POS, OFFSET, COUNT, RANK, NQ, W, H, A: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
+def _points_count_kernel(
+    QUERY_POS, OFFSET, COUNT, RANK, NQ, W, H, A: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program: ranks of BLOCK samples of one image."""
     b = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (query, head, sample)
@@ -88,7 +90,7 @@ def _count_kernel(QUERY_POS, OFFSET, COUNT, RANK, NQ, W, H, A: tl.constexpr, S: 
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def _place_kernel(COUNT, ENTRY, FIRST, PLACE, BEGIN, T, N, A: tl.constexpr, BLOCK: tl.constexpr):
+def _points_place_kernel(COUNT, ENTRY, FIRST, PLACE, BEGIN, T, N, A: tl.constexpr, BLOCK: tl.constexpr):
     """One program: list positions of all entries of one image and head, and where the lists begin."""
     ba = tl.program_id(0)
     b = ba // A
@@ -121,7 +123,7 @@ def _reference(q, weight, WIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["NQ", "N", "TILES", "W", "H"])
-def _main_kernel(
+def _points_main_kernel(
     QUERY_POS,
     OFFSET,
     LOGIT,
@@ -223,7 +225,7 @@ def _power(exponent):
 
 
 @triton.jit(do_not_specialize=["NQ", "N", "TILES"])
-def _values_kernel(
+def _points_values_kernel(
     GRAD,
     REFERENCE,
     BEGIN,
@@ -280,7 +282,7 @@ def gradients(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     zero_C = ints.new_zeros(batch * heads * (cells + 1))
     count_BAT, top_BA = zero_C[: batch * heads * cells], zero_C[batch * heads * cells :]
     rank_BQAS = ints.new_empty(batch, queries, heads, SAMPLES)
-    _count_kernel[(triton.cdiv(queries * heads * SAMPLES, _COUNT_BLOCK), batch)](
+    _points_count_kernel[(triton.cdiv(queries * heads * SAMPLES, _COUNT_BLOCK), batch)](
         problem.query_pos_BQ2,
         problem.offset_BQAS2,
         count_BAT,
@@ -295,7 +297,7 @@ def gradients(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     place_BAE = ints.new_empty(batch, heads, cells * 4)
     begin_BAN = ints.new_empty(batch, heads, tokens + 1)
-    _place_kernel[(batch * heads,)](
+    _points_place_kernel[(batch * heads,)](
         count_BAT,
         problem.entry_BE,
         problem.first_BN,
@@ -326,7 +328,7 @@ def _main(
     dtau_P = new_empty(programs, dtype=torch.float32)
     scratch_PR = new_empty(programs, SAMPLES * 4 * block, dtype=torch.float32)
     reference_BAR = new_empty(batch, heads, queries * SAMPLES * 4, dtype=torch.int64 if wide else torch.int32)
-    _main_kernel[(programs,)](
+    _points_main_kernel[(programs,)](
         problem.query_pos_BQ2,
         problem.offset_BQAS2,
         problem.logit_BQAS,
@@ -363,7 +365,7 @@ def _values(problem: Problem, config: LaunchConfig, reference_BAR: Tensor, begin
     batch, tokens, heads, head_width = problem.value_BNAD.shape
     dvalue_BNAD = torch.empty_like(problem.value_BNAD)
     tiles = triton.cdiv(tokens, config.tokens)
-    _values_kernel[(batch * heads * tiles,)](
+    _points_values_kernel[(batch * heads * tiles,)](
         problem.grad_BQAD,
         reference_BAR,
         begin_BAN,

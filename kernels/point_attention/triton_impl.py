@@ -31,7 +31,7 @@ from affmae_kernels.point_attention.triton_sample import (
 
 
 @triton.jit(do_not_specialize=["NQ", "N", "TILES", "W", "H"])
-def _forward_kernel(
+def _points_forward_kernel(
     QUERY_POS,
     OFFSET,
     LOGIT,
@@ -86,7 +86,7 @@ def point_attention(
     out_BQAD = value_BNAD.new_empty(batch, queries, heads, head_width)
     block = launch_config(queries, tokens, head_width * value_BNAD.element_size()).queries
     tiles = triton.cdiv(queries, block)
-    _forward_kernel[(batch * heads * tiles,)](
+    _points_forward_kernel[(batch * heads * tiles,)](
         query_pos_BQ2,
         offset_BQAS2,
         logit_BQAS,

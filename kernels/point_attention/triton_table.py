@@ -74,7 +74,7 @@ def _columns_kernel(RASTER, COLUMNS, W, H, XB: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["W", "H"])
-def _merge_kernel(RASTER, COLUMNS, TABLE, PACKED, W, H, CELLS: tl.constexpr, BITS: tl.constexpr):
+def _table_merge_kernel(RASTER, COLUMNS, TABLE, PACKED, W, H, CELLS: tl.constexpr, BITS: tl.constexpr):
     """One program: the 4 nearest tokens of CELLS cells of one canvas row. BITS hold a coordinate in the key."""
     KEY: tl.constexpr = tl.int32 if BITS == 7 else tl.int64
     FAR: tl.constexpr = 0x7FFFFFFF if BITS == 7 else 0x7FFFFFFFFFFFFFFF
@@ -158,7 +158,7 @@ def nearest_table(pos_BN2: Tensor, height: int, width: int) -> tuple[Tensor, Ten
     table_BT4 = pos_BN2.new_empty(batch, cells, NEAREST)
     packed_BT4 = pos_BN2.new_empty(batch, cells, NEAREST)
     bits = 7 if max(height, width) <= 128 else 8
-    _merge_kernel[(triton.cdiv(width, _CELLS) * height, batch)](
+    _table_merge_kernel[(triton.cdiv(width, _CELLS) * height, batch)](
         raster_BT, columns_BT, table_BT4, packed_BT4, width, height, CELLS=_CELLS, BITS=bits, num_warps=1
     )
     return table_BT4, packed_BT4, *_invert(table_BT4, tokens)

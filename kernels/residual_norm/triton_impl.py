@@ -42,7 +42,7 @@ def _kept(SEED, row, c, C: tl.constexpr, DROP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "PER"])
-def _forward_kernel(
+def _norm_forward_kernel(
     X, BRANCH, OFFSET, WEIGHT, BIAS, SEED, SCALE, SUM, Y, STAT, N, PER, eps,
     C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
     BRANCHED: tl.constexpr, MOVED: tl.constexpr, SCALED: tl.constexpr,
@@ -76,7 +76,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "PER"])
-def _backward_kernel(
+def _norm_backward_kernel(
     DY, DS, SUM, STAT, WEIGHT, BIAS, SEED, SCALE, DX, DBRANCH, Y, PART, N, PER,
     C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
     ADDED: tl.constexpr, MOVED: tl.constexpr, SCALED: tl.constexpr, AGAIN: tl.constexpr,
@@ -157,7 +157,7 @@ def launch_forward(
     total = torch.empty_like(x) if branch is not None else x
     stat = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
     options = launch_options(width)
-    _forward_kernel[(triton.cdiv(rows, options["R"]),)](
+    _norm_forward_kernel[(triton.cdiv(rows, options["R"]),)](
         x, x if branch is None else branch, _or_seed(offset, seed), weight, bias, seed, _or_seed(scale, seed), total,
         y, stat, rows, rows // x.shape[0], eps, C=width, DROP=dropout, BRANCHED=branch is not None,
         MOVED=offset is not None, SCALED=scale is not None, **options,
@@ -180,7 +180,7 @@ def launch_backward(
     tiles, (fewest, most) = triton.cdiv(rows, options["R"]), PROGRAMS
     programs = min(tiles, most, max(fewest, tiles // 8))
     part = torch.empty(programs, (3 if moved else 2) * width, dtype=torch.float32, device=total.device)
-    _backward_kernel[(programs,)](
+    _norm_backward_kernel[(programs,)](
         dy, dy if ds is None else ds, total, stat, weight, bias, seed, _or_seed(scale, seed), dx, dbranch,
         dx if y is None else y, part, rows, rows // total.shape[0], C=width, DROP=dropout, ADDED=ds is not None,
         MOVED=moved, SCALED=scale is not None, AGAIN=again, **options,

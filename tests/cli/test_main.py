@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from affmae_cli.main import app
 
 HEAVY = ("torch", "numpy", "scipy", "zarr", "monai", "textual", "pydantic_settings", "PIL", "tifffile")
-ORDER = ["ingest", "pretrain", "finetune", "predict", "demo", "bench", "benchmark", "presets", "doctor"]
+ORDER = ["ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "benchmark", "presets", "doctor"]
 
 
 def commands() -> list[str]:
@@ -51,7 +51,7 @@ def test_commands_are_listed_in_the_order_of_the_work():
 
 def test_help_tells_the_story():
     text = CliRunner().invoke(app, ["--help"]).stdout
-    story = [text.index(f"affmae {step}") for step in ("demo", "ingest", "pretrain", "finetune", "predict")]
+    story = [text.index(f"affmae {step}") for step in ("demo", "ingest", "pretrain", "finetune", "predict", "watch")]
     assert story == sorted(story)
 
 

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import affmae_kernels
 from affmae_engine.config import RunConfig
 from affmae_engine.doctor import diagnosis, machine, selfcheck, timings
 from affmae_engine.doctor.diagnosis import Diagnosis, Operation, diagnose, judge
@@ -14,6 +16,7 @@ from affmae_engine.doctor.selfcheck import CPU, EXACT, FLOATING, Check, Counted,
 from affmae_engine.errors import ResourceError
 from affmae_kernels import launch
 from affmae_kernels.cluster_attention import reference as attention
+from affmae_kernels.dispatch import OPERATIONS
 from affmae_kernels.neighbourhoods import reference as neighbourhoods
 
 CARD = Card(0, "NVIDIA H200", (9, 0), 140 * 2**30, 139 * 2**30, True)
@@ -43,6 +46,14 @@ def test_the_reference_is_right(operation, precision):
 def test_half_precision_is_within_its_limit_but_not_within_that_of_fp32(precision, few):
     found = check("cluster_attention", precision, CPU, "reference")
     assert found.ok and found.error > selfcheck.LIMITS["fp32"]
+
+
+def test_every_operation_is_described_checked_and_timed() -> None:
+    assert tuple(diagnosis.OPERATIONS) == OPERATIONS
+    assert set(selfcheck.EXACT) | set(selfcheck.FLOATING) == set(OPERATIONS)
+    assert {operation for operation, _ in timings.TIMED.values()} == set(OPERATIONS)
+    folders = {path.parent.name for path in Path(next(iter(affmae_kernels.__path__))).glob("*/reference.py")}
+    assert folders == set(OPERATIONS)
 
 
 def test_every_operation_of_a_run_is_checked(few):

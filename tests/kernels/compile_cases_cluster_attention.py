@@ -1,37 +1,40 @@
 """Compile cases of cluster attention: the shapes of the networks in half precision, and every head width in fp32."""
 
+from typing import get_args
+
 import torch
 from compiling import CompileCase
 
 from affmae_kernels.cluster_attention import triton_impl as impl
 from affmae_kernels.launch import precision_of
 
-_SIZES = dict.fromkeys(["N", "ENTRIES", "GROUPS", "A"], "i32") | {"scale": "fp32"}
+_SIZES = dict.fromkeys(["N", "ENTRIES", "GROUPS", "A"], "i32") | {"scale": "fp32", "LINE": "i32"}
 _POINTERS = {
-    impl._forward_kernel: ["BLANK_K", "BLANK_V", "LSE"],
-    impl._backward_query_kernel: ["BLANK_K", "BLANK_V", "LSE", "DELTA", "PART"],
-    impl._backward_key_kernel: ["LSE", "DELTA"],
+    impl._attention_forward_kernel: ["BLANK_K", "BLANK_V", "LSE"],
+    impl._attention_query_kernel: ["BLANK_K", "BLANK_V", "LSE", "DELTA", "PART"],
+    impl._attention_key_kernel: ["LSE", "DELTA"],
 }
 
 
+_PASSES = dict(zip(_POINTERS, get_args(impl.Pass), strict=True))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _case(kernel, dtype: str, width: int, heads: int) -> CompileCase:
     features = dict.fromkeys(["QKV", "OUT", "DOUT", "DQKV"], f"*{dtype}")
     indices = dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32")
-    signature = features | indices | dict.fromkeys(["BIAS", *_POINTERS[kernel]], "*fp32") | _SIZES
-    is_query_gradient = kernel is impl._backward_query_kernel
-    options = impl.launch_options(heads, width, _DTYPES[dtype], query_gradient=is_query_gradient)
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    signature = features | indices | dict.fromkeys(["WEIGHT", "BIAS", *_POINTERS[kernel]], "*fp32") | _SIZES
+    options = impl.launch_options(heads, width, _DTYPES[dtype], _PASSES[kernel])
+    warps, stages, most = options.pop("num_warps"), options.pop("num_stages"), options.pop("maxnreg", None)
     return CompileCase(
         f"{kernel.__name__} {dtype} D={width} heads={heads}",
         kernel,
         signature,
         {"R": 16, "D": width, "STAGES": stages, "PREC": precision_of(_DTYPES[dtype])} | options,
-        aligned=tuple(name for name in kernel.arg_names if signature.get(name, "").startswith("*")),
+        aligned=tuple(name for name in kernel.arg_names if signature.get(name, "").startswith("*") or name == "LINE"),
         num_warps=warps,
         num_stages=stages,
+        most_registers=most,
         hot=dtype != "fp32",
     )
 

@@ -30,26 +30,41 @@ def attention_cases(dtype: str, width: int) -> list[CompileCase]:
     wide = {"WIDE": dtype == "fp32"}
     kind = f"{dtype} {width}"
     cases = [
-        case(f"forward {kind}", triton_impl._forward_kernel, shape | {"QB": config.queries}, 1, dtype, FEW_SHUFFLES),
-        case(f"main {kind}", triton_backward._main_kernel, shape | {"QB": config.backward_queries} | wide, 2, dtype),
+        case(
+            f"forward {kind}",
+            triton_impl._points_forward_kernel,
+            shape | {"QB": config.queries},
+            1,
+            dtype,
+            FEW_SHUFFLES,
+        ),
+        case(
+            f"main {kind}",
+            triton_backward._points_main_kernel,
+            shape | {"QB": config.backward_queries} | wide,
+            2,
+            dtype,
+        ),
     ]
     for tokens in (2048, 819, 130):
         lists = launch_config(2048, tokens, row_bytes)
         constants = shape | {"TB": lists.tokens, "R": lists.entries} | wide
         few = FEW_SHUFFLES if lists.tokens > 1 else None
-        cases.append(case(f"values {kind} of {tokens}", triton_backward._values_kernel, constants, 1, dtype, few))
+        cases.append(
+            case(f"values {kind} of {tokens}", triton_backward._points_values_kernel, constants, 1, dtype, few)
+        )
     return cases
 
 
 CASES = [
     case("raster", triton_table._raster_kernel, {"BLOCK": 256}, 2),
     case("columns", triton_table._columns_kernel, {"XB": 64}, 1),
-    case("merge 128", triton_table._merge_kernel, {"CELLS": 32, "BITS": 7}, 1),
-    case("merge 256", triton_table._merge_kernel, {"CELLS": 32, "BITS": 8}, 1),
+    case("merge 128", triton_table._table_merge_kernel, {"CELLS": 32, "BITS": 7}, 1),
+    case("merge 256", triton_table._table_merge_kernel, {"CELLS": 32, "BITS": 8}, 1),
     case("rank", triton_table._rank_kernel, {"BLOCK": 1024}, 4),
     case("invert", triton_table._invert_kernel, {"BLOCK": 1024}, 4),
-    case("count", triton_backward._count_kernel, {"A": 6, "S": 4, "BLOCK": 512}, 4),
-    case("place", triton_backward._place_kernel, {"A": 6, "BLOCK": 4096}, 8),
+    case("count", triton_backward._points_count_kernel, {"A": 6, "S": 4, "BLOCK": 512}, 4),
+    case("place", triton_backward._points_place_kernel, {"A": 6, "BLOCK": 4096}, 8),
     *(c for dtype in ("bf16", "fp32") for width in (32, 64) for c in attention_cases(dtype, width)),
     *attention_cases("bf16", 128),
 ]

@@ -10,12 +10,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _case(kernel, dtype: str) -> CompileCase:
-    weights = kernel is impl._backward_weight_kernel
-    options = impl.launch_options(_DTYPES[dtype], weight_gradient=weights)
+    options = impl.launch_options(_DTYPES[dtype], weight_gradient=kernel is impl._merging_weight_kernel)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     types = dict.fromkeys(["FEAT", "OUT", "DZ", "DFEAT"], f"*{dtype}") | {"SURVIVORS": "*i64"}
     types |= dict.fromkeys(["SCORE", "PARAMETERS", "DSCORE", "PART"], "*fp32")
-    types |= dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32") | dict.fromkeys([*impl._SIZES, "C"], "i32")
+    types |= dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32") | dict.fromkeys([*impl._SIZES, "LAST", "C"], "i32")
     return CompileCase(
         f"{kernel.__name__} {dtype}",
         kernel,
@@ -30,6 +29,6 @@ def _case(kernel, dtype: str) -> CompileCase:
 
 CASES = [
     _case(kernel, dtype)
-    for kernel in (impl._forward_kernel, impl._backward_token_kernel, impl._backward_weight_kernel)
+    for kernel in (impl._merging_forward_kernel, impl._merging_token_kernel, impl._merging_weight_kernel)
     for dtype in _DTYPES
 ]

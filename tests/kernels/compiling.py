@@ -35,6 +35,8 @@ class CompileCase:
     num_stages: int = 1
     aligned: tuple[str, ...] = ()
     """Arguments that are divisible by 16, as pointers from torch are."""
+    most_registers: int | None = None
+    """The launch's own limit."""
     hot: bool = True
     """Whether it must not spill."""
     most_shuffles: int | None = None
@@ -71,7 +73,7 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
         constexprs={(names.index(n),): value for n, value in case.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.most_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
     return Resources(

@@ -1,6 +1,7 @@
-"""Scattered points for the tests of the operations."""
+"""Scattered points and poisoned memory for the tests of the operations."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +21,18 @@ def scatter() -> Scatter:
         return torch.stack([index_BN % canvas_hw[1], index_BN // canvas_hw[1]], -1).int()
 
     return points
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows up as NaN."""
+    # PyTorch remembers, once, which functions make tensors: it must not remember ours.
+    torch.utils._device._device_constructors()
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+
+        def filled(*args: Any, real: Callable[..., Tensor] = real, **options: Any) -> Tensor:
+            made = real(*args, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, name, filled)

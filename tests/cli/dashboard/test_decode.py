@@ -75,9 +75,13 @@ def test_offsets_are_those_of_the_lines() -> None:
         b"\x00" * 40 + b"\n", b"\xff\xfe\n", b'{"kind": "step", "ste\n', b"\n", b"nonsense\n", b"[1, 2]\n", b"null\n",
         b'{"kind": "step", "step": "seven", "losses": {}}\n', b'{"kind": "of a newer version", "step": 3}\n',
         b'{"kind": "step", "step": 3, "losses": null}\n', b'{"step": 3}\n', b'{"kind": "step", "step": 3.5}\n',
+        b'{"kind": "step", "step": 123456789012345678901, "losses": {}}\n',
+        b'{"kind": "step", "step": -3, "losses": {}}\n',
+        b'{"kind": "evaluated", "step": 3, "metrics": {"loss": "x"}}\n',
+        b'{"kind": "run_started", "step": "x"}\n', b'{"kind": "warning", "step": 3, "message": 5}\n',
         b'{"kind": "warning", "step": 3, "message": "' + b"\xc3" + b'"}\n',
     ],
-    ids=range(13),
+    ids=range(18),
 )  # fmt: skip
 def test_a_damaged_line_costs_itself_only(damage: bytes) -> None:
     found = list(decode(text(started(), step(1)) + damage + text(step(2), events.Warned(step=2, message="w"))))
@@ -96,6 +100,17 @@ def test_losses_that_come_and_go() -> None:
     assert segment.steps is not None
     assert np.isnan(segment.steps.columns["losses.step1"][0]) and segment.steps.columns["losses.step1"][1] == 2.0
     assert np.isnan(segment.steps.columns["losses.last"][1])
+
+
+def test_a_last_line_that_lacks_a_field_takes_nothing_with_it() -> None:
+    (segment,) = decode(text(step(1)) + b'{"kind": "step", "time": 1.0, "step": 2, "losses": {"loss": 1.0}}\n')
+    assert segment.steps is not None and segment.steps.last.step == 1
+
+
+def test_a_loss_beyond_float32_is_not_known() -> None:
+    (segment,) = decode(text(step(1, 1e39), step(2, -1e300), step(3)))
+    assert segment.steps is not None
+    assert np.isnan(segment.steps.columns["losses.loss"][:2]).all() and segment.steps.columns["losses.loss"][2] == 0.5
 
 
 def test_nothing() -> None:

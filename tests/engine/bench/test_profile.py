@@ -1,11 +1,13 @@
 """Kernels by kind."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import affmae_kernels
 from affmae_engine.bench.profile import _device_times, category_of, operation_kernels, profile_step, summarise
 
 
@@ -36,7 +38,19 @@ def test_categories(name: str, category: str) -> None:
 
 def test_the_projects_kernels_are_known() -> None:
     own = operation_kernels()
-    assert own["_count_kernel"] == "project, other"
+    assert own["_column_sums_kernel"] == "sums of partial sums" and own["_points_main_kernel"] == "point attention"
+    assert own["_merging_forward_kernel"] == "merging" and own["_norm_backward_kernel"] == "residual LayerNorm"
+
+
+def test_no_two_of_the_projects_kernels_share_a_name() -> None:
+    """A profile tells them by their names alone."""
+    root = Path(next(iter(affmae_kernels.__path__)))
+    names = [
+        name
+        for file in root.rglob("*.py")
+        for name in re.findall(r"^def (_\w*kernel)\b", file.read_text("utf-8"), re.MULTILINE)
+    ]
+    assert len(names) > 20 and sorted(names) == sorted(set(names))
 
 
 def test_sums_are_a_step() -> None:

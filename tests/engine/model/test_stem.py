@@ -35,7 +35,7 @@ def randomised(channels, dim, patch):
     return stem
 
 
-@pytest.mark.parametrize("patch", [2, 4, 8, 16])
+@pytest.mark.parametrize("patch", [2, 4, 8, 16, 32])
 @pytest.mark.parametrize(("rows", "columns", "visible"), [(3, 5, 7), (4, 4, 16), (1, 6, 1), (5, 2, 9)])
 def test_equals_dense_convolutions_masked_after_every_step(patch, rows, columns, visible) -> None:
     stem = randomised(2, 8, patch)

@@ -22,8 +22,8 @@ from affmae_engine.data.labels.gather import gather_labels, write_labelled_store
 from affmae_engine.data.segmentation import Section
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError, Interrupted
-from affmae_engine.model.segmenter import Segmenter, encoder_depths
-from affmae_engine.model.sizes import SIZES
+from affmae_engine.model.build import encoder_layers
+from affmae_engine.model.segmenter import Segmenter
 from affmae_engine.train.finetuning import finetune_task
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.segmentation_evaluation import chosen_sections
@@ -122,7 +122,7 @@ def test_the_learning_rate_falls_by_layer(store: Store):
         for parameter in group["params"]:
             scale[names[id(parameter)]] = group["lr_scale"]
             decay[names[id(parameter)]] = group["weight_decay"]
-    depths = encoder_depths(SIZES["tiny"])
+    depths = encoder_layers(ModelConfig(size="tiny")).count
     assert scale["encoder.stem.convs.0.weight"] == 0.5**depths
     assert scale["encoder.stages.3.blocks.0.norm1.weight"] == 0.5
     assert scale["decoder.mask_token"] == scale["heads.last.linear.weight"] == 1.0
@@ -132,7 +132,8 @@ def test_the_learning_rate_falls_by_layer(store: Store):
 
 
 def test_one_rate_for_all_without_layer_decay():
-    groups = layer_decay_groups(Segmenter(ModelConfig(size="tiny"), 2), OptimConfig(), SIZES["tiny"])
+    model = ModelConfig(size="tiny")
+    groups = layer_decay_groups(Segmenter(model, 2), OptimConfig(), encoder_layers(model))
     assert {group["lr_scale"] for group in groups} == {1.0}
 
 

@@ -1,17 +1,25 @@
 """The loop on a card: no synchronisation inside a step, skipping and resuming as on the CPU."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
-from affmae_engine.config import TrainConfig
+from affmae_engine.config import RunConfig, TrainConfig
+from affmae_engine.data.ingest import ingest
+from affmae_engine.data.store import Store
 from affmae_engine.errors import Interrupted
+from affmae_engine.run_dir import create
 from affmae_engine.train import checkpoint
 from affmae_engine.train.device import pick_device
 from affmae_engine.train.loop import fit
 from affmae_engine.train.metrics import Stopwatch, Window
 from affmae_engine.train.optim import build_adamw, set_learning_rate
+from affmae_engine.train.pretraining import pretrain_task
 from affmae_engine.train.step import EAGER_STEPS, TrainStep
 
 pytestmark = pytest.mark.gpu
@@ -99,3 +107,30 @@ def test_a_recorded_step_gives_the_same_bits(
             take_step(batches, seed=torch.manual_seed, watch=Stopwatch())
         weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("family", ["affmae", "vit-mae"])
+def test_both_families_train_compiled_and_recorded(family: str, tmp_path: Path) -> None:
+    """A recorded, compiled run follows the plain one, and its losses go on falling after the recording."""
+    losses = {}
+    generator = np.random.default_rng(0)
+    tifffile.imwrite(tmp_path / "a.tif", generator.integers(0, 255, (8, 160, 160), np.uint8).astype(np.uint8))
+    ingest([tmp_path / "a.tif"], tmp_path / "em.zarr")
+    for fast in (False, True):
+        asked = RunConfig.model_validate(
+            {
+                "model": {"family": family, "size": "tiny", "decoder_dropout": 0, "drop_path": 0},
+                "data": {"crop_size": 128, "workers": 0},
+                "train": {"steps": 12, "batch_size": 4, "device": "cuda", "precision": "fp32", "log_every": 1},
+                "kernels": {"compile": fast, "cuda_graph": fast},
+                "optim": {"lr": 1e-3, "warmup_steps": 2},
+            }
+        )
+        config, task = pretrain_task(asked, Store.open(tmp_path / "em.zarr"))
+        run = create(tmp_path / f"run-{fast}")
+        run.write_config(config, "pretrain")
+        fit(run, config, task)
+        events = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        losses[fast] = [event["losses"]["loss"] for event in events if event["kind"] == "step"]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-3)
+    assert losses[True][-1] < losses[True][0]
