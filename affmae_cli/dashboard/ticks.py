@@ -33,7 +33,7 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_label(value: float, step: float) -> str:
-    """A tick's value with as many digits as tell it from its neighbours, `step` away; powers for very small or large."""
+    """A tick's value with the digits that tell it from its neighbours, `step` away; powers for huge and tiny ones."""
     size = abs(value)
     if size >= 1e5 or 0 < size < 1e-3:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
