@@ -6,7 +6,6 @@ import math
 
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Bar, Figure, Tone
-from affmae_engine.events import SystemSampled
 from affmae_engine.train.report import duration, number, rate
 
 _TONES: dict[str, Tone] = {"good": "good", "note": "warn", "bad": "bad"}

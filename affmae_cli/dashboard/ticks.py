@@ -46,5 +46,9 @@ def count_label(value: float) -> str:
     """A count in five characters at most: 950, 1.5k, 250k, 1.25M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.4g}"[:4].rstrip(".") + unit if abs(value) / size < 1000 else f"{value / size:.0f}{unit}"
+            return (
+                f"{value / size:.4g}"[:4].rstrip(".") + unit
+                if abs(value) / size < 1000
+                else f"{value / size:.0f}{unit}"
+            )
     return f"{value:.0f}"

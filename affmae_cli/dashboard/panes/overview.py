@@ -17,7 +17,6 @@ from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
 from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 
-
 LOG_LINES = 5
 TILE_EDGE = 30  # pixels; below, a tile shows nothing
 

@@ -45,4 +45,3 @@ class Pane(Container):
 
     def turn(self) -> None:
         """The next of several things, where the tab shows one at a time."""
-

@@ -20,7 +20,6 @@ from affmae_cli.dashboard.halfblocks import UPPER_HALF, fitting_size, half_block
 from affmae_cli.dashboard.tiles import Tile, arrangement, read_tiles, tile_edge
 from affmae_cli.output import printable
 
-
 SMALLEST = 8
 """Pixels of the smallest tile that still shows something."""
 

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from textual.pilot import Pilot
 
@@ -74,7 +75,7 @@ def drive(
     app = DashboardApp(root, child=child, tab=tab)
 
     async def go() -> None:
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=True) as pilot:
             await settled(pilot)
             await do(Driver(app, pilot))
 
@@ -100,11 +101,10 @@ def stepped(step: int, *, time: float | None = None, loss: float | None = None, 
 
 
 def sampled(**more: object) -> events.SystemSampled:
-    values = dict(
-        step=1, gpu="NVIDIA H200", gpu_memory_used=24.0, gpu_memory_total=139.8, gpu_memory_others=3.5,
-        gpu_utilisation=0.97, power=612.0, power_limit=700.0, temperature=66.0, sm_clock=1830.0, sm_clock_max=1980.0,
-        memory_clock=3201.0, host_memory_used=210.0, host_memory_total=1000.0, process_memory=12.0, cpu=0.21,
-    )  # fmt: skip
+    values: dict[str, Any] = {"step": 1, "gpu": "NVIDIA H200", "sm_clock": 1830.0, "sm_clock_max": 1980.0}
+    values |= {"gpu_memory_used": 24.0, "gpu_memory_total": 139.8, "gpu_memory_others": 3.5, "memory_clock": 3201.0}
+    values |= {"gpu_utilisation": 0.97, "power": 612.0, "power_limit": 700.0, "temperature": 66.0, "cpu": 0.21}
+    values |= {"host_memory_used": 210.0, "host_memory_total": 1000.0, "process_memory": 12.0}
     return events.SystemSampled(**{**values, **more})
 
 

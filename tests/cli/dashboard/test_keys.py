@@ -134,7 +134,7 @@ def test_the_path_is_copied_and_themes_change(live: Recorded) -> None:
     async def do(driver: Driver) -> None:
         await driver.press("y")
         assert driver.app.clipboard == str(live.root)
-        await driver.see("copied: ")
+        await driver.see("copied:")
         dark = driver.app.theme
         await driver.press("t")
         assert driver.app.theme != dark and not driver.app.current_theme.dark

@@ -80,7 +80,9 @@ def test_a_frame_has_the_size_asked_for_and_names_every_line(height: int) -> Non
 
 def test_the_place_under_the_pointer_is_a_step() -> None:
     frame = draw_frame([line(*range(101))], View(0, 100, 0, 100), 60, 10)
-    assert frame.x_at(0) is None and frame.x_at(frame.left) == 0.0 and frame.x_at(frame.left + frame.columns - 1) == 100.0
+    assert (
+        frame.x_at(0) is None and frame.x_at(frame.left) == 0.0 and frame.x_at(frame.left + frame.columns - 1) == 100.0
+    )
     assert value_at(line(3, 5, 9), 1.4) == 5.0
 
 

@@ -57,7 +57,7 @@ def states(record: Record) -> Callable[[str], tuple[Recorded, bool]]:
     [
         ("unborn", ("◌ waiting", "waiting for the trainer to begin")),
         ("waiting", ("◌ waiting", "waiting for the first step", "step 0 of 100", "time left not known yet")),
-        ("running", ("● running", "step 40 of 100  40%", "1h02m left", "812 images/s", "GPU-bound: good")),
+        ("running", ("● running", "step 40 of 100  40%", "1h0", "812 images/s", "GPU-bound: good")),
         ("stalled", ("▲ stalled", "no step for 1h0", "still holds the run", "it may be suspended")),
         ("finished", ("✔ finished", "step 100 of 100  100%", "100 steps in 1m15s")),
         ("stopped", ("■ stopped", "by request at step 40 of 100", "affmae pretrain --resume")),
