@@ -61,11 +61,11 @@ def classes(view: RunView) -> tuple[Figure, ...]:
 
 
 def ranks(view: RunView) -> tuple[Figure, ...]:
-    """Effective rank of every encoder stage."""
+    """Effective rank of every encoder stage, where it was measured."""
     found = view.evaluated.effective_rank if view.evaluated else []
     if not found:
-        return (Figure("rank", "not measured", "muted"),)
-    return tuple(Figure(f"stage {stage}", f"{value:.1f}") for stage, value in enumerate(found, 1))
+        return ()
+    return (Figure("rank", ", ".join(f"{value:.1f}" for value in found) + " by stage"),)
 
 
 def memory(view: RunView) -> tuple[Figure, ...]:
@@ -178,12 +178,6 @@ def of(value: float, total: float, unit: str, digits: int = 0) -> str:
         return NOT_AVAILABLE
     limit = f" of {total:.{digits}f}" if math.isfinite(total) else ""
     return f"{value:.{digits}f}{limit} {unit}"
-
-
-def clock(view: RunView) -> str:
-    """Elapsed time and time left."""
-    left = f", {duration(view.eta_s)} left" if math.isfinite(view.eta_s) and view.ended is None else ""
-    return f"{duration(view.elapsed_s)}{left}"
 
 
 def _bar(value: float | None) -> Bar | None:
