@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import work
 from textual.app import App
@@ -66,7 +66,9 @@ class DashboardApp(App[DashboardResult]):
         """Every key of the present screen."""
         if isinstance(self.screen, RunScreen):
             shown = {a.binding.id: a.binding for a in self.screen.active_bindings.values() if a.binding.id}
-            keys = [(self.get_key_display(binding), binding.tooltip or binding.description) for binding in shown.values()]
+            keys = [
+                (self.get_key_display(binding), binding.tooltip or binding.description) for binding in shown.values()
+            ]
             self.push_screen(HelpScreen(keys))
 
     @work(exclusive=True)
@@ -141,7 +143,7 @@ def export_screen(root: Path, out: Path, *, size: tuple[int, int], screen: str =
     app = DashboardApp(root, tab=screen)
     pictures: list[str] = []
 
-    async def photograph(pilot: Pilot[DashboardResult]) -> None:
+    async def photograph(pilot: Pilot[object]) -> None:
         await settled(pilot)
         pictures.append(app.export_screenshot(title=f"affmae watch {printable(root.name)}"))
         app.exit(DashboardResult("detach"))
@@ -150,7 +152,7 @@ def export_screen(root: Path, out: Path, *, size: tuple[int, int], screen: str =
     atomic.commit_text(out, pictures[0])
 
 
-async def settled(pilot: Pilot[DashboardResult], seconds: float = 30.0) -> None:
+async def settled(pilot: Pilot[Any], seconds: float = 30.0) -> None:
     """Wait until the run is read whole and the seen tab, with its pictures, is drawn; at most `seconds`."""
     app, until = pilot.app, time.monotonic() + seconds
     while time.monotonic() < until:

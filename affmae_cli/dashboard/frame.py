@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from affmae_cli.dashboard.plot import NO_INK, Trace, Raster, View, draw
+from affmae_cli.dashboard.plot import NO_INK, Raster, Trace, View, draw
 from affmae_cli.dashboard.ticks import count_label, linear_ticks, log_ticks, tick_label
 from affmae_engine.train.report import number
 
@@ -51,7 +52,7 @@ def draw_frame(traces: Sequence[Trace], view: View, width: int, height: int) -> 
     below = 2 if height >= 9 else 1
     rows = height - below
     ticks = (log_ticks if view.log else linear_ticks)(view.y0, view.y1, max(2, rows // _ROWS_PER_TICK))
-    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=0.0)
+    step = min((b - a for a, b in pairwise(ticks)), default=0.0)
     texts = {view_row(view, tick, rows): tick_label(tick, step) for tick in ticks}
     named = [trace for trace in traces if not trace.faint and len(trace.x)]
     labels = _end_labels(named, view, rows) if len(named) > 1 else {}
@@ -82,9 +83,7 @@ def raster_line(raster: Raster, row: int) -> Line:
     ink, faint = raster.ink[row], raster.faint[row]
     breaks = np.flatnonzero((np.diff(ink) != 0) | (np.diff(faint.astype(np.int8)) != 0)) + 1
     edges = [0, *breaks.tolist(), len(ink)]
-    return [
-        ("".join(raster.chars[row, a:b]), int(ink[a]), bool(faint[a])) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    return [("".join(raster.chars[row, a:b]), int(ink[a]), bool(faint[a])) for a, b in pairwise(edges)]
 
 
 def _end_labels(traces: Sequence[Trace], view: View, rows: int) -> dict[int, tuple[str, int]]:
@@ -119,7 +118,8 @@ def _x_axis(view: View, left: int, columns: int, right: int, below: int) -> list
     rule = ["─"] * columns
     text = [" "] * (left + columns + right)
     free = 0
-    for tick in linear_ticks(view.x0, view.x1, max(2, columns // _COLUMNS_PER_TICK)):
+    most = min(max(2, columns // _COLUMNS_PER_TICK), int(view.x1 - view.x0))  # there is nothing between two steps
+    for tick in linear_ticks(view.x0, view.x1, most):
         at = int(np.rint(view.columns(np.array([tick]), columns * 2)[0])) // 2
         rule[at] = "┬"
         label = count_label(tick)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,7 +36,7 @@ def _runs(upper: Rgb, lower: Rgb) -> list[Run]:
     breaks = np.flatnonzero((both[1:] != both[:-1]).any(axis=-1)) + 1
     edges = [0, *breaks.tolist(), len(both)]
     found: list[Run] = []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         r1, g1, b1, r2, g2, b2 = both[a].tolist()
         found.append((b - a, (r1, g1, b1), (r2, g2, b2)))
     return found

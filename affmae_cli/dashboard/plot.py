@@ -1,8 +1,8 @@
 """Curves as characters: a braille raster with axes, pure numpy, no Textual.
 
-A character cell is 2 x 4 dots. A cell takes the ink of the last trace that touched it, so the trace that matters most is
-drawn last. Points outside the view are cut off; a NaN breaks a line. Curves are told apart by their names, written at
-their ends, and not by colour alone.
+A character cell is 2 x 4 dots. A cell takes the ink of the last trace that touched it, so the trace that matters most
+is drawn last. Points outside the view are cut off; a NaN breaks a line. Traces are told apart by their names, written
+at their ends, and not by colour alone.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def raw(trace: Trace) -> Trace:
     """The same line through both extremes of every point, so that no spike is lost."""
     if trace.low is None or trace.high is None:
         return trace
-    return replace(trace, x=np.repeat(trace.x, 2), y=np.stack([trace.low, trace.high], axis=1).ravel(), low=None, high=None)
+    return replace(
+        trace, x=np.repeat(trace.x, 2), y=np.stack([trace.low, trace.high], axis=1).ravel(), low=None, high=None
+    )
 
 
 def extent(traces: Sequence[Trace]) -> tuple[float, float] | None:
@@ -119,7 +121,9 @@ def smooth(y: Floats, width: int) -> Floats:
         return np.where(known, (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1), np.nan)
 
 
-def fitting_view(traces: Sequence[Trace], x0: float, x1: float, *, log: bool, floor: float | None = None) -> View | None:
+def fitting_view(
+    traces: Sequence[Trace], x0: float, x1: float, *, log: bool, floor: float | None = None
+) -> View | None:
     """The view from x0 to x1 whose height holds every visible point; None when there is none to show.
 
     Args:
@@ -174,7 +178,7 @@ def draw(traces: Sequence[Trace], view: View, columns: int, rows: int, grid: Seq
 
 
 def _joined(row: Floats, column: Floats) -> tuple[Floats, Floats]:
-    """Points on straight lines between neighbours, close enough that no dot is left out."""
+    """The points, and others on straight lines between neighbours, close enough that no dot is left out."""
     if len(row) < 2:
         return row, column
     reach = np.maximum(np.abs(np.diff(row)), np.abs(np.diff(column)))
@@ -184,7 +188,8 @@ def _joined(row: Floats, column: Floats) -> tuple[Floats, Floats]:
     start = np.repeat(np.cumsum(count) - count, count)
     share = (np.arange(count.sum()) - start) / np.repeat(np.maximum(count - 1, 1), count)
     at = np.repeat(np.arange(len(row) - 1), count)
-    return row[at] + share * np.diff(row)[at], column[at] + share * np.diff(column)[at]
+    between = row[at] + share * np.diff(row)[at], column[at] + share * np.diff(column)[at]
+    return np.concatenate([row, between[0]]), np.concatenate([column, between[1]])
 
 
 def layers(traces: Sequence[Trace], x0: float, x1: float, *, smoothing: bool) -> list[Trace]:

@@ -6,7 +6,6 @@ import math
 
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Bar, Figure, Tone
-from affmae_engine.events import SystemSampled
 from affmae_engine.train.report import duration, number, rate
 
 _TONES: dict[str, Tone] = {"good": "good", "note": "warn", "bad": "bad"}
@@ -62,11 +61,11 @@ def classes(view: RunView) -> tuple[Figure, ...]:
 
 
 def ranks(view: RunView) -> tuple[Figure, ...]:
-    """Effective rank of every encoder stage."""
+    """Effective rank of every encoder stage, where it was measured."""
     found = view.evaluated.effective_rank if view.evaluated else []
     if not found:
-        return (Figure("rank", "not measured", "muted"),)
-    return tuple(Figure(f"stage {stage}", f"{value:.1f}") for stage, value in enumerate(found, 1))
+        return ()
+    return (Figure("rank", ", ".join(f"{value:.1f}" for value in found) + " by stage"),)
 
 
 def memory(view: RunView) -> tuple[Figure, ...]:
@@ -83,7 +82,7 @@ def memory(view: RunView) -> tuple[Figure, ...]:
         )
     if step is None:
         return (Figure("memory", NOT_AVAILABLE, "muted"),)
-    return (Figure("memory", f"{'process' if view.on_cpu else 'this run'} {step.memory_gib:.1f}{peak_text(peak)} GiB"),)
+    return (Figure("process" if view.on_cpu else "this run", f"{gib(step.memory_gib)}{peak_text(peak)}"),)
 
 
 def machine(view: RunView) -> tuple[Figure, ...]:
@@ -179,12 +178,6 @@ def of(value: float, total: float, unit: str, digits: int = 0) -> str:
         return NOT_AVAILABLE
     limit = f" of {total:.{digits}f}" if math.isfinite(total) else ""
     return f"{value:.{digits}f}{limit} {unit}"
-
-
-def clock(view: RunView) -> str:
-    """Elapsed time and time left."""
-    left = f", {duration(view.eta_s)} left" if math.isfinite(view.eta_s) and view.ended is None else ""
-    return f"{duration(view.elapsed_s)}{left}"
 
 
 def _bar(value: float | None) -> Bar | None:

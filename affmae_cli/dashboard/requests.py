@@ -9,7 +9,6 @@ from affmae_engine.events import CheckpointSaved, Event, RequestTaken
 from affmae_engine.run_dir import CHECKPOINT
 
 
-
 @dataclass(frozen=True)
 class Asked:
     """A request that was made from here. after: the newest event at that time, None when there was none."""

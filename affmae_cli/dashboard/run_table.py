@@ -56,4 +56,3 @@ def ordered(rows: Sequence[RunRow], column: int, *, reverse: bool = False) -> li
 def cells(row: RunRow) -> tuple[str, ...]:
     """The text of every cell of a row."""
     return tuple(column.text(row) for column in COLUMNS)
-

@@ -12,12 +12,12 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 @contextlib.contextmanager
 def signals_handled(leave: Callable[[int], None]) -> Iterator[None]:
-    """Within the running event loop, call `leave` with the number of a SIGTERM or SIGHUP in place of dying of it."""
+    """Within the running event loop, call `leave` with the number of one of SIGNALS in place of dying of it."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:

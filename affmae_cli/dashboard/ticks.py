@@ -6,7 +6,7 @@ import math
 
 
 def linear_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) within [low, high], at most `most` of them."""
+    """Round values (1, 2 or 5 times a power of ten apart) within [low, high], with at most `most` gaps between."""
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low or most < 1:
         return []
     raw = (high - low) / most
@@ -14,7 +14,7 @@ def linear_ticks(low: float, high: float, most: int) -> list[float]:
     step = next(power * m for m in (1, 2, 5, 10, 20) if (high - low) / (power * m) <= most)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)][:most]
+    return [number * step for number in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
@@ -33,7 +33,7 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_label(value: float, step: float) -> str:
-    """A tick's value with as many digits as tell it from its neighbours, `step` away; powers for very small or large."""
+    """A tick's value with the digits that tell it from its neighbours, `step` away; powers for huge and tiny ones."""
     size = abs(value)
     if size >= 1e5 or 0 < size < 1e-3:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
@@ -46,5 +46,9 @@ def count_label(value: float) -> str:
     """A count in five characters at most: 950, 1.5k, 250k, 1.25M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.4g}"[:4].rstrip(".") + unit if abs(value) / size < 1000 else f"{value / size:.0f}{unit}"
+            return (
+                f"{value / size:.4g}"[:4].rstrip(".") + unit
+                if abs(value) / size < 1000
+                else f"{value / size:.0f}{unit}"
+            )
     return f"{value:.0f}"

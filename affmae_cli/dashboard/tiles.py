@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from affmae_cli.dashboard.halfblocks import Rgb
 
@@ -43,6 +43,8 @@ def read_tiles(path: Path) -> list[Tile] | str:
             whole = np.asarray(picture.convert("RGB"))
     except FileNotFoundError:
         return f"{path.name} is gone"
+    except UnidentifiedImageError:
+        return f"{path.name} is not a picture"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken chunk
         return f"{path.name} cannot be read: {str(error) or type(error).__name__}"
     return split(whole)

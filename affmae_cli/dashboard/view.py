@@ -33,10 +33,10 @@ Curves = Mapping[str, Curve]
 class RunView:
     """One moment of a run. The events are the newest of their kind, None before there is one.
 
-    now: seconds since 1970. opening: there is more to be read at once. elapsed_s, eta_s: of the whole run; NaN when not known. data_wait: share of the wall time.
-    steps, held_out, systems: curves by the names that `RunState` gives them; revision: another one when they changed.
-    detail: the steps of the part that is zoomed in on, empty when `steps` serves. recent: notable events, oldest first.
-    requests: what the trainer was asked for and has not taken yet.
+    now: seconds since 1970. opening: there is more to be read at once. elapsed_s, eta_s: of the whole run; NaN when not
+    known. data_wait: share of the wall time. steps, held_out, systems: curves by the names that `RunState` gives them;
+    revision: another one when they changed. detail: the steps of the part that is zoomed in on, empty when `steps`
+    serves. recent: notable events, oldest first. requests: what the trainer was asked for and has not taken yet.
     """
 
     root: Path

@@ -233,8 +233,10 @@ class Session:
             elif name == STOP:
                 self.stop.request(by="request")
 
-    def monitor(self) -> Monitor:
+    def monitor(self) -> contextlib.AbstractContextManager[object]:
         """Samples the machine and takes requests while its block runs, however long a step takes."""
+        if not self.ranks.first:
+            return contextlib.nullcontext()
         return Monitor(
             Card(self.choice.device),
             step=lambda: self.state.step,

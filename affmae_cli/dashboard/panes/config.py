@@ -15,7 +15,6 @@ from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Figure, Figures
 from affmae_cli.output import printable, toml_value
 
-
 COLUMNS = 3
 
 
@@ -58,7 +57,8 @@ class ConfigPane(Pane):
 
 def deal(boxes: list[Figures]) -> list[list[Figures]]:
     """Boxes in columns of about the same height, in reading order downwards."""
-    total, columns, height = sum(len(box.rows) + 1 for box in boxes), [[] for _ in range(COLUMNS)], 0
+    columns: list[list[Figures]] = [[] for _ in range(COLUMNS)]
+    total, height = sum(len(box.rows) + 1 for box in boxes), 0
     for box in boxes:
         size = len(box.rows) + 1
         columns[min(int((height + size / 2) * COLUMNS / total), COLUMNS - 1)].append(box)

@@ -17,8 +17,8 @@ from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
 from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 
-
 LOG_LINES = 5
+TILE_EDGE = 30  # pixels; below, a tile shows nothing
 
 
 class OverviewPane(Pane):
@@ -32,7 +32,7 @@ class OverviewPane(Pane):
         """Chart and picture, three columns of figures, events."""
         with Horizontal(id="overview-top"):
             yield Chart("loss", id="overview-loss", empty="waiting for the first step")
-            yield PreviewWall(id="overview-picture")
+            yield PreviewWall(edge=TILE_EDGE, id="overview-picture")
         with Horizontal(id="overview-figures"):
             yield Figures("training", id="overview-training")
             yield Figures("losses", id="overview-losses")

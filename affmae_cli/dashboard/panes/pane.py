@@ -11,12 +11,7 @@ from affmae_cli.dashboard.zoom import ChartSettings
 
 
 class Pane(Container):
-    """Base of the tabs' contents. `view` is set only while the tab is seen; subclasses draw it in `show`.
-
-    keys: the keys that do something here, for the help line, as (key, what it does).
-    """
-
-    keys: tuple[tuple[str, str], ...] = ()
+    """Base of the tabs' contents. `view` is set only while the tab is seen; subclasses draw it in `show`."""
 
     view: reactive[RunView | None] = reactive(None)
     settings: reactive[ChartSettings] = reactive(ChartSettings())
@@ -45,4 +40,3 @@ class Pane(Container):
 
     def turn(self) -> None:
         """The next of several things, where the tab shows one at a time."""
-

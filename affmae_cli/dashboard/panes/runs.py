@@ -136,6 +136,9 @@ class RunsPane(Pane):
     def _draw_table(self) -> None:
         table, followed = self.query_one(DataTable), self.view.root if self.view else None
         rows = ordered(self.rows, self.order, reverse=self.reverse)
+        order = f"{COLUMNS[self.order].title}{', reversed' if self.reverse else ''}"
+        count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
+        retitle(table, f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
         drawn = [(cells(row), row.root in self.marked, row.root == followed) for row in rows]
         if drawn == self._drawn:
             return
@@ -150,9 +153,6 @@ class RunsPane(Pane):
             ]
             table.add_row(Text("◆" if marked else "·"), *line)
         table.move_cursor(row=min(at, max(len(rows) - 1, 0)))
-        order = f"{COLUMNS[self.order].title}{', reversed' if self.reverse else ''}"
-        count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
-        retitle(table, f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
 
     def _draw_chart(self) -> None:
         chart, comparison = self.query_one(Chart), COMPARISONS[self.shown]

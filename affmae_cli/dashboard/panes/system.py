@@ -41,7 +41,7 @@ class SystemPane(Pane):
         self.query_one("#system-verdicts", Figures).rows = present.verdicts(view)
         self.query_one("#system-card", Figures).rows = present.card(view)
         self.query_one("#system-memory", Figures).rows = (*present.memory(view), *present.host(view))
-        self.query_one("#system-about", Figures).rows = present.about(view)
+        self.query_one("#system-about", Figures).rows = (*present.about(view), *present.ranks(view))
         if self._drawn != (view.root, view.revision):
             self._drawn = (view.root, view.revision)
             for spec in SYSTEM_SPECS:

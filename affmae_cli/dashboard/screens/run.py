@@ -85,8 +85,8 @@ class RunScreen(Screen[None]):
         Binding("n", "turn", "Next curve", id="chart.next", show=False),
     ]
     AUTO_FOCUS = ""  # focus in a tab that is not seen would bring it up
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-middle"), (160, "-wide")]
-    VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall"), (50, "-high")]
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (100, "-middle"), (160, "-wide")]
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (32, "-tall"), (50, "-high")]
 
     view: reactive[RunView | None] = reactive(None)
     settings: reactive[ChartSettings] = reactive(ChartSettings())
@@ -198,7 +198,9 @@ class RunScreen(Screen[None]):
             runs.follow(self.root.parent)
         else:
             runs.leave()
-        focused = next((widget for widget in pane.query("DataTable, RichLog, VerticalScroll") if widget.focusable), None)
+        focused = next(
+            (widget for widget in pane.query("DataTable, RichLog, VerticalScroll") if widget.focusable), None
+        )
         self.set_focus(focused)
 
     @on(RunChosen)

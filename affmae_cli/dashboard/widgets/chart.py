@@ -103,7 +103,7 @@ class Chart(Widget):
         log, smoothing = self._applied()
         drawn = layers(self.traces, x0, x1, smoothing=smoothing)
         view = fitting_view(drawn, x0, x1, log=log, floor=self._floor)
-        return view and draw_frame(drawn, view, *self.size)
+        return None if view is None else draw_frame(drawn, view, *self.size)
 
     def _applied(self) -> tuple[bool, bool]:
         """Whether the height is logarithmic, and the lines smoothed."""

@@ -20,7 +20,6 @@ from affmae_cli.dashboard.halfblocks import UPPER_HALF, fitting_size, half_block
 from affmae_cli.dashboard.tiles import Tile, arrangement, read_tiles, tile_edge
 from affmae_cli.output import printable
 
-
 SMALLEST = 8
 """Pixels of the smallest tile that still shows something."""
 
@@ -41,10 +40,11 @@ class PreviewWall(Widget):
         path: Path
         tiles: list[Tile] | str
 
-    def __init__(self, empty: str = "no preview yet", **kwargs: str) -> None:
+    def __init__(self, *, edge: int | None = None, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.tiles: list[Tile] = []
-        self._sentence = empty
+        self._sentence = "no preview yet"
+        self.set_reactive(PreviewWall.edge, edge)
         self._strips: list[Strip] | None = None
 
     @property

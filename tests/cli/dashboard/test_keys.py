@@ -1,0 +1,203 @@
+"""Every key: requests to the trainer, pausing, charts, copying, themes, help, and the ways to leave."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from affmae_cli.dashboard.panes.curves import CurvesPane
+from affmae_cli.dashboard.result import DashboardResult
+from affmae_cli.dashboard.screens.help import HelpScreen
+from affmae_cli.dashboard.screens.question import Question
+from affmae_cli.dashboard.screens.run import TABS, RunScreen
+from affmae_cli.dashboard.widgets.status_line import StatusLine
+from affmae_engine import events
+from tests.cli.dashboard.conftest import Recorded
+from tests.cli.dashboard.driving import SIZES, Driver, drive, started, stepped
+
+
+@pytest.fixture
+def live(record: Callable[..., Recorded]) -> Iterator[Recorded]:
+    """A run that a trainer (this process) holds."""
+    run = record(started(), *(stepped(i) for i in range(1, 41)))
+    with run.run.locked():
+        yield run
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that stands where the trainer would."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_a_checkpoint_and_a_stop_are_asked_for_acknowledged_and_met(live: Recorded, size: tuple[int, int]) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press("c")
+        assert (live.run.control / "checkpoint").exists()
+        await driver.see("checkpoint requested, not yet seen")
+        (live.run.control / "checkpoint").unlink()
+        live.add(events.RequestTaken(step=41, request="checkpoint"))
+        await driver.see("checkpoint acknowledged", "asked to save a checkpoint")
+        live.add(events.CheckpointSaved(step=41, path="checkpoints/step-000041", seconds=0.2))
+        await driver.until(lambda: not driver.screen.query_one(StatusLine).asked)
+        await driver.press("s")
+        await driver.see("Stop live?", "Stop after a checkpoint", "Esc  cancel")
+        await driver.press("escape")
+        assert not (live.run.control / "stop").exists() and isinstance(driver.app.screen, RunScreen)
+        await driver.press("s", "s")
+        await driver.until((live.run.control / "stop").exists)
+        await driver.see("stop requested")
+
+    drive(live.root, do, size=size)
+
+
+def test_a_run_that_ended_takes_no_requests(record: Callable[..., Recorded]) -> None:
+    run = record(started(), stepped(40), events.RunEnded(step=40, status="stopped", seconds=1.0))
+
+    async def do(driver: Driver) -> None:
+        await driver.press("c", "s")
+        assert isinstance(driver.app.screen, RunScreen) and not list(run.run.control.iterdir())
+
+    drive(run.root, do)
+
+
+def test_a_request_that_cannot_be_written_is_said(live: Recorded) -> None:
+    live.run.control.rmdir()
+    live.run.control.write_text("in the way")
+
+    async def do(driver: Driver) -> None:
+        await driver.press("c")
+        await driver.see("cannot write")
+
+    drive(live.root, do)
+
+
+def test_a_paused_view_stands_still(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press("p")
+        await driver.see("view paused, p goes on")
+        live.add(stepped(41, loss=0.123))
+        await driver.until(lambda: driver.screen._newest.step == 41)
+        assert "step 40 of 100" in driver.text() and "step 41 of 100" not in driver.text()
+        await driver.press("p")
+        await driver.see("step 41 of 100")
+
+    drive(live.root, do)
+
+
+def test_keys_of_charts(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        screen = driver.screen
+        for key, expected in (
+            ("l", "loss  log axis, smoothed"),
+            ("m", "loss  log axis"),
+            ("plus", "loss  log axis, steps 20 to 40"),
+            ("left", "loss  log axis, steps 15 to 35"),
+            ("minus", "loss  log axis"),
+            ("equals_sign", "steps 20 to 40"),
+            ("left", "steps 15 to 35"),
+            ("right", "steps 20 to 40"),
+        ):
+            await driver.press(key)
+            await driver.see(expected)
+        await driver.press("0", "l", "m")
+        assert screen.settings == type(screen.settings)()
+        curves = screen.query_one(CurvesPane)
+        await driver.press("2", "n")
+        await driver.see("held-out metrics")
+        assert curves.main == 1
+        await driver.press(*["n"] * 6)
+        assert curves.main == 0
+
+    drive(live.root, do, size=(80, 24))
+
+
+def test_tabs_by_number_and_by_mouse(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        for number, name in enumerate(TABS, 1):
+            await driver.press(str(number))
+            assert driver.screen.tab == name
+        await driver.press("1", "r")
+        assert driver.screen.tab == "runs"
+        await driver.pilot.click("#--content-tab-curves")
+        await driver.until(lambda: driver.screen.tab == "curves")
+
+    drive(live.root, do)
+
+
+def test_the_path_is_copied_and_themes_change(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press("y")
+        assert driver.app.clipboard == str(live.root)
+        await driver.see("copied:")
+        dark = driver.app.theme
+        await driver.press("t")
+        assert driver.app.theme != dark and not driver.app.current_theme.dark
+        await driver.press("t")
+        assert driver.app.theme == dark
+
+    drive(live.root, do)
+
+
+def test_help_names_every_key(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        bindings = [b for b in RunScreen.BINDINGS if b.id]
+        assert len(bindings) == len(RunScreen.BINDINGS) and all(b.description for b in bindings)
+        await driver.press("question_mark")
+        assert isinstance(driver.app.screen, HelpScreen)
+        await driver.see("Ask for a checkpoint now", "Logarithmic axis", "Dark or light", "▲ stalled")
+        await driver.press("escape")
+        assert isinstance(driver.app.screen, RunScreen)
+
+    drive(live.root, do, size=(120, 60))
+
+
+def test_a_merely_watched_run_is_left_at_once(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press("q")
+
+    assert drive(live.root, do) == DashboardResult("detach")
+
+
+@pytest.mark.parametrize(
+    ("keys", "outcome", "asked"),
+    [
+        (["q", "d"], "detach", False),
+        (["q", "enter"], "detach", False),
+        (["q", "s"], "stop", True),
+        (["ctrl+c", "down", "enter"], "stop", True),
+        (["ctrl+c", "ctrl+c"], "detach", False),
+        (["q", "escape"], None, False),
+    ],
+)
+def test_leaving_a_run_of_ones_own_asks_what_becomes_of_it(
+    live: Recorded, child: "subprocess.Popen[bytes]", keys: list[str], outcome: str | None, asked: bool
+) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press(keys[0])
+        await driver.until(lambda: isinstance(driver.app.screen, Question))
+        await driver.press(*keys[1:])
+        if outcome is None:
+            await driver.until(lambda: isinstance(driver.app.screen, RunScreen))
+
+    result = drive(live.root, do, child=child, size=(80, 24))
+    assert (result and result.outcome) == outcome
+    assert (live.run.control / "stop").exists() is asked
+
+
+def test_a_run_of_ones_own_that_ended_is_left_at_once(
+    record: Callable[..., Recorded], child: "subprocess.Popen[bytes]"
+) -> None:
+    run = record(started(), stepped(100), events.RunEnded(step=100, status="finished", seconds=9.0))
+    child.kill()
+    child.wait()
+
+    async def do(driver: Driver) -> None:
+        await driver.press("q")
+
+    assert drive(run.root, do, child=child) == DashboardResult("ended")
