@@ -6,7 +6,7 @@ import math
 
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Bar, Figure, Tone
-from affmae_engine.train.report import duration, number, rate
+from affmae_engine.train.report import number, rate
 
 _TONES: dict[str, Tone] = {"good": "good", "note": "warn", "bad": "bad"}
 NOT_AVAILABLE = "not available"
