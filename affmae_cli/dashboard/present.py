@@ -6,7 +6,7 @@ import math
 
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Bar, Figure, Tone
-from affmae_engine.train.report import duration, number, rate
+from affmae_engine.train.report import number, rate
 
 _TONES: dict[str, Tone] = {"good": "good", "note": "warn", "bad": "bad"}
 NOT_AVAILABLE = "not available"
@@ -91,7 +91,7 @@ def machine(view: RunView) -> tuple[Figure, ...]:
     if system is None:
         return (*memory(view), Figure("card", f"{NOT_AVAILABLE}: no sample of the machine yet", "muted"))
     if not system.gpu or system.gpu_missing:
-        why = system.gpu_missing or "no card: training runs on the CPU"
+        why = "none in use, see System" if view.on_cpu else system.gpu_missing or "no card"
         return (*memory(view), *host(view)[:2], Figure("card", why, "muted"))
     heat = f"{system.temperature:.0f} °C" if math.isfinite(system.temperature) else NOT_AVAILABLE
     return (

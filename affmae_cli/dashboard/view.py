@@ -26,6 +26,7 @@ _REST = 100
 """Curves that took t seconds to make are made again after so many t."""
 _UNSEEN_S = 5.0
 """Curves of many points are made again after this long at the soonest: one point more is not seen."""
+_SHORTEST_S = 1.0
 Curves = Mapping[str, Curve]
 
 
@@ -171,7 +172,8 @@ class Viewer:
             curves = make()
             ended = time.monotonic()
             many = any(len(curve) >= POINTS // 2 for curve in curves.values())
-            rest = max(_REST * (ended - begun), _UNSEEN_S if many else 0.0)
+            least = 0.0 if kind == "detail" else _UNSEEN_S if many else _SHORTEST_S  # panning is seen at once
+            rest = max(_REST * (ended - begun), least)
             known = self._made[kind] = _Made(source, mark, curves, ended + rest)
             self._revision += 1
         return known.curves

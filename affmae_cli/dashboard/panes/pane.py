@@ -13,8 +13,9 @@ from affmae_cli.dashboard.zoom import ChartSettings
 class Pane(Container):
     """Base of the tabs' contents. `view` is set only while the tab is seen; subclasses draw it in `show`."""
 
-    view: reactive[RunView | None] = reactive(None)
-    settings: reactive[ChartSettings] = reactive(ChartSettings())
+    # Containers hand these on and draw nothing of themselves.
+    view: reactive[RunView | None] = reactive(None, repaint=False)
+    settings: reactive[ChartSettings] = reactive(ChartSettings(), repaint=False)
 
     def watch_view(self, view: RunView | None) -> None:
         """Draw a new moment."""

@@ -85,12 +85,13 @@ class RunScreen(Screen[None]):
         Binding("n", "turn", "Next curve", id="chart.next", show=False),
     ]
     AUTO_FOCUS = ""  # focus in a tab that is not seen would bring it up
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (100, "-middle"), (160, "-wide")]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (32, "-tall"), (50, "-high")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-middle"), (160, "-wide")]  # noqa: RUF012 (as Textual declares it)
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (32, "-tall"), (50, "-high")]  # noqa: RUF012 (as Textual declares it)
 
-    view: reactive[RunView | None] = reactive(None)
-    settings: reactive[ChartSettings] = reactive(ChartSettings())
-    paused: reactive[bool] = reactive(False)
+    # Containers hand these on and draw nothing of themselves.
+    view: reactive[RunView | None] = reactive(None, repaint=False)
+    settings: reactive[ChartSettings] = reactive(ChartSettings(), repaint=False)
+    paused: reactive[bool] = reactive(False, repaint=False)
 
     def __init__(self, root: Path, exit_code: Callable[[Path], int | None], tab: str = "overview") -> None:
         super().__init__()
