@@ -174,7 +174,7 @@ def sweep(folder: Path, name: str = "") -> int:
         name: only leftovers of this final name, where several processes may be writing side by side.
     """
     count = 0
-    for entry in folder.glob(f".{glob.escape(_stem(name)) + '.' if name else ''}*{PARTIAL_SUFFIX}"):
+    for entry in folder.glob(f".{glob.escape(short_stem(name)) + '.' if name else ''}*{PARTIAL_SUFFIX}"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -206,11 +206,11 @@ def fsync_folder(path: Path) -> None:
 
 
 def _partial_name(path: Path) -> Path:
-    return path.with_name(f".{_stem(path.name)}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    return path.with_name(f".{short_stem(path.name)}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
 
 
-def _stem(name: str) -> str:
-    # Cut so that a 255-byte final name still has a legal temporary one.
+def short_stem(name: str) -> str:
+    """A name cut so that a 255-byte final one still has a legal hidden one beside it."""
     return name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
 
 

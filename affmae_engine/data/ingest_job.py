@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from affmae_engine.data.readers import PixelSize, Source, SourceInfo
+from affmae_engine.data.readers.files import size_and_mtime
 from affmae_engine.data.readers.source import reading
 from affmae_engine.data.statistics import StatisticsBuilder
 from affmae_engine.data.store_layout import Band, StoredImage, bands, chunk_shapes
@@ -47,7 +48,7 @@ def describe(
     """
     info, labels = candidate.image.info, candidate.labels
     with reading(info.path, info.series):
-        size, mtime = _stat(info.path)
+        size, mtime = size_and_mtime(info.path)
     sha = next(
         (
             image.sha256
@@ -183,7 +184,7 @@ class Job:
         """The reason to refuse the image if its file is not the one that was hashed."""
         image = self._writer.image
         try:
-            same = _stat(Path(self.path)) == (image.source_size, image.source_mtime_ns)
+            same = size_and_mtime(Path(self.path)) == (image.source_size, image.source_mtime_ns)
         except OSError:
             same = False
         if same:
@@ -249,19 +250,6 @@ def _examine_labels(labels: Source, plan: StoredImage) -> tuple[np.dtype, str]:
         digest.update(np.ascontiguousarray(block, "<u4").data)
     labels.close()
     return np.min_scalar_type(largest), digest.hexdigest()
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    """(bytes, modification time) of a file; of a folder, those of its newest file and the sum of all."""
-    if path.is_file():
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-    size = newest = 0
-    for parent, _, names in os.walk(path):
-        for name in names:
-            status = os.lstat(f"{parent}/{name}")
-            size, newest = size + status.st_size, max(newest, status.st_mtime_ns)
-    return size, newest
 
 
 def _feed(digest: hashlib._Hash, path: Path) -> None:

@@ -79,6 +79,10 @@ def check(outputs: Outputs, inputs: Sequence[Path], *, overwrite: bool) -> None:
         if path.exists():
             _check_replaceable(path, overwrite)
     atomic.ensure_folder(outputs.labels.parent)
+
+
+def sweep(outputs: Outputs) -> None:
+    """Delete what a killed process left under hidden names; the caller holds the output's journal."""
     for path in outputs.all:
         atomic.sweep(path.parent, path.name)
 
@@ -92,6 +96,7 @@ def check_space(outputs: Outputs, label_bytes: int, classes: int, pixels: int) -
     needed = label_bytes // COMPRESSION + SLACK_BYTES
     if outputs.with_probabilities:
         needed += classes * pixels // 2
+    needed += needed - SLACK_BYTES  # the journal holds the same until the end
     free = shutil.disk_usage(outputs.labels.parent).free
     if free < needed:
         raise ResourceError(

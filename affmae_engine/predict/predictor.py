@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -92,6 +94,12 @@ class Predictor:
         """Values that are never predicted: the ignored label, where it is one of the class values."""
         ignored = self.metadata.ignore_label
         return (ignored,) if ignored is not None and ignored < self.classes else ()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weights file, as hexadecimal digits."""
+        with self.weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def tile(self, asked: int | None) -> int:
         """Edge of a tile: `asked`, or the training image's, rounded up to whole patches."""

@@ -165,7 +165,7 @@ def test_a_stop_or_an_error_leaves_nothing(
 
     for name in ("out.tif", "out.zarr"):
         targets = Outputs(folder / name, with_probabilities=True)
-        with pytest.raises(Interrupted, match="nothing was written") as caught:
+        with pytest.raises(Interrupted, match="no output was written") as caught:
             run(path, make_predictor(), folder, targets=targets, on_progress=after_some, stop=stop)
         assert caught.value.exit_code == 143
         with pytest.raises(KeyboardInterrupt):
@@ -297,9 +297,11 @@ class Model(torch.nn.Module):
 
 depth, height, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 info = SourceInfo(out, "", "ramp", (depth, height, 256), np.dtype("u1"), (40.0, 4.0, 4.0), "made up")
+weights = out.parent / "w"
+weights.touch()
 about = WeightsMetadata(task="finetune", model={}, image_size=128, normalisation={}, class_names=("a", "b", "c"))
 choice = DeviceChoice(torch.device("cpu"), torch.float32, "fp32", "CPU")
-predictor = Predictor(out / "w", about, Model().eval(), choice, Normalisation("dataset", 100.0, 50.0), 1)
+predictor = Predictor(weights, about, Model().eval(), choice, Normalisation("dataset", 100.0, 50.0), 1)
 predict(Ramp(info), predictor, Outputs(out.parent / f"{depth}-{height}.tif"), PredictOptions(batch_size=8))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
