@@ -13,7 +13,6 @@ Axes: C classes, R rows of a band, X columns.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -59,11 +58,6 @@ class _Record:
     offset: int
     labels: int
     probabilities: int
-
-
-def fingerprint(made_from: Mapping[str, Any]) -> str:
-    """SHA-256 of what a prediction depends on; outputs carry it, so that a finished one is known again."""
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 class Journal:

@@ -17,19 +17,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from affmae_engine import atomic
 from affmae_engine.data.readers import PixelSize, Source
 from affmae_engine.data.readers.files import size_and_mtime
-from affmae_engine.data.readers.source import reading
 from affmae_engine.data.statistics import Statistics, measure
 from affmae_engine.errors import InputError, Interrupted
 from affmae_engine.predict import outputs
+from affmae_engine.predict.identity import fingerprint, made_from
 from affmae_engine.predict.infer import Band, TileRunner, Tiling, blend
-from affmae_engine.predict.journal import Journal, Rows, fingerprint
+from affmae_engine.predict.journal import Journal, Rows
 from affmae_engine.predict.label_rows import LabelRows, OutputInfo, label_dtype
 from affmae_engine.predict.ome_zarr import ZarrRows, labels_attributes, probabilities_attributes
 from affmae_engine.predict.outputs import Outputs
@@ -51,6 +50,7 @@ class PredictOptions:
     tile: edge of a tile in pixels; None takes the training image's. overlap: share of a tile that its neighbour
     covers too. batch_size: tiles per forward pass. rescale: bring the input to the training pixel size for inference.
     pixel_nm: overrides what the input says; None along an axis keeps the input's value. overwrite: replace outputs.
+    resume: outputs that are there are of this very prediction (see `identity.is_finished`) and may be completed.
     """
 
     tile: int | None = None
@@ -59,6 +59,12 @@ class PredictOptions:
     rescale: bool = False
     pixel_nm: PixelSize = (None, None, None)
     overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def replace(self) -> bool:
+        """Whether what stands under an output's name may give way."""
+        return self.overwrite or self.resume
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class _Run:
     counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
+        self.read_from = size_and_mtime(self.source.info.path)
         self.counts = np.zeros(self.predictor.classes, np.int64)
         self.tiling = Tiling(self.predictor.tile(self.options.tile), self.options.overlap)
         self.scale = choose_scale(
@@ -136,6 +143,12 @@ class _Run:
             self.tiles_done = (self.begin[0] * len(y.starts) + self.begin[1]) * columns
         if self.done != (0, 0):
             self.notes.append(f"went on from row {self.done[1]} of section {self.done[0]}, where it had ended before")
+
+    def require_unchanged(self) -> None:
+        """Raises InputError when the image is not the one that was opened."""
+        path = self.source.info.path
+        if size_and_mtime(path) != self.read_from:
+            raise InputError(f"{path} changed while it was read", "predict it when it is complete")
 
     def tell(self) -> None:
         """Pass on how far it is."""
@@ -167,7 +180,7 @@ def predict(
         BusyError: another process writes this output.
         Interrupted: stopped on request; finished rows are kept for the next call.
     """
-    outputs.check(targets, [source.info.path, predictor.weights], overwrite=options.overwrite)
+    outputs.check(targets, [source.info.path, predictor.weights], overwrite=options.replace)
     started = time.perf_counter()
     info = source.info
     dtype = label_dtype(predictor.classes)
@@ -219,7 +232,7 @@ def predict(
 def _write(run: _Run, about: OutputInfo) -> str:
     """Write labels, and probabilities where wanted; both appear when complete, the labels last."""
     names, record = about.class_names, about.record()
-    replace = run.options.overwrite
+    replace = run.options.replace
 
     def rows(probabilities: ZarrRows | None) -> Iterator[LabelRows]:
         return _label_rows(run, about.dtype, probabilities)
@@ -243,6 +256,7 @@ def _write(run: _Run, about: OutputInfo) -> str:
             )  # fmt: skip
             for piece in rows(probability_rows(stack)):
                 writer.add(piece.z, piece.first_row, piece.labels_RX)
+            run.require_unchanged()
         return "OME-Zarr 0.5"
 
     dialects: list[str] = []
@@ -250,31 +264,10 @@ def _write(run: _Run, about: OutputInfo) -> str:
     def write(partial: Path) -> None:
         with ExitStack() as stack:
             dialects.append(write_tiff(partial, about, rows(probability_rows(stack))))
+            run.require_unchanged()
 
     atomic.commit_file(run.targets.labels, write)
     return dialects[0]
-
-
-def made_from(source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions) -> dict[str, Any]:
-    """Everything that the bytes of a prediction depend on, as plain JSON values.
-
-    Raises:
-        InputError: the image is gone.
-    """
-    info = source.info
-    with reading(info.path):
-        size, mtime = size_and_mtime(info.path)
-    return {
-        "weights": predictor.weights_sha256,
-        "image": [info.path.name, info.series, size, mtime, *info.shape_ZYX],
-        "tile": predictor.tile(options.tile),
-        "overlap": options.overlap,
-        "batch": options.batch_size,
-        "rescaling": options.rescale,
-        "pixel_size": list(options.pixel_nm),
-        "probabilities": targets.with_probabilities,
-        "device": [predictor.choice.device.type, predictor.choice.precision],
-    }
 
 
 def _bands(run: _Run) -> Iterator[Band]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -232,22 +233,51 @@ def test_weights_that_do_not_fit_their_description_are_corrupt(here: Path, train
     assert result.exit_code == 6 and "does not fit its own description" in one_line(result.stderr)
 
 
-def test_ctrl_c_ends_cleanly_and_leaves_nothing(here: Path, trained: Path) -> None:
-    write(here / "long.tif", (400, 80, 70))
+def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: Path) -> None:
+    write(here / "long.tif", (40, 80, 70))
     command = [sys.executable, "-m", "affmae_cli", "predict", "long.tif", "-m", str(trained), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         while "1 image to" not in (line := process.stderr.readline()):
             assert line, "ended before it began"
-        # The handlers are in place once the hidden partial file is there.
-        while process.poll() is None and not list((here / "predictions").glob(".*.partial")):
-            pass
+        # The handlers are in place once the hidden journal has rows.
+        while process.poll() is None and sum(j.stat().st_size for j in here.glob("predictions/.*/journal")) < 1500:
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130, rest
-    assert "nothing was written" in rest and "Traceback" not in rest
-    assert list((here / "predictions").iterdir()) == []
+    assert "no output was written yet" in rest and "Traceback" not in rest
+    assert [entry.name for entry in (here / "predictions").iterdir()] == [".long-labels.tif.unfinished"]
+    other = affmae("long.tif", "-m", trained, "--overlap", "0.25")
+    assert other.exit_code == 2 and "unfinished prediction" in one_line(other.stderr)
+    assert "another overlap" in one_line(other.stderr)
+    again = affmae("long.tif", "-m", trained)
+    assert again.exit_code == 0, again.stderr
+    assert "went on from row" in one_line(again.stderr)
+    assert sorted(e.name for e in (here / "predictions").iterdir()) == ["long-labels-overlay.png", "long-labels.tif"]
+
+
+def test_resume_of_a_folder_passes_over_what_is_finished(here: Path, trained: Path) -> None:
+    for name in ("a", "b"):
+        write(here / "in" / f"{name}.tif")
+    common = "in", "-m", trained, "-o", "out"
+    assert affmae(*common).exit_code == 0
+    (here / "out" / "b.tif").unlink()
+    before = (here / "out" / "a.tif").stat().st_mtime_ns
+    result = affmae(*common, "--resume", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["finished"] == ["out/a.tif"] and len(document["predictions"]) == 1
+    assert (here / "out" / "a.tif").stat().st_mtime_ns == before
+    everything = affmae(*common, "--resume")
+    assert everything.exit_code == 0 and "2 finished before, 0 predicted" in one_line(everything.stdout)
+    assert affmae(*common).exit_code == 2
+    other = affmae(*common, "--resume", "--tile", 40)
+    assert other.exit_code == 2 and "another model, image or options" in one_line(other.stderr)
+    (here / "out" / "a-overlay.png").unlink()
+    assert affmae(*common, "--resume").exit_code == 0 and (here / "out" / "a-overlay.png").is_file()
+    assert affmae(*common, "--resume", "--overwrite").exit_code == 2
 
 
 def test_progress_lines_have_rate_and_eta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -149,7 +150,7 @@ def test_rescale_shows_the_training_magnification_and_keeps_the_grid(
     assert not any("--rescale" in text for text in report.warnings)
 
 
-def test_a_stop_or_an_error_leaves_nothing(
+def test_a_stop_or_an_error_leaves_nothing_but_the_journal(
     tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
 ) -> None:
     path, folder = write_stack(blobs), tmp_path / "results"
@@ -170,7 +171,8 @@ def test_a_stop_or_an_error_leaves_nothing(
         assert caught.value.exit_code == 143
         with pytest.raises(KeyboardInterrupt):
             run(path, make_predictor(), folder, targets=targets, on_progress=fail)
-        assert list(folder.iterdir()) == []
+        assert [entry.name for entry in folder.iterdir()] == [f".{name}.unfinished"]
+        shutil.rmtree(folder / f".{name}.unfinished")
 
 
 def test_overwriting_keeps_the_old_file_until_the_new_one_is_complete(
