@@ -49,7 +49,7 @@ class ModelConfig(Section):
     """Stochastic depth of the deepest encoder block; rises linearly from 0."""
     decoder_dropout: Fraction = 0.1
     """Dropout of the decoder's residual branches."""
-    decoder_ffn_ratio: Annotated[float, Field(gt=0)] = 2.0
+    decoder_ffn_ratio: Annotated[float, Field(gt=0, le=64)] = 2.0
     """Hidden width of the decoder's feed-forward layer, as a multiple of its width."""
 
     @model_validator(mode="after")

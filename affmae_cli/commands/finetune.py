@@ -26,6 +26,7 @@ from affmae_cli.options import (
     SeedOption,
     SetOption,
     StepsOption,
+    TrustSizesOption,
 )
 from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
 from affmae_engine.errors import ConfigError
@@ -59,6 +60,7 @@ def finetune(
     ] = None,
     init_from: InitFromOption = None,
     pixel_size: PixelSizeOption = None,
+    trust_sizes: TrustSizesOption = False,
     preset: PresetOption = "auto",
     config: ConfigOption = None,
     set_: SetOption = None,

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from affmae_cli import output
-from affmae_cli.options import DeviceOption, JsonOption, ModelOption, OutOption, OverwriteOption, QuietOption
+from affmae_cli.options import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    OverwriteOption,
+    QuietOption,
+    TrustSizesOption,
+)
 from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
@@ -69,6 +77,7 @@ def predict(
     overlap: OverlapOption = None,
     batch: BatchOption = None,
     device: DeviceOption = None,
+    trust_sizes: TrustSizesOption = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -167,11 +176,19 @@ def _options(
     pixel_nm: VoxelSize,
 ) -> PredictOptions:
     """What was asked, over what the run was configured with."""
+    from pydantic import ValidationError
+
     from affmae_engine.config import PredictConfig
+    from affmae_engine.errors import CorruptError
     from affmae_engine.predict.stream import PredictOptions
 
     trained = predictor.metadata.config.get("predict", {})
-    defaults = PredictConfig.model_validate({key: trained[key] for key in PredictConfig.model_fields if key in trained})
+    known = {key: trained[key] for key in PredictConfig.model_fields if key in trained}
+    try:
+        defaults = PredictConfig.model_validate(known)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise CorruptError(f"{predictor.weights}: its [predict] settings: {problem}", "was it edited?") from error
     return PredictOptions(
         tile=tile or defaults.tile,
         overlap=defaults.overlap if overlap is None else overlap,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import queue
 import threading
@@ -19,7 +20,8 @@ import numpy as np
 
 from affmae_engine.data.readers import PixelSize, Source, SourceInfo
 from affmae_engine.data.readers.files import size_and_mtime
-from affmae_engine.data.readers.source import reading
+from affmae_engine.data.readers.limits import refuse_large_piece
+from affmae_engine.data.readers.source import Refused, reading
 from affmae_engine.data.statistics import StatisticsBuilder
 from affmae_engine.data.store_layout import Band, StoredImage, bands, chunk_shapes
 from affmae_engine.data.store_writer import StoreWriter
@@ -57,9 +59,11 @@ def describe(
         ),
         None,
     )
-    if sha is None:
-        with reading(info.path, info.series):
-            sha = content_hash(info.path)
+    with reading(info.path, info.series):
+        _, shard = chunk_shapes(info.shape_ZYX, info.dtype.itemsize)
+        band = math.prod(shard) * info.dtype.itemsize
+        refuse_large_piece(band, "a band of rows of it", "cut it into narrower images")
+        sha = sha or content_hash(info.path)
     plan = StoredImage(
         name="",
         shape_ZYX=info.shape_ZYX,
@@ -89,8 +93,13 @@ def describe(
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    """SHA-256 of a file, or of the names and contents of all files in a folder.
+
+    Raises:
+        Refused: the folder holds a pipe or device, or a link that leads out of it: reading one may never end.
+    """
     digest = hashlib.sha256()
+    root = os.path.realpath(path)
     if path.is_file():
         _feed(digest, path)
         return digest.hexdigest()
@@ -98,6 +107,8 @@ def content_hash(path: Path) -> str:
         folders.sort()
         for name in sorted(names):
             file = Path(parent, name)
+            if not os.path.realpath(file).startswith(root + os.sep) or not file.is_file():
+                raise Refused(f"{name[:60]} in it is a link out of its folder or no file", "only plain files are taken")
             digest.update(file.relative_to(path).as_posix().encode("utf-8", "surrogateescape") + b"\0")
             _feed(digest, file)
     return digest.hexdigest()

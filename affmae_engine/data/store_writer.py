@@ -170,7 +170,7 @@ class StoreWriter:
         try:
             attributes = json.loads((self.paths.root / "zarr.json").read_text("utf-8"))["attributes"]["affmae"]
             return tuple(str(name) for name in attributes.get("class_names", ()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return ()  # a new store, or one whose root is being repaired
 
     def _acquire(self) -> None:

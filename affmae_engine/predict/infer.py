@@ -75,6 +75,11 @@ class Tiling:
         return len(y.starts) * len(x.starts)
 
 
+def working_bytes(classes: int, tile: int, width: int) -> int:
+    """Memory that planes of `width` pixels take on the host (see above), in bytes."""
+    return 4 * (classes * tile * width + tile * (width + 2 * tile))
+
+
 @dataclass(frozen=True)
 class Band:
     """Finished rows of a plane: probabilities float32 [C, R, X] of rows first_row..first_row+R-1."""

@@ -132,5 +132,5 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
 def _is_ours(folder: Path) -> bool:
     try:
         return ATTRIBUTE in json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -67,17 +67,17 @@ class Predictor:
             )
         try:
             config = ModelConfig.model_validate(metadata.model)
+            if config.channels != 1:
+                raise InputError(f"{path} was trained on {config.channels} channels; prediction reads grey images")
             model = Segmenter(config, len(metadata.class_names), backend=backend)
             model.load_state_dict(read_tensors(file))
         except ValidationError as error:
             raise CorruptError(
                 f"{file}: the model's description is not valid: {error.errors()[0]['msg']}", "was it edited?"
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise CorruptError(f"{file} does not fit its own description: {reason}", "was it edited?") from error
-        if config.channels != 1:
-            raise InputError(f"{path} was trained on {config.channels} channels; prediction reads grey images")
         choice = _device(metadata, device)
         exact_fp32()
         model.requires_grad_(False).eval().to(choice.device)

@@ -23,11 +23,12 @@ import numpy as np
 from affmae_engine import atomic
 from affmae_engine.data.readers import PixelSize, Source
 from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers.limits import memory_budget
 from affmae_engine.data.statistics import Statistics, measure
-from affmae_engine.errors import InputError, Interrupted
+from affmae_engine.errors import InputError, Interrupted, ResourceError, human_bytes
 from affmae_engine.predict import outputs
 from affmae_engine.predict.identity import fingerprint, made_from
-from affmae_engine.predict.infer import Band, TileRunner, Tiling, blend
+from affmae_engine.predict.infer import Band, TileRunner, Tiling, blend, working_bytes
 from affmae_engine.predict.journal import Journal, Rows
 from affmae_engine.predict.label_rows import LabelRows, OutputInfo, label_dtype
 from affmae_engine.predict.ome_zarr import ZarrRows, labels_attributes, probabilities_attributes
@@ -131,6 +132,13 @@ class _Run:
             self.warnings.append(f"{self.source.info.name} is blank: there is nothing to see in it")
         self.picture = OverlayPicture(self.source.info.shape_ZYX) if self.targets.with_overlay else None
         depth = self.source.info.shape_ZYX[0]
+        needed = working_bytes(self.predictor.classes, self.tiling.tile, self.scale.shape[1])
+        if needed > memory_budget():
+            raise ResourceError(
+                f"{self.source.info.name} is {self.scale.shape[1]} pixels wide: a row of tiles takes "
+                f"{human_bytes(needed)} of memory, {human_bytes(memory_budget())} may be used",
+                "use a smaller --tile",
+            )
         self.tiles = self.tiling.count(self.scale.shape) * depth
         if self.scale.resampled:  # mapping back needs a section from its first row on
             self.journal.keep_whole_sections()
