@@ -12,6 +12,7 @@ become one `ResourceError` that names the path.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import glob
 import json
@@ -25,6 +26,7 @@ from typing import Any
 from affmae_engine.errors import ResourceError, human_bytes
 
 PARTIAL_SUFFIX = ".partial"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -88,8 +90,8 @@ def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a folder aside and rename it into place when the block ends without an exception.
 
     Args:
-        replace: an existing folder of that name gives way to the complete new one, and only then; folders cannot be
-            swapped in one step, so for an instant neither stands there.
+        replace: an existing folder of that name gives way to the complete new one, and only then. Linux swaps the two
+            in one step; elsewhere, for an instant, neither stands there.
 
     Yields:
         a hidden sibling folder to fill. Files in it are fsynced before the rename.
@@ -111,9 +113,10 @@ def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for folder in sorted((p for p in partial.rglob("*") if p.is_dir()), reverse=True):
                 fsync_folder(folder)
             fsync_folder(partial)
-            if replace and path.exists():
-                path.rename(previous)
-            partial.rename(path)
+            if not (replace and path.exists() and _exchange(partial, path)):
+                if replace and path.exists():
+                    path.rename(previous)
+                partial.rename(path)
             fsync_folder(path.parent)
     finally:
         if previous.exists() and not path.exists():
@@ -203,6 +206,14 @@ def fsync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two entries of a folder in one step (Linux's renameat2); False where that cannot be done."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    return call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
 
 
 def _partial_name(path: Path) -> Path:

@@ -192,6 +192,7 @@ def create(root: Path, *, overwrite: bool = False) -> RunDir:
         with run.locked(), atomic.translated_write_errors(root):
             _remove_contents(root)
     atomic.ensure_folder(root)
+    atomic.sweep(root)
     with atomic.translated_write_errors(root):
         for folder in (run.checkpoints, run.previews, run.control):
             folder.mkdir(exist_ok=True)
@@ -235,11 +236,14 @@ def _nearest_runs(root: Path) -> str:
 
 
 def _is_bare(root: Path) -> bool:
-    """Whether nothing is in it, or only what `create` makes: a run that failed before it had a configuration."""
+    """Whether nothing is in it, or only what `create` makes: a run that ended before it had a configuration."""
     run = RunDir(root)
     made = (run.checkpoints, run.previews, run.control)
     return all(
-        entry == run.lock or (entry in made and entry.is_dir() and not any(entry.iterdir())) for entry in root.iterdir()
+        entry == run.lock
+        or (entry in made and entry.is_dir() and not any(entry.iterdir()))
+        or (entry.name.startswith(".") and entry.name.endswith(atomic.PARTIAL_SUFFIX))
+        for entry in root.iterdir()
     )
 
 

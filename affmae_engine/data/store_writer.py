@@ -24,6 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from affmae_engine import atomic
 from affmae_engine.data import ledger as ledgers
+from affmae_engine.data.readers.files import natural_key
 from affmae_engine.data.readers.source import PixelSize
 from affmae_engine.data.statistics import pool
 from affmae_engine.data.store_layout import (
@@ -121,6 +122,7 @@ class StoreWriter:
         """Correct the pixel size of a finished image."""
         image = replace(self._state.images[name], pixel_nm=pixel_nm)
         for labels in (False, True) if image.labelled else (False,):
+            atomic.sweep(self.paths.node(name, labels=labels))
             _write_attributes(self.paths.node(name, labels=labels), name, pixel_nm, labels=labels)
         self.finish(image)
 
@@ -133,7 +135,7 @@ class StoreWriter:
             shutil.rmtree(self.paths.node(name, labels=labels), ignore_errors=True)
 
     def _prepare(self) -> None:
-        for place in (self.paths.root, self.paths.private):
+        for place in (self.paths.root, self.paths.private, self.paths.root / "images", self.paths.root / "labels"):
             atomic.sweep(place)
         if not self.paths.ledger.exists():
             ledgers.write_compact(self.paths.ledger, ledgers.LedgerState())
@@ -141,6 +143,7 @@ class StoreWriter:
         self.ledger = ledgers.Ledger(self.paths.ledger, self._state.valid_bytes)
         for name in self._state.begun:
             for labels in (False, True):
+                atomic.sweep(self.paths.node(name, labels=labels))
                 _remove_partials(self.paths.array(name, labels=labels))
         for folder in ("images", "labels", "affmae"):
             with atomic.translated_write_errors(self.paths.root):
@@ -153,6 +156,8 @@ class StoreWriter:
         labelled = sorted(image.name for image in self._state.images.values() if image.labelled)
         ome = {"ome": {"version": "0.5", "labels": labelled}} if labelled else {}
         atomic.commit_json(self.paths.root / "labels" / "zarr.json", {**_GROUP, "attributes": ome})
+        # In the order of their names: which thread was the first to finish must not show in the bytes.
+        self._state.images = dict(sorted(self._state.images.items(), key=lambda item: natural_key(item[0])))
         self._write_root()
         ledgers.write_compact(self.paths.ledger, self._state)
 
