@@ -164,9 +164,11 @@ def ensure_folder(path: Path) -> Path:
             ) from error
         except FileNotFoundError as error:  # special file systems refuse new folders in this way
             raise ResourceError(f"cannot make the folder {path}", "choose another output folder") from error
+        sweep(path, "probe")
         probe = _partial_name(path / "probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have swept it
+        fsync_folder(path.parent)
     return path
 
 

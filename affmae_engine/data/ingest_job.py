@@ -176,9 +176,8 @@ class Job:
         """
         if self.failure is not None:
             return 0
-        if self._writer.is_done(band):
-            grey = self._writer.read(band)
-        else:
+        grey = self._writer.read(band) if self._writer.is_done(band) else None
+        if grey is None:
             grey = self._read(band)
             labels = None
             if self._labels is not None and self._labels_dtype is not None:

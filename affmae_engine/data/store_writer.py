@@ -7,6 +7,7 @@ ledger by the next one and continued or removed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -214,6 +215,9 @@ class ImageWriter:
         """All bands, finished or not; labels use the same ones."""
         self._grey = self._array(image.dtype, labels=False)
         self._labels = self._array(labels_dtype, labels=True) if labels_dtype is not None else None
+        # A power cut may have taken folders that the ledger's lines counted on: what is not there is not done.
+        arrays = [array for array in (self._grey, self._labels) if array is not None]
+        begun.chunks = {key for key in begun.chunks if all(_shard(array, key).is_file() for array in arrays)}
 
     def is_done(self, band: Band) -> bool:
         """Whether a band was written, by this or an earlier process."""
@@ -230,15 +234,20 @@ class ImageWriter:
                 continue
             with atomic.translated_write_errors(self._store.paths.root):
                 array[band.z, band.y, :] = block
-                file = Path(array.store_path.store.root) / "c" / band.key
+                file = _shard(array, band.key)
                 atomic.fsync_file(file)
                 atomic.fsync_folder(file.parent)
         self._store.ledger.append("chunk", name=self.image.name, key=band.key)
         self._begun.chunks.add(band.key)
 
-    def read(self, band: Band) -> np.ndarray:
-        """Grey values of a finished band."""
-        return np.asarray(self._grey[band.z, band.y, :])
+    def read(self, band: Band) -> np.ndarray | None:
+        """Grey values of a finished band; None when it, or its labels, were damaged and must be written again."""
+        try:
+            if self._labels is not None:
+                np.asarray(self._labels[band.z, band.y, :])
+            return np.asarray(self._grey[band.z, band.y, :])
+        except Exception:  # whatever the codecs make of damaged bytes
+            return None
 
     def finish(self, image: StoredImage) -> None:
         """Record the image as finished; every band must be done."""
@@ -246,6 +255,7 @@ class ImageWriter:
         for labels in (False, True):
             folder = self._store.paths.node(image.name, labels=labels)
             if folder.is_dir():
+                atomic.fsync_file(folder / "0" / "zarr.json")
                 for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
                     atomic.fsync_folder(path)
                 atomic.fsync_folder(folder)
@@ -255,8 +265,10 @@ class ImageWriter:
     def _array(self, dtype: np.dtype[Any], *, labels: bool) -> Any:
         image, paths = self.image, self._store.paths
         folder = paths.array(image.name, labels=labels)
-        if self._begun.chunks and (folder / "zarr.json").is_file():
-            return zarr.open_array(folder, mode="r+").with_config(_WRITE_ALL)
+        if self._begun.chunks:
+            with contextlib.suppress(Exception):  # metadata that a power cut emptied: the image is begun anew
+                return zarr.open_array(folder, mode="r+").with_config(_WRITE_ALL)
+            self._begun.chunks.clear()
         chunk, shard = chunk_shapes(image.shape_ZYX, image.dtype.itemsize)
         with atomic.translated_write_errors(paths.root):
             shutil.rmtree(folder.parent, ignore_errors=True)
@@ -273,6 +285,11 @@ class ImageWriter:
                 dimension_names=["z", "y", "x"],
                 config=_WRITE_ALL,
             )
+
+
+def _shard(array: Any, key: str) -> Path:
+    """The file of a band."""
+    return Path(array.store_path.store.root) / "c" / key
 
 
 def _write_attributes(node: Path, name: str, pixel_nm: PixelSize, *, labels: bool) -> None:

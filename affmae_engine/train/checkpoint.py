@@ -133,9 +133,10 @@ def set_aside_newer(run: RunDir, step: int) -> list[Path]:
         if newer > step:
             source = run.checkpoint(newer)
             target = source.with_name(f"{source.name}.damaged")
-            if target.exists():
-                shutil.rmtree(target)
-            source.rename(target)
+            with atomic.translated_write_errors(target):
+                if target.exists():
+                    shutil.rmtree(target)
+                source.rename(target)
             moved.append(target)
     return moved
 

@@ -38,8 +38,12 @@ class Fault:
     code: int = errno.ENOSPC
     calls: int = 0
 
-    def strike(self, half: Callable[[], object] = lambda: None) -> None:
-        """Count a call; when its time has come, do `half` of it and then die or raise OSError."""
+    def strike(self, name: str, target: Any, half: Callable[[], object] = lambda: None) -> None:
+        """Count a call about to be made; when its time has come, do `half` of it and then die or raise OSError.
+
+        Args:
+            name: of the call. target: its path or open file's number.
+        """
         self.calls += 1
         if self.calls < self.at or (self.kind == "once" and self.calls > self.at):
             return
@@ -61,11 +65,11 @@ class _File:
             self._file.write(data[: len(data) // 2])
             self._file.flush()
 
-        self._fault.strike(half)
+        self._fault.strike("write", self._file.fileno(), half)
         return self._file.write(data)
 
     def truncate(self, *size: int) -> Any:
-        self._fault.strike()
+        self._fault.strike("ftruncate", self._file.fileno())
         return self._file.truncate(*size)
 
     def close(self) -> None:
@@ -94,10 +98,10 @@ def faulty(fault: Fault, below: Path) -> Iterator[Fault]:
             target = f"/proc/self/fd/{target}"
         return os.path.realpath(os.fsdecode(target)).startswith(inside)
 
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *arguments: Any, **options: Any) -> Any:
             if concerns(target):
-                fault.strike()
+                fault.strike(name, target)
             return real(target, *arguments, **options)
 
         return call
@@ -107,7 +111,7 @@ def faulty(fault: Fault, below: Path) -> Iterator[Fault]:
             writes = any(letter in mode for letter in "wax+") and not isinstance(target, int) and concerns(target)
             if not writes:
                 return real(target, mode, *arguments, **options)
-            fault.strike()
+            fault.strike("open", target)
             return _File(real(target, mode, *arguments, **options), fault)
 
         return call
@@ -119,7 +123,7 @@ def faulty(fault: Fault, below: Path) -> Iterator[Fault]:
                 with real_open(path, "wb") as file:
                     file.write(data[: len(data) // 2])
 
-            fault.strike(half)
+            fault.strike("write", path, half)
             return real(tensors, path, *arguments, **options)
 
         return call
@@ -129,7 +133,7 @@ def faulty(fault: Fault, below: Path) -> Iterator[Fault]:
     save = saving(safetensors.torch.save_file)
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(mock.patch.object(os, name, counted(getattr(os, name))))
+            stack.enter_context(mock.patch.object(os, name, counted(name, getattr(os, name))))
         for module in (io, builtins):
             stack.enter_context(mock.patch.object(module, "open", opening(real_open)))
         holders = [module for name, module in sys.modules.items() if name.startswith("affmae_engine")]

@@ -41,12 +41,12 @@ def every_fault(
     operation: Operation, root: Path, *, modes: tuple[tuple[Kind, int], ...] = MODES, stride: int = 1, first: int = 1
 ) -> Iterator[Verdict]:
     """Try every mode at calls `first`, `first + stride`, ... until the operation ends without reaching the fault."""
-    template, log = root / "template", root / "log"
-    template.mkdir(parents=True)
-    ready = children.run(lambda: operation.prepare(template), log)
+    folder, template, log = root / "work", root / "template", root / "log"
+    folder.mkdir(parents=True)
+    ready = children.run(lambda: operation.prepare(folder), log)
     if ready.code != 0:
         raise RuntimeError(f"{operation.name} cannot be prepared: {ready.text}")
-    folder = root / "work"
+    folder.rename(template)  # paths are part of what is written, so all work happens under one
     for kind, code in modes:
         call = first
         while True:
