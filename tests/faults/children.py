@@ -62,8 +62,7 @@ def start(work: Callable[[], object], log: Path, *, memory: int | None = None) -
         code = error.exit_code
         os.write(2, f"{type(error).__name__}: {error.message}\n".encode(errors="backslashreplace"))
     except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
+        os.write(2, traceback.format_exc().encode(errors="backslashreplace"))
     finally:
         os._exit(code)
 

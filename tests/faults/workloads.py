@@ -68,7 +68,7 @@ class Workloads:
         specimen = generate((6, 96, 96), seed=3).image_ZYX
         tifffile.imwrite(self.sources / "stack.tif", specimen, compression="zlib")
         self.small = root / "small.tif"
-        tifffile.imwrite(self.small, specimen[:4, :56, :56])
+        tifffile.imwrite(self.small, specimen[:4, :56, :56], photometric="minisblack")
         for number in range(3):
             tifffile.imwrite(self.sources / f"section{number}.tif", specimen[number, : 90 - number])
         ingest([self.sources / "stack.tif"], self.store, workers=1)
