@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, demo, doctor, finetune, ingest, predict, presets, pretrain
+from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, predict, presets, pretrain
 from affmae_cli.errors import ErrorGroup
 
 STORY = """
@@ -34,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, bench, presets, doctor.
+# In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, bench, check, presets, doctor.
 app.command()(ingest.ingest)
 app.command()(pretrain.pretrain)
 app.command()(finetune.finetune)
@@ -42,6 +42,7 @@ app.command()(predict.predict)
 app.command()(demo.demo)
 app.command()(bench.bench)
 app.command("benchmark", hidden=True)(bench.bench)
+app.command()(check.check)
 app.command()(presets.presets)
 app.command()(doctor.doctor)
 

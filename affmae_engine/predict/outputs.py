@@ -123,13 +123,14 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if path.is_dir() != (path.suffix.lower() == ZARR_SUFFIX):
         kind = "folder" if path.is_dir() else "file"
         raise ConfigError(f"{path} exists and is a {kind}, which is not replaced", "choose another -o/--out")
-    if path.is_dir() and not _is_ours(path):
+    if path.is_dir() and not is_ours(path):
         raise ConfigError(
             f"{path} exists and was not written by affmae predict, so it is not replaced", "choose another -o/--out"
         )
 
 
-def _is_ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a volume that `affmae predict` wrote."""
     try:
         return ATTRIBUTE in json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -50,7 +50,7 @@ def nothing_is_left_running() -> Iterator[None]:
 
 def _shared_memory() -> set[Path]:
     """Blocks of this kind that torch makes; other processes of the machine come and go."""
-    return {entry for entry in Path("/dev/shm").glob(f"torch_{os.getpid()}_*")}
+    return set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
 
 
 @pytest.mark.parametrize(("name", "kills"), [("train", 4), ("ingest", 8), ("predict", 6), ("predict-zarr", 4)])
