@@ -14,6 +14,7 @@ import typer
 from affmae_cli import output
 from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, predict, presets, pretrain
 from affmae_cli.errors import ErrorGroup
+from affmae_cli.processes import led
 
 STORY = """
 Pretraining and segmentation for electron microscopy.
@@ -36,8 +37,8 @@ app = typer.Typer(
 
 # In the order in which the help lists them: ingest, pretrain, finetune, predict, demo, bench, check, presets, doctor.
 app.command()(ingest.ingest)
-app.command()(pretrain.pretrain)
-app.command()(finetune.finetune)
+app.command()(led(pretrain.pretrain))
+app.command()(led(finetune.finetune))
 app.command()(predict.predict)
 app.command()(demo.demo)
 app.command()(bench.bench)

@@ -52,6 +52,16 @@ StepsOption = Annotated[
 EpochsOption = Annotated[
     float | None, typer.Option("--epochs", help="Length of the run in passes over the data.", rich_help_panel=_SETTINGS)
 ]
+BatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--batch",
+        metavar="auto|N",
+        help="Images at a time on one device; `auto` measures what fits. Changes memory and speed, not the result: "
+        "`train.batch_size` stays the batch of a step.",
+        rich_help_panel=_SETTINGS,
+    ),
+]
 SeedOption = Annotated[
     int | None,
     typer.Option("--seed", help="Seed of weights, samples, masks and augmentation.", rich_help_panel=_SETTINGS),

@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, OverflowMethod, RenderableType
@@ -34,12 +35,19 @@ _SHOW_CURSOR = b"\x1b[?25h"
 _STOPPING = "stopping after this step; Ctrl-C once more leaves at once, without a checkpoint"
 
 
-def watched_fit(run: RunDir, config: RunConfig, task: Task, *, resume: bool = False, quiet: bool = False) -> Summary:
-    """`fit` with signals caught and progress shown on stderr; errors as `fit` raises them."""
+def watched_fit(
+    run: RunDir, config: RunConfig, task: Task, *, data: Path, resume: bool = False, quiet: bool = False
+) -> Summary:
+    """`fit` with signals caught and progress shown on stderr; errors as `fit` raises them. `data` is the dataset."""
+    from affmae_cli.processes import announced
     from affmae_engine.train.loop import fit
     from affmae_engine.train.signals import StopRequest
 
-    with watching(output.console(), quiet=quiet) as view, StopRequest(view.on_signal).installed() as stop:
+    with (
+        announced(run, config, task.name, data, resume=resume),
+        watching(output.console(), quiet=quiet) as view,
+        StopRequest(view.on_signal).installed() as stop,
+    ):
         return fit(run, config, task, sinks=[view], resume=resume, stop=stop)
 
 

@@ -34,7 +34,13 @@ ENVIRONMENT_PREFIX = "AFFMAE_"
 OTHER_ENVIRONMENT = ("AFFMAE_DEBUG", "AFFMAE_TEST_DATA")
 """Names with our prefix that are not settings."""
 
-FLAGS = {"steps": "train.steps", "epochs": "train.epochs", "seed": "train.seed", "device": "train.device"}
+FLAGS = {
+    "steps": "train.steps",
+    "epochs": "train.epochs",
+    "batch": "train.micro_batch",
+    "seed": "train.seed",
+    "device": "train.device",
+}
 """Command-line flags that set a field: `--steps` and so on."""
 
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -202,7 +208,11 @@ def _set_layer(overrides: Iterable[str], problems: list[str]) -> Layer:
 
 
 def _flag_layer(flags: Mapping[str, Any]) -> Layer:
-    return {FLAGS[name]: Entry(value, f"--{name}") for name, value in flags.items() if value is not None}
+    return {
+        FLAGS[name]: Entry(_value(value) if isinstance(value, str) else value, f"--{name}")
+        for name, value in flags.items()
+        if value is not None
+    }
 
 
 def _environment_layer(environ: Mapping[str, str], problems: list[str]) -> Layer:

@@ -126,7 +126,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop: length, batch, precision and how often things happen. Every interval is in optimizer steps."""
+    """The loop: length, batch, precision and how often things happen. Intervals are in optimizer steps."""
 
     steps: Positive = 10_000
     """Optimizer steps of the run; ignored when `epochs` is given."""
@@ -134,8 +134,9 @@ class TrainConfig(Section):
     """Length in passes over the data instead; turned into `steps` when the data is known."""
     batch_size: Positive = 32
     """Images per optimizer step, over all processes and accumulation."""
-    micro_batch: Positive | None = None
-    """Images per forward pass on one device; None takes the whole share of `batch_size`."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Images per forward pass on one device; `auto` measures what fits this card, None takes the whole share of
+    `batch_size`. Changes memory and speed, not the result; halved by itself when memory runs out."""
     precision: Precision = "auto"
     """`auto` is bf16 on a CUDA card that has it, fp16 on an older one, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -150,10 +151,17 @@ class TrainConfig(Section):
     """Steps between two preview pictures; 0 only at the end."""
     checkpoint_every: NonNegative = 500
     """Steps between two checkpoints; 0 only at the end."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 15.0
+    """Minutes after which a checkpoint is saved, however few steps they were; 0 counts steps only."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept, besides the best one."""
     max_nonfinite: Positive = 25
     """Steps in a row with a non-finite loss or gradient (each is skipped) before the run is stopped."""
+    max_nonfinite_share: Fraction = 0.01
+    """Share of the last 1000 steps that may be non-finite before the run is stopped; 0 turns this off. Not with fp16,
+    whose loss scale is found by overflows."""
+    spike_factor: Annotated[float, Field(ge=0)] = 8.0
+    """A logged loss this many spreads (of the 50 logged before it) above their median is reported; 0 turns it off."""
 
 
 class FinetuneConfig(Section):
@@ -238,7 +246,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _whole_batches(self) -> RunConfig:
         micro = self.train.micro_batch
-        if micro is not None and self.train.batch_size % micro:
+        if isinstance(micro, int) and self.train.batch_size % micro:
             raise ValueError(
                 f"train.batch_size ({self.train.batch_size}) must be a multiple of train.micro_batch ({micro})"
             )

@@ -42,6 +42,10 @@ class ResourceError(AffmaeError):
     exit_code = 4
 
 
+class PeerLost(ResourceError):
+    """Another process of a run on several cards is gone; what went wrong is for that one, or its launcher, to say."""
+
+
 class BusyError(AffmaeError):
     """Another process works in this run directory or store."""
 

@@ -2,7 +2,8 @@
 
 The first line of a file is a `RunStarted` with the schema version. A reader must skip kinds and fields that it does
 not know and a torn last line. Times are seconds since the epoch (`time`), durations come from a monotonic clock.
-Lines are ordered as written; after a resume `step` may go back to the checkpoint's step: the later line wins.
+Lines are ordered as written; after a resume `step` may go back to the checkpoint's step: the later line wins. What was
+measured beyond that checkpoint is taken out (`train.metrics.drop_superseded`).
 """
 
 from __future__ import annotations
@@ -87,12 +88,16 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A complete checkpoint exists at `path`, relative to the run directory."""
+    """A complete checkpoint exists at `path`, relative to the run directory.
+
+    It was written while training went on: `seconds` is how long that took, `stall_s` how long training stood still.
+    """
 
     kind = "checkpoint"
     step: int
     path: str
     seconds: float
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

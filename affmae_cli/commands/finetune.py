@@ -12,6 +12,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import (
+    BatchOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -66,6 +67,7 @@ def finetune(
     set_: SetOption = None,
     steps: StepsOption = None,
     epochs: EpochsOption = None,
+    batch: BatchOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     out: OutOption = None,
@@ -81,7 +83,7 @@ def finetune(
     its data; `affmae predict STACK -m RUN` uses it. Ctrl-C saves a checkpoint and ends; `affmae finetune --resume RUN`
     goes on from there.
     """
-    flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
+    flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     sources = _Sources(images or [], labels or [], val_images or [], val_labels or [], pixel_size)
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
@@ -190,7 +192,7 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "finetune", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "finetune")
-    return run, watched_fit(run, config, task, quiet=quiet), report
+    return run, watched_fit(run, config, task, data=run.data, quiet=quiet), report
 
 
 def _prepare(
@@ -228,7 +230,7 @@ def _continue(root: Path, set_: list[str] | None, flags: dict[str, Any], *, quie
     check_same_data(recorded_data(run), store)
     config, task, _ = finetune_task(asked, store)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, resume=True, quiet=quiet)
+    return run, watched_fit(run, config, task, data=run.data, resume=True, quiet=quiet)
 
 
 def _transfer_table(report: TransferReport) -> Table:

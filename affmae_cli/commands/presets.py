@@ -74,7 +74,8 @@ def _show_list(json: bool) -> None:
             }
         )
         card = f"{preset.card_gb:g} GB" if preset.card_gb else "-"
-        batch_text = f"{batch} ({batch // micro} x {micro})" if micro and micro != batch else str(batch)
+        pieces = f" ({batch // micro} x {micro})" if isinstance(micro, int) and micro != batch else ""
+        batch_text = f"{batch}{pieces}"
         row = (preset.name, card, config.model.size, str(config.data.crop_size), batch_text, preset.about)
         table.add_row(*map(Text, row))
     if json:

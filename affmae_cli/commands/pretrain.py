@@ -10,6 +10,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import (
+    BatchOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -46,6 +47,7 @@ def pretrain(
     set_: SetOption = None,
     steps: StepsOption = None,
     epochs: EpochsOption = None,
+    batch: BatchOption = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
     out: OutOption = None,
@@ -61,7 +63,7 @@ def pretrain(
     The result is a run directory; `affmae finetune --init-from RUN` builds on it. Ctrl-C saves a checkpoint and
     ends; `affmae pretrain --resume RUN` goes on from there.
     """
-    flags = {"steps": steps, "epochs": epochs, "seed": seed, "device": device}
+    flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
 
@@ -107,7 +109,7 @@ def _begin(
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "pretrain", choice, store=store, command=command, backend=config.kernels.backend)
     run.write_config(config, "pretrain")
-    return run, watched_fit(run, config, task, quiet=quiet)
+    return run, watched_fit(run, config, task, data=store.path, quiet=quiet)
 
 
 def _continue(
@@ -129,7 +131,7 @@ def _continue(
     check_same_data(recorded, store)
     config, task = pretrain_task(asked, store, init_from=None)
     check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, resume=True, quiet=quiet)
+    return run, watched_fit(run, config, task, data=store.path, resume=True, quiet=quiet)
 
 
 def _open_store(data: list[Path] | None) -> Store:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from affmae_engine.errors import ResourceError
 from affmae_engine.predict.ahead import ahead
 from affmae_engine.predict.tiling import Axis
+from affmae_engine.train.memory import free_memory, out_of_memory
 
 ACCUMULATE_ON_DEVICE_BYTES = 1 << 30
 """Largest accumulator kept on an accelerator; a larger one lives in host memory."""
@@ -142,7 +143,9 @@ class TileRunner:
     def _try(self, tiles_BTT: Tensor) -> Tensor | None:
         try:
             return self._forward(tiles_BTT)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if out_of_memory(error) is None:
+                raise
             return None
 
     @torch.no_grad()
@@ -159,8 +162,7 @@ class TileRunner:
         return logits_BCTT.softmax(dim=1)
 
     def _halve(self, tile: int) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
         if self.batch_size == 1:
             raise ResourceError(
                 f"one tile of {tile} x {tile} pixels does not fit the memory of {self.device}",

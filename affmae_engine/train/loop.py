@@ -5,7 +5,8 @@
     TrainStep    (step.py) forward, backward, clip, update
     Session      (session.py) log, evaluate, preview, save
 
-The device is read only when a step is logged, evaluated or saved.
+The device is read only when a step is logged, evaluated or saved. Of several processes (`distributed.py`) each runs
+this loop on its share of every batch; the first one alone touches the run directory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -21,16 +21,20 @@ import torch
 from affmae_engine import atomic
 from affmae_engine.config import RunConfig
 from affmae_engine.data.loading import batches
-from affmae_engine.errors import AffmaeError, ConfigError, Interrupted, ResourceError
-from affmae_engine.events import Event, RunEnded, RunStarted, finite
+from affmae_engine.errors import ConfigError, Interrupted, ResourceError
+from affmae_engine.events import Event, RunStarted
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
 from affmae_engine.train.compile import compile_regions
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
+from affmae_engine.train.distributed import Ranks, current_ranks
+from affmae_engine.train.ending import Summary, ending, summarised
 from affmae_engine.train.environment import kernel_backends
-from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window
-from affmae_engine.train.optim import build_adamw, set_learning_rate
+from affmae_engine.train.memory import free_memory, largest_divisor, measured_micro_batch
+from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window, drop_superseded
+from affmae_engine.train.optim import allocate_state, build_adamw, set_learning_rate
 from affmae_engine.train.report import line
+from affmae_engine.train.resume import rounding_notes
 from affmae_engine.train.schedule import due, learning_rate
 from affmae_engine.train.session import Session
 from affmae_engine.train.signals import StopRequest
@@ -42,20 +46,6 @@ _engine_log = logging.getLogger("affmae_engine")
 
 STEPS_WORTH_COMPILING = 2000
 """Compiling costs two minutes the first time, and saves some 50 ms a step (base, 512 px, 32 images, H200)."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended; summary.json. status: finished, stopped or failed. metrics: of the last evaluation."""
-
-    status: str
-    step: int
-    total_steps: int
-    seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-    best_score: float | None = None
-    message: str = ""
 
 
 def fit(
@@ -82,69 +72,142 @@ def fit(
         BusyError: another process trains in this run.
         Interrupted: stopped on request, after a checkpoint.
         DivergedError, ResourceError, CorruptError: see errors.py; the last good checkpoint is untouched.
+        PeerLost: another process of the run is gone.
     """
-    with run.locked(), _logging_to(run):
-        for folder in (run.root, run.checkpoints, run.previews):
-            atomic.sweep(folder)
+    ranks = current_ranks()
+    with _owned(run) if ranks.first else contextlib.nullcontext():
         choice = pick_device(config.train)
+        ranks.check_device(choice.device)
         exact_fp32()
-        saved, warnings = _starting_point(run, task, resume)
-        recorder = Recorder(run.metrics, [lambda event: _log_line(event, config.train.steps), *sinks])
+        saved, warnings = _starting_point(run, task, resume, ranks)
+        if saved is not None and ranks.first:
+            drop_superseded(run.metrics, saved.step)
+        recorder = Recorder(
+            run.metrics if ranks.first else None,
+            [lambda event: _log_line(event, config.train.steps), *sinks] if ranks.first else (),
+        )
         try:
             state = _new_state(config, task, choice)
-            session = Session(run, config, task, choice, state, recorder, stop or StopRequest(), Stopwatch())
-            with _ending(session):
+            session = Session(run, config, task, choice, state, recorder, stop or StopRequest(), Stopwatch(), ranks)
+            with ending(session), ranks.peers_expected():
                 if saved is not None:
-                    restore_state(saved, state, task)
-                    if config != run.read_config():  # a longer run, for example
-                        run.write_config(config, task.name)
-                recorder.emit(_started(session, resumed=saved is not None))
-                for message in (*warnings, *task.notes):
-                    session.warn(message)
-                session.clear_requests()
-                session.reconcile()
-                session.check_space()
+                    restore_state(saved, state, task, config)
+                if ranks.first:
+                    _open(session, saved, warnings)
                 _train(session)
-            return _summary(session, "finished")
+            return summarised(session, "finished")
         finally:
             recorder.close()
 
 
+def _open(session: Session, saved: checkpoint.Checkpoint | None, warnings: list[str]) -> None:
+    """What happens once, before the first step."""
+    run, config, task = session.run, session.config, session.task
+    before = run.read_config() if saved is not None else config
+    if config != before:  # a longer run, for example
+        run.write_config(config, task.name)
+        warnings = [*warnings, *rounding_notes(before, config)]
+    session.recorder.emit(_started(session, resumed=saved is not None))
+    for message in (*warnings, *task.notes):
+        session.warn(message)
+    session.clear_requests()
+    session.reconcile()
+    session.check_space()
+
+
 def _train(session: Session) -> None:
-    config, state, task, stop = session.config, session.state, session.task, session.stop
+    state, stop, ranks, train = session.state, session.stop, session.ranks, session.config.train
+    share = ranks.share(train.batch_size)
+    state.model.train()
+    state.micro_batch = _micro_batch(session, share)
+    while not _steps(session, state.micro_batch):
+        if state.micro_batch == 1:
+            raise ResourceError(
+                f"out of memory in step {state.step + 1}, even with one image at a time",
+                "close other programs on the card, or use a smaller data.crop_size or model.size",
+            )
+        state.micro_batch = largest_divisor(share, (state.micro_batch + 1) // 2)
+        free_memory(session.choice.device)
+        session.warn(
+            f"out of memory in step {state.step + 1}, which is repeated: {_pieces(state.micro_batch, share)} from here "
+            "on, with the same batch and the same samples"
+        )
+    ranks.wait()  # for the last checkpoint of the first one
+    if state.step < train.steps:
+        raise Interrupted(
+            f"by {stop.reason or 'request'} at step {state.step} of {train.steps}, with a checkpoint",
+            f"continue with: affmae {session.task.name} --resume {session.run.root}",
+            signal_number=stop.signal_number or 2,
+        )
+
+
+def _micro_batch(session: Session, share: int) -> int:
+    """Images at a time: those of the run so far, as configured, or as measured. The same in all processes."""
+    state, task, ranks, asked = session.state, session.task, session.ranks, session.config.train.micro_batch
+    if state.micro_batch:
+        return largest_divisor(share, state.micro_batch)
+    if asked != "auto":
+        return largest_divisor(share, asked or share)
+    # Several processes keep a second copy of the gradients, for the exchange.
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in state.model.parameters())
+    found = measured_micro_batch(
+        state.model,
+        task.losses,
+        task.dataset.sample(0),
+        session.choice,
+        share,
+        extra=gradients if ranks.world > 1 else 0,
+    )
+    found = ranks.smallest(found)
+    session.warn(f"train.micro_batch is auto: {_pieces(found, share)}")
+    return found
+
+
+def _pieces(micro: int, share: int) -> str:
+    times = share // micro
+    return f"{micro} image{'s' if micro > 1 else ''} at a time, {times} time{'s' if times > 1 else ''} a step"
+
+
+def _steps(session: Session, micro: int) -> bool:
+    """Take steps in micro-batches of that size, to the end or a request to stop; False when memory ran out."""
+    config, state, ranks = session.config, session.state, session.ranks
     train, optim, total = config.train, config.optim, config.train.steps
-    rank, world = _rank_and_world()
-    micro = train.micro_batch or train.batch_size // world
     stream = batches(
-        task.dataset,
+        session.task.dataset,
         first=state.step,
         batch_size=train.batch_size,
         micro_batch=micro,
-        rank=rank,
-        world=world,
+        rank=ranks.rank,
+        world=ranks.world,
         workers=config.data.workers,
     )
-    state.model.train()
     take_step = TrainStep(
         state.model,
-        task.losses,
+        session.task.losses,
         state.optimizer,
         state.scaler,
         session.choice,
-        accumulate=train.batch_size // (micro * world),
+        accumulate=train.batch_size // (micro * ranks.world),
         clip_norm=optim.clip_norm,
-        record=_accelerate(session, world),
+        record=_accelerate(session),
+        ranks=ranks,
+        agree=session.agree,
     )
     with contextlib.closing(stream):
-        while state.step < total and not stop.requested:
+        while state.step < total:
             rate = learning_rate(
                 state.step, total_steps=total, warmup_steps=optim.warmup_steps, peak=optim.lr, minimum=optim.min_lr
             )
             set_learning_rate(state.optimizer, rate)
-            result = take_step(stream, seed=partial(seed_forward, train.seed, state.step, rank), watch=session.watch)
+            seed = partial(seed_forward, train.seed, state.step, ranks.rank)
+            try:
+                result = take_step(stream, seed=seed, watch=session.watch)
+            except torch.OutOfMemoryError:
+                return False
             state.window.add(result.losses, result.grad_norm, result.bad)
             state.step += 1
             session.watch.stepped()
+            session.settle()
 
             if due(train.log_every, state.step, total):
                 session.log(rate)
@@ -152,18 +215,15 @@ def _train(session: Session) -> None:
                 session.evaluate()
             if due(train.preview_every, state.step, total):
                 session.preview()
-            last = state.step == total or stop.requested
-            if due(train.checkpoint_every, state.step, total) or session.save_requested or last:
+            last = state.step == total or session.stopping
+            if due(train.checkpoint_every, state.step, total) or session.save_due or last:
                 session.save(final=last)
-    if state.step < total:
-        raise Interrupted(
-            f"by {stop.reason} at step {state.step} of {total}, with a checkpoint",
-            f"continue with: affmae {task.name} --resume {session.run.root}",
-            signal_number=stop.signal_number or 2,
-        )
+            if last:  # asked once, so that a request cannot come between the question whether to save and that to end
+                break
+    return True
 
 
-def _accelerate(session: Session, world: int) -> bool:
+def _accelerate(session: Session) -> bool:
     """Compiles the model's regions where the configuration says so; returns whether to record CUDA graphs."""
     kernels, device = session.config.kernels, session.choice.device
     backends = kernel_backends(kernels.backend, device)
@@ -171,11 +231,22 @@ def _accelerate(session: Session, world: int) -> bool:
     long = session.config.train.steps - session.state.step >= STEPS_WORTH_COMPILING
     if device.type == "cuda" and (kernels.compile is True or (kernels.compile == "auto" and fast and long)):
         compile_regions(session.state.model)
-    recordable = device.type == "cuda" and world == 1 and session.task.static
+    recordable = device.type == "cuda" and session.ranks.world == 1 and session.task.static
     return recordable and (kernels.cuda_graph is True or (kernels.cuda_graph == "auto" and fast))
 
 
-def _starting_point(run: RunDir, task: Task, resume: bool) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+def _starting_point(
+    run: RunDir, task: Task, resume: bool, ranks: Ranks
+) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, which the first process chooses and verifies, and warnings about others."""
+    found = _find_start(run, task, resume) if ranks.first else (None, [])
+    step = ranks.text(str(found[0].step) if found[0] is not None else "")
+    if ranks.first or not step:
+        return found
+    return checkpoint.Checkpoint(run.checkpoint(int(step)), int(step)), []
+
+
+def _find_start(run: RunDir, task: Task, resume: bool) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     if not resume:
         if run.checkpoint_steps() or run.metrics.exists():
             raise ConfigError(
@@ -198,6 +269,7 @@ def _starting_point(run: RunDir, task: Task, resume: bool) -> tuple[checkpoint.C
 def _new_state(config: RunConfig, task: Task, choice: DeviceChoice) -> TrainState:
     model = task.model.to(choice.device)
     optimizer = build_adamw(task.parameter_groups(config.optim), config.optim)
+    allocate_state(optimizer)
     scaler = torch.amp.GradScaler(choice.device.type, enabled=choice.dtype == torch.float16)
     return TrainState(model, optimizer, scaler, Window(choice.device))
 
@@ -210,66 +282,12 @@ def _started(session: Session, *, resumed: bool) -> RunStarted:
         step=session.state.step,
         total_steps=config.train.steps,
         resumed=resumed,
-        device=session.choice.description,
+        device=(f"{session.ranks.world} x " if session.ranks.world > 1 else "") + session.choice.description,
         precision=session.choice.precision,
         parameters=sum(parameter.numel() for parameter in session.state.model.parameters()),
         batch_size=config.train.batch_size,
         backends=kernel_backends(config.kernels.backend, session.choice.device),
     )
-
-
-@contextlib.contextmanager
-def _ending(session: Session) -> Iterator[None]:
-    """Whatever ends the block is told in a last event and in summary.json."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        _close(session, "failed", "out of memory on the card")
-        raise ResourceError(
-            f"out of memory on the card at step {session.state.step}",
-            "use a smaller train.micro_batch (the result stays the same), or a smaller data.crop_size",
-        ) from error
-    except Interrupted as error:
-        _close(session, "stopped", error.message)
-        raise
-    except BaseException as error:
-        _close(session, "failed", error.message if isinstance(error, AffmaeError) else repr(error))
-        if not isinstance(error, AffmaeError):
-            _engine_log.exception("the run failed")
-        raise
-    _close(session, "finished", "")
-
-
-def _close(session: Session, status: str, message: str) -> None:
-    session.recorder.emit(
-        RunEnded(step=session.state.step, status=status, seconds=session.watch.seconds, message=message)
-    )
-    session.recorder.sync()
-    try:
-        atomic.commit_json(session.run.summary, finite(asdict(_summary(session, status, message))))
-    except ResourceError as error:
-        _engine_log.error("%s", error.message)
-
-
-def _summary(session: Session, status: str, message: str = "") -> Summary:
-    state = session.state
-    best_step, best_score = state.best or (None, None)
-    return Summary(
-        status=status,
-        step=state.step,
-        total_steps=session.config.train.steps,
-        seconds=session.watch.seconds,
-        metrics=state.metrics,
-        best_step=best_step,
-        best_score=best_score,
-        message=message,
-    )
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def _log_line(event: Event, total_steps: int) -> None:
@@ -281,6 +299,15 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the line."""
+
+
+@contextlib.contextmanager
+def _owned(run: RunDir) -> Iterator[None]:
+    """The run is this process's alone: locked, swept of what a killed one left, with its log open."""
+    with run.locked(), _logging_to(run):
+        for folder in (run.root, run.checkpoints, run.previews):
+            atomic.sweep(folder)
+        yield
 
 
 @contextlib.contextmanager

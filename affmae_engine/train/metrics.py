@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from affmae_engine.events import Event, to_line
+from affmae_engine import atomic
+from affmae_engine.events import CheckpointSaved, Evaluated, Event, PreviewSaved, StepLogged, from_line, to_line
 
 Sink = Callable[[Event], None]
 
@@ -62,17 +63,40 @@ class MetricsFile:
         self._file.close()
 
 
-class Recorder:
-    """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on."""
+def drop_superseded(path: Path, step: int) -> None:
+    """Before a run goes on from the checkpoint of `step`: take out what was measured beyond it, as it is done again.
 
-    def __init__(self, path: Path, sinks: Sequence[Sink]) -> None:
-        self._file = MetricsFile(path)
+    What tells of the processes themselves (`run_started`, `run_ended`, `warning`) stays. The file is replaced as a
+    whole, and only when there is something to take out.
+
+    Raises:
+        ResourceError: it cannot be written; the old one stands.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if not _measured_after(line, step)]
+    if len(kept) < len(lines):
+        atomic.commit_bytes(path, b"".join(kept))
+
+
+def _measured_after(line: bytes, step: int) -> bool:
+    event = from_line(line.decode("utf-8", "replace"))
+    return isinstance(event, (StepLogged, Evaluated, PreviewSaved, CheckpointSaved)) and event.step > step
+
+
+class Recorder:
+    """Hands every event to metrics.jsonl and then to each sink; a sink that fails is dropped and training goes on.
+
+    Without a path there is no file: of several processes only the first records.
+    """
+
+    def __init__(self, path: Path | None, sinks: Sequence[Sink]) -> None:
+        self._file = MetricsFile(path) if path is not None else None
         self._sinks = list(sinks)
         self._failing = False
 
     def emit(self, event: Event) -> None:
         """Record one event."""
-        problem = self._file.write(event)
+        problem = self._file.write(event) if self._file is not None else None
         if problem and not self._failing:
             _log.error("%s; training goes on and the lines are kept for later", problem)
         self._failing = problem is not None
@@ -85,22 +109,29 @@ class Recorder:
 
     def sync(self) -> None:
         """Force the metrics to the device."""
-        self._file.sync()
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
         """Close the metrics file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)
 class Means:
-    """What `Window.read` returns: means over the finite steps (NaN where there was none) and counts of the others."""
+    """What `Window.read` returns: means over the finite steps (NaN where there was none) and counts of the others.
+
+    longest_streak: of steps that were not finite, ending in this window. skipped: such steps so far. steps: of the
+    window.
+    """
 
     losses: dict[str, float]
     grad_norm: float
     longest_streak: int
     skipped: int
     skipped_in_window: int
+    steps: int
 
 
 class Window:
@@ -136,7 +167,8 @@ class Window:
         grad_norm = means.pop("grad_norm", float("nan"))
         self._sums.zero_()
         self._counts = torch.tensor([0, streak, streak, total, total], dtype=torch.float64, device=self._device)
-        return Means(means, grad_norm, int(longest), int(total), int(total - before))
+        skipped = int(total - before)
+        return Means(means, grad_norm, int(longest), int(total), skipped, int(finite) + skipped)
 
     def to_json(self) -> dict[str, Any]:
         """The sums as plain numbers, so that a resumed run logs the same means."""

@@ -58,6 +58,21 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.opti
     return optimizer
 
 
+def allocate_state(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's moments now (zeros), not in its first step, so that memory is short before training or never.
+
+    It takes a step that is marked as not finite, and such a step changes nothing.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.grad_scale = torch.ones((), device=device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.ones((), device=device)  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group `rate` times its own `lr_scale`."""
     for group in optimizer.param_groups:

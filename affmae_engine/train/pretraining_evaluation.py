@@ -25,6 +25,7 @@ from affmae_engine.model.autoencoder import MaskedAutoencoder
 from affmae_engine.model.collapse import effective_rank
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.patches import canvas_of
+from affmae_engine.train.memory import in_smaller_batches
 from affmae_engine.train.task import Evaluation
 from affmae_engine.visualize import ReconstructionRow, Rgb, reconstruction_picture
 
@@ -91,10 +92,15 @@ class PretrainingEvaluation:
 
     def evaluate(self, model: nn.Module, device: torch.device) -> Evaluation:
         """Mean losses over the crops and the effective rank of each stage; the score is minus the loss."""
+        train = self.config.train
+        largest = train.micro_batch if isinstance(train.micro_batch, int) else train.batch_size
+        return in_smaller_batches(
+            lambda step: self._evaluate(model, device, step), min(largest, _LARGEST_BATCH), device
+        )
+
+    def _evaluate(self, model: nn.Module, device: torch.device, step: int) -> Evaluation:
         batch = self._crops()
         count = len(batch["image"])
-        train = self.config.train
-        step = min(train.micro_batch or train.batch_size, _LARGEST_BATCH)
         sums: dict[str, Tensor] = {}
         for start in range(0, count, step):
             part = {name: tensor[start : start + step].to(device) for name, tensor in batch.items()}

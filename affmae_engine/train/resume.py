@@ -1,14 +1,73 @@
-"""What may differ between a run and its continuation, and how a refused difference is told."""
+"""What may differ between a run and its continuation, and how a refused difference is told.
+
+Every field of the configuration stands in exactly one of three sets; a test fails on a new field that does not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import ConfigError
 from affmae_engine.run_dir import RunDir
 
-MAY_CHANGE = frozenset(
+KEPT = frozenset(
+    {
+        "model.family",
+        "model.size",
+        "model.channels",
+        "model.patch_size",
+        "model.cluster_size",
+        "model.neighbours",
+        "model.merging",
+        "model.merge_keep",
+        "model.drop_path",
+        "model.decoder_dropout",
+        "model.decoder_ffn_ratio",
+        "data.crop_size",
+        "data.crop_scale",
+        "data.flips",
+        "data.clahe",
+        "data.normalisation",
+        "data.holdout",
+        "mask.kind",
+        "mask.ratio",
+        "mask.lattices",
+        "loss.step2",
+        "loss.step1",
+        "optim.lr",
+        "optim.min_lr",
+        "optim.betas",
+        "optim.weight_decay",
+        "optim.warmup_steps",
+        "optim.clip_norm",
+        "optim.layer_decay",
+        "train.batch_size",
+        "train.precision",
+        "train.seed",
+        "finetune.class_names",
+        "finetune.ignore_label",
+        "finetune.class_weights",
+        "finetune.val_fraction",
+        "finetune.val_images",
+        "finetune.focal_gamma",
+        "finetune.focal_weight",
+        "finetune.dice_weight",
+        "finetune.elastic",
+        "finetune.rotation",
+        "finetune.scale",
+        "finetune.photometric",
+        "predict.tile",
+        "predict.overlap",
+    }
+)
+"""Fields that decide what is learned or how it is scored: a continuation with others is refused."""
+
+ROUNDING = frozenset({"train.micro_batch", "train.device", "kernels.backend", "kernels.compile", "kernels.cuda_graph"})
+"""Fields that change the result by rounding only: they may change, which is recorded as a warning."""
+
+FREE = frozenset(
     {
         "train.steps",
         "train.epochs",
@@ -16,12 +75,17 @@ MAY_CHANGE = frozenset(
         "train.eval_every",
         "train.preview_every",
         "train.checkpoint_every",
+        "train.checkpoint_minutes",
         "train.keep_checkpoints",
+        "train.max_nonfinite",
+        "train.max_nonfinite_share",
+        "train.spike_factor",
         "data.workers",
+        "predict.batch_size",
     }
 )
-"""Fields that cannot change what the samples of a step are or what is done with them. A longer run is allowed too: it
-continues on the longer cosine. Everything else must be as it was."""
+"""Fields that change neither the samples of a step nor what is done with them. More steps are allowed too: the run goes
+on along the longer cosine (`schedule.learning_rate`); fewer are not (`check_length`)."""
 
 
 def check_continuation(run: RunDir, asked: RunConfig) -> None:
@@ -30,11 +94,10 @@ def check_continuation(run: RunDir, asked: RunConfig) -> None:
     Raises:
         ConfigError: a setting differs that must not; lists all of them with both values.
     """
-    before, now = _flat(run.read_config()), _flat(asked)
-    changed = [path for path in now if now[path] != before[path] and path not in MAY_CHANGE]
+    changed = _changes(run.read_config(), asked, KEPT)
     if not changed:
         return
-    lines = "\n  ".join(f"{path}: {before[path]} in the run, {now[path]} now" for path in changed)
+    lines = "\n  ".join(f"{path}: {before} in the run, {now} now" for path, (before, now) in changed.items())
     raise ConfigError(
         f"a resumed run keeps its settings; these differ:\n  {lines}",
         "leave them out (and AFFMAE_ variables unset), or begin a new run from these weights with --init-from "
@@ -42,14 +105,29 @@ def check_continuation(run: RunDir, asked: RunConfig) -> None:
     )
 
 
+def rounding_notes(before: RunConfig, now: RunConfig) -> list[str]:
+    """What a continuation changes that shows in the last digits; one sentence each."""
+    return [
+        f"{path} is {new} from here on, was {old}: the result stays the same up to rounding"
+        for path, (old, new) in _changes(before, now, ROUNDING).items()
+    ]
+
+
 def check_length(run: RunDir, steps: int) -> None:
     """Raises ConfigError when a run of `steps` steps would not go beyond what the run has done already."""
     planned = run.read_config().train.steps
-    done = run.read_json(run.summary).get("status") == "finished"
+    finished = run.read_json(run.summary).get("status") == "finished"
+    done = finished and next(iter(run.checkpoint_steps()), 0) >= planned  # its last checkpoint may be lost
     if steps < planned:
         raise ConfigError(f"{run.root} is a run of {planned} steps; a continuation cannot make it shorter ({steps})")
     if done and steps == planned:
         raise ConfigError(f"{run.root} is finished ({planned} steps)", "train it longer with --steps")
+
+
+def _changes(before: RunConfig, now: RunConfig, fields: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each of the fields that differ."""
+    old, new = _flat(before), _flat(now)
+    return {path: (old[path], new[path]) for path in new if path in fields and old[path] != new[path]}
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""One process's work on a run, apart from the steps themselves: log, evaluate, preview, save, and requests to stop."""
+"""One process's work on a run, apart from the steps themselves: log, evaluate, preview, save, and requests to stop.
+
+Of several processes the first one does all of it. The others read their (equal) means when a step is logged, so that
+they come to the same judgement, and wait for the first at their next step.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,9 +21,11 @@ from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, StepL
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
 from affmae_engine.train.device import DeviceChoice, memory_gib
+from affmae_engine.train.distributed import Ranks
 from affmae_engine.train.metrics import Means, Recorder, Stopwatch
+from affmae_engine.train.saving import Writer
 from affmae_engine.train.signals import StopRequest
-from affmae_engine.train.state import TrainState, save_state
+from affmae_engine.train.state import TrainState, take_snapshot
 from affmae_engine.train.task import Evaluation, Task
 from affmae_engine.visualize import save_png
 
@@ -43,8 +49,25 @@ class Session:
     recorder: Recorder
     stop: StopRequest
     watch: Stopwatch
+    ranks: Ranks = field(default_factory=Ranks)
     failed_saves: int = 0
     save_requested: bool = False
+    _stop_agreed: bool = False
+    _stall_s: float = 0.0
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.writer = Writer(self.run, self.config.train.keep_checkpoints)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends after this step; several processes agreed on it during the step."""
+        return self._stop_agreed if self.ranks.world > 1 else self.stop.requested
+
+    def agree(self, out_of_memory: bool) -> bool:
+        """Once a step: whether any process ran out of memory. Requests to stop are agreed on along the way."""
+        failed, self._stop_agreed = self.ranks.any(out_of_memory, self.stop.requested)
+        return failed
 
     def log(self, rate: float) -> None:
         """Read the device, record the means since the last log, obey requests in control/.
@@ -72,10 +95,13 @@ class Session:
             )
         )
         self._judge(means)
-        self._take_requests()
+        if self.ranks.first:
+            self._take_requests()
 
     def evaluate(self) -> None:
         """Held-out figures; a best one asks for a checkpoint."""
+        if not self.ranks.first:
+            return
         start = time.monotonic()
         with self._evaluating():
             found = self.task.evaluate(self.state.model, self.choice.device)
@@ -96,9 +122,15 @@ class Session:
         )
 
     def preview(self) -> None:
-        """Write the task's pictures. A full disk costs the picture, not the run."""
-        with self._evaluating():
-            pictures = self.task.preview(self.state.model, self.choice.device)
+        """Write the task's pictures. A full disk or a full card costs the picture, not the run."""
+        if not self.ranks.first:
+            return
+        try:
+            with self._evaluating():
+                pictures = self.task.preview(self.state.model, self.choice.device)
+        except torch.OutOfMemoryError:
+            self.warn("no picture: out of memory")
+            return
         for name, rgb in pictures.items():
             path = self.run.preview(self.state.step, name)
             try:
@@ -108,37 +140,52 @@ class Session:
                 return
             self.recorder.emit(PreviewSaved(step=self.state.step, path=str(path.relative_to(self.run.root))))
 
+    @property
+    def save_due(self) -> bool:
+        """Whether a checkpoint is due apart from the steps: asked for, or `train.checkpoint_minutes` have passed."""
+        minutes = self.config.train.checkpoint_minutes
+        return self.save_requested or (minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes)
+
     def save(self, *, final: bool) -> None:
-        """Write a checkpoint, note it if it is the best, and delete old ones.
+        """Copy the state and let it be written as a checkpoint, which is noted if it is the best. Old ones go.
 
         Args:
-            final: nothing comes after this one, so failing to write it is an error.
+            final: nothing comes after this one, so it is waited for and failing to write it is an error.
 
         Raises:
             DivergedError: a weight is not finite.
-            ResourceError: the write failed, and this was the final one or the third failure in a row.
+            ResourceError: a write failed, and this was the final one or the third failure in a row.
         """
+        if not self.ranks.first:
+            return
         start = time.monotonic()
-        self.save_requested = False
+        self.settle(wait=True)
+        self.save_requested, self._saved_at = False, start
         self.recorder.sync()
         with self._aside():
-            try:
-                folder = save_state(self.run, self.state, self.config, self.task)
-                if self.state.best is not None and self.state.best[0] == self.state.step:
-                    checkpoint.write_best(self.run, self.state.step, "score", self.state.best[1])
-            except ResourceError as error:
-                self._failed_save(error, final)
-                return
-            self.failed_saves = 0
-            checkpoint.prune(
-                self.run, self.config.train.keep_checkpoints, checkpoint.best_step(self.run), warn=self.warn
-            )
+            self.writer.start(take_snapshot(self.state, self.config, self.task))
+            self._stall_s = time.monotonic() - start
+            if final:
+                self.settle(wait=True, final=True)
+
+    def settle(self, *, wait: bool = False, final: bool = False) -> None:
+        """Report what became of the last checkpoint, if that is known by now.
+
+        Raises:
+            ResourceError: see `save`.
+        """
+        written = self.writer.collect(wait=wait)
+        if written is None:
+            return
+        if isinstance(written.outcome, ResourceError):
+            self._failed_save(written.step, written.outcome, final)
+            return
+        self.failed_saves = 0
+        for message in written.warnings:
+            self.warn(message)
+        path = str(written.outcome.relative_to(self.run.root))
         self.recorder.emit(
-            CheckpointSaved(
-                step=self.state.step,
-                path=str(folder.relative_to(self.run.root)),
-                seconds=time.monotonic() - start,
-            )
+            CheckpointSaved(step=written.step, path=path, seconds=written.seconds, stall_s=self._stall_s)
         )
 
     def warn(self, message: str) -> None:
@@ -176,12 +223,14 @@ class Session:
             (self.run.control / name).unlink(missing_ok=True)
 
     def _judge(self, means: Means) -> None:
-        if means.longest_streak >= self.config.train.max_nonfinite:
+        train, health = self.config.train, self.state.health
+        reason = health.too_many_skipped(means, train, overflows_expected=self.state.scaler.is_enabled())
+        if reason:
+            self.settle(wait=True)
             last = next(iter(self.run.checkpoint_steps()), None)
             kept = f"the checkpoint of step {last} is untouched" if last is not None else "there is no checkpoint yet"
             raise DivergedError(
-                f"{means.longest_streak} steps in a row had a non-finite loss or gradient, up to step "
-                f"{self.state.step}; {kept}",
+                f"{reason}, up to step {self.state.step} ({self._samples(means)}); {kept}",
                 "lower optim.lr, lengthen optim.warmup_steps, or check the data",
             )
         if means.skipped_in_window:
@@ -190,6 +239,21 @@ class Session:
                 f"{count} step{'s' if count > 1 else ''} with a non-finite loss or gradient skipped "
                 f"(weights unchanged, {means.skipped} so far)"
             )
+        loss = means.losses.get("loss", float("nan"))
+        usual = health.jump(loss, train.spike_factor)
+        if usual is not None:
+            self.warn(
+                f"the loss jumped to {loss:.4g}; its median before was {usual:.4g} ({self._samples(means)}). If it "
+                "does not come back, begin a new run from an earlier checkpoint (--init-from) with a lower optim.lr"
+            )
+
+    def _samples(self, means: Means) -> str:
+        """The samples of the window, for a search for bad data."""
+        size, last = self.config.train.batch_size, self.state.step
+        first = max(0, last - means.steps) * size
+        describe = getattr(self.task.dataset, "describe", None)
+        source = f", the first from {describe(first)}" if describe is not None else ""
+        return f"samples {first} to {last * size - 1}{source}"
 
     def _take_requests(self) -> None:
         if _taken(self.run, CHECKPOINT_FILE):
@@ -201,15 +265,15 @@ class Session:
         finite = found.score == found.score and abs(found.score) != float("inf")
         return finite and (self.state.best is None or found.score > self.state.best[1])
 
-    def _failed_save(self, error: ResourceError, final: bool) -> None:
+    def _failed_save(self, step: int, error: ResourceError, final: bool) -> None:
         self.failed_saves += 1
         # The best one is what best.json says: a score without its checkpoint is of no use.
-        if self.state.best is not None and self.state.best[0] == self.state.step:
+        if self.state.best is not None and self.state.best[0] == step:
             record = self.run.read_json(self.run.best)
             self.state.best = (int(record["step"]), float(record["value"])) if "value" in record else None
         if final or self.failed_saves >= MAX_FAILED_SAVES:
             raise error
-        self.warn(f"no checkpoint of step {self.state.step}: {error.message}; {error.hint}")
+        self.warn(f"no checkpoint of step {step}: {error.message}; {error.hint}")
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -20,10 +20,12 @@ from affmae_engine.config import RunConfig
 from affmae_engine.errors import CorruptError, DivergedError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
+from affmae_engine.train.health import Health
 from affmae_engine.train.metrics import Window
 from affmae_engine.train.optim import load_optimizer_tensors, optimizer_tensors
 from affmae_engine.train.schedule import learning_rate, warmup_length
 from affmae_engine.train.task import Task
+from affmae_engine.train.weights import WeightsMetadata
 
 STATE_SCHEMA = 1
 
@@ -31,7 +33,7 @@ STATE_SCHEMA = 1
 @dataclass
 class TrainState:
     """What a checkpoint holds. `step` counts finished optimizer steps; `best` is (step, score); `metrics` the last
-    evaluation's."""
+    evaluation's; `micro_batch` the size in use, 0 before it is chosen."""
 
     model: nn.Module
     optimizer: torch.optim.AdamW
@@ -40,14 +42,40 @@ class TrainState:
     step: int = 0
     best: tuple[int, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    micro_batch: int = 0
+    health: Health = field(default_factory=Health)
 
 
-def save_state(run: RunDir, state: TrainState, config: RunConfig, task: Task) -> Path:
-    """Write the checkpoint of `state.step`; returns its folder.
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint's content in host memory, independent of the training that goes on. `best` is its score if it is the
+    best so far."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    metadata: WeightsMetadata
+    best: float | None
+
+    def write(self, run: RunDir) -> Path:
+        """Write it, and note in best.json if it is the best; returns its folder.
+
+        Raises:
+            ResourceError: the write failed; nothing is left of the checkpoint.
+        """
+        folder = checkpoint.save(
+            run, weights=self.weights, optimizer=self.optimizer, state=self.state, metadata=self.metadata
+        )
+        if self.best is not None:
+            checkpoint.write_best(run, self.metadata.step, "score", self.best)
+        return folder
+
+
+def take_snapshot(state: TrainState, config: RunConfig, task: Task) -> Snapshot:
+    """Copy everything that a checkpoint of `state.step` holds to the host.
 
     Raises:
-        DivergedError: a weight is not finite; nothing is written.
-        ResourceError: the write failed; nothing is left.
+        DivergedError: a weight is not finite.
     """
     weights = dict(state.model.state_dict())
     if not _all_finite(weights):
@@ -55,18 +83,19 @@ def save_state(run: RunDir, state: TrainState, config: RunConfig, task: Task) ->
             f"the weights are not finite at step {state.step}; no checkpoint was written",
             "resume from the last one with a lower optim.lr",
         )
-    metadata = task.metadata.model_copy(update={"step": state.step, "config": config.model_dump(mode="json")})
-    return checkpoint.save(
-        run,
-        weights=weights,
-        optimizer=optimizer_tensors(state.optimizer, state.model),
+    return Snapshot(
+        weights=_copied(weights),
+        optimizer=_copied(optimizer_tensors(state.optimizer, state.model)),
         state=_to_json(state, config, task),
-        metadata=metadata,
+        metadata=task.metadata.model_copy(update={"step": state.step, "config": config.model_dump(mode="json")}),
+        best=state.best[1] if state.best is not None and state.best[0] == state.step else None,
     )
 
 
-def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task) -> None:
+def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task, config: RunConfig) -> None:
     """Put a checkpoint's content into `state`, whose model is on its device already.
+
+    The micro-batch in use (measured, or halved when memory ran out) is kept unless the configuration asks for another.
 
     Raises:
         CorruptError: the checkpoint does not fit this model, or lacks a part.
@@ -79,10 +108,14 @@ def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task) -
     record = saved.state()
     try:
         state.step = int(record["step"])
-        state.scaler.load_state_dict(record["scaler"])
+        if record["scaler"]:  # empty when the run was not in fp16 so far
+            state.scaler.load_state_dict(record["scaler"])
         state.window.load_json(record["window"])
         state.best = None if record["best"] is None else (int(record["best"][0]), float(record["best"][1]))
         state.metrics = {name: float(value) for name, value in record["metrics"].items()}
+        micro = record.get("micro_batch", {})  # absent in early checkpoints, as is "health"
+        state.health.load_json(record.get("health", {"losses": [], "windows": []}))
+        state.micro_batch = int(micro["used"]) if micro.get("asked") == config.train.micro_batch else 0
         _set_generators(record["generators"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptError(f"{saved.path / checkpoint.STATE} lacks or garbles {error}", checkpoint.HINT) from error
@@ -108,7 +141,9 @@ def _to_json(state: TrainState, config: RunConfig, task: Task) -> dict[str, Any]
         },
         "scaler": state.scaler.state_dict(),
         "window": state.window.to_json(),
+        "health": state.health.to_json(),
         "best": state.best,
+        "micro_batch": {"asked": config.train.micro_batch, "used": state.micro_batch},
         "metrics": {name: value for name, value in state.metrics.items() if np.isfinite(value)},
         "generators": _generators(),
     }
@@ -141,6 +176,10 @@ def _encode(state: Tensor) -> str:
 
 def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _all_finite(tensors: dict[str, Tensor]) -> bool:

@@ -4,6 +4,10 @@ A step with a non-finite loss or gradient is left out without a branch: the fuse
 and leaves weights and moments as they are, bit for bit. Clipping is the factor that the same kernel divides by. The
 cost of the check is one norm, which clipping needs anyway, and a handful of scalar kernels.
 
+A step that runs out of memory while gradients are gathered has changed nothing: the caller is told and repeats it in
+smaller pieces. With several processes they agree on that just before they exchange gradients, which happens once per
+step, in the backward pass of the last micro-batch.
+
 Unusual: where that is asked for, everything after the batch's copy is recorded once as CUDA graphs and replayed, so
 that the host launches two graphs a step instead of thousands of kernels. The recorded functions are the same that
 run before, so the numbers do not change.
@@ -11,22 +15,29 @@ run before, so the numbers do not change.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from affmae_engine.errors import ResourceError
 from affmae_engine.train.device import DeviceChoice
+from affmae_engine.train.distributed import Ranks
+from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.metrics import Stopwatch
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 EAGER_STEPS = 3
-"""Steps before the recording: they compile kernels, create optimizer state and find the largest workspaces."""
+"""Steps before the recording: they compile kernels and find the largest workspaces."""
+
+_LESS = "continue with --resume and a smaller train.micro_batch; the result stays the same"
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ class TrainStep:
         accumulate: micro-batches per step.
         clip_norm: largest gradient norm; 0 turns clipping off.
         record: replay CUDA graphs after `EAGER_STEPS` steps; every batch must then have the same shapes.
+        ranks: the processes that share a step; recording is for one alone.
+        agree: called once per step with whether this process ran out of memory; returns whether any did.
     """
 
     def __init__(
@@ -75,9 +88,13 @@ class TrainStep:
         accumulate: int,
         clip_norm: float,
         record: bool = False,
+        ranks: Ranks = Ranks(),
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
-        self._model, self._losses, self._optimizer, self._scaler = model, losses, optimizer, scaler
+        self._losses, self._optimizer, self._scaler = losses, optimizer, scaler
         self._choice, self._accumulate, self._clip_norm = choice, accumulate, clip_norm
+        self._ranks, self._agree, self._agreed = ranks, agree, False
+        self._model = ranks.averaging(model, choice.device)
         self._feed = _Feed(choice.device)
         self._eager_steps = EAGER_STEPS if record else None
         self._backward: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self._run_backward
@@ -92,25 +109,72 @@ class TrainStep:
             batches: micro-batches on the host.
             seed: called before the forward pass of each micro-batch with its number.
             watch: told how long the device waited for data.
+
+        Raises:
+            torch.OutOfMemoryError: here or in another process; nothing was changed, and no tensor of the failed pass
+                is kept alive by the exception.
+            ResourceError: memory ran out where the step cannot be repeated: while gradients were exchanged.
         """
-        sums: dict[str, Tensor] = {}
-        for part in range(self._accumulate):
-            batch = self._feed(_next_batch(batches, self._choice.device, watch))
-            if part == 0 and self._eager_steps == 0:
-                self._record(batch)
-            seed(part)
-            for name, share in self._backward(batch).items():
-                sums[name] = sums[name] + share if name in sums else share
-        update = self._update({"loss": sums["loss"]})
+        self._agreed = False
+        sums = self._try_gradients(batches, seed, watch)
+        if isinstance(
+            sums, str
+        ):  # outside the except block: what is raised there holds on to the failed pass's tensors
+            if not self._agreed:
+                self._agree(True)
+            self._optimizer.zero_grad(set_to_none=True)
+            raise torch.OutOfMemoryError(sums)
+        sums = self._ranks.mean(sums)
+        try:
+            update = self._update({"loss": sums["loss"]})
+        except torch.OutOfMemoryError as error:  # a part of the weights may be updated already
+            raise ResourceError("out of memory while the weights were updated", _LESS) from error
         if self._eager_steps is not None:
             self._eager_steps -= 1
         return StepResult(sums, update["norm"], update["bad"])
 
-    def _run_backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds the gradients of one micro-batch; returns its share of the losses."""
-        with self._choice.autocast():
-            named = self._losses(self._model, batch)
-        self._scaler.scale(named["loss"] / self._accumulate).backward()
+    def _try_gradients(
+        self, batches: Iterator[dict[str, Tensor]], seed: Callable[[int], None], watch: Stopwatch
+    ) -> dict[str, Tensor] | str:
+        """Gradients of all micro-batches into the parameters; the mean losses, or the reason when memory ran out."""
+        sums: dict[str, Tensor] = {}
+        try:
+            for part in range(self._accumulate):
+                batch = self._feed(_next_batch(batches, self._choice.device, watch))
+                if part == 0 and self._eager_steps == 0:
+                    self._record(batch)
+                seed(part)
+                last = self._ranks.world > 1 and part == self._accumulate - 1
+                run = partial(self._run_backward, exchange=True) if last else self._backward
+                for name, share in run(batch).items():
+                    sums[name] = sums[name] + share if name in sums else share
+        except _Abandoned:
+            return "out of memory in another process"
+        except Exception as error:
+            reason = out_of_memory(error)
+            if reason is None:
+                raise
+            if self._agreed:  # the others are in the exchange and cannot be called back
+                raise ResourceError("out of memory while gradients were exchanged", _LESS) from error
+            return str(reason)
+        return sums
+
+    def _run_backward(self, batch: dict[str, Tensor], exchange: bool = False) -> dict[str, Tensor]:
+        """Adds the gradients of one micro-batch; returns its share of the losses.
+
+        Args:
+            batch: on the device.
+            exchange: average the gradients, those of the micro-batches before included, with the other processes.
+        """
+        silent = self._ranks.world > 1 and not exchange
+        with self._model.no_sync() if silent else contextlib.nullcontext():  # type: ignore[operator]
+            with self._choice.autocast():
+                named = self._losses(self._model, batch)
+            if exchange:
+                self._agreed = True
+                if self._agree(False):
+                    raise _Abandoned
+            self._scaler.scale(named["loss"] / self._accumulate).backward()
         return {name: value.detach().float() / self._accumulate for name, value in named.items()}
 
     def _run_update(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,6 +207,10 @@ class TrainStep:
         backward = _Recorded(self._run_backward, batch, pool)
         loss = torch.zeros((), device=self._choice.device)
         self._backward, self._update = backward, _Recorded(self._run_update, {"loss": loss}, pool)
+
+
+class _Abandoned(Exception):
+    """Another process ran out of memory, so this step is given up everywhere."""
 
 
 class _Recorded:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from affmae_engine import events
-from affmae_engine.config import RunConfig
 from affmae_engine.errors import BusyError, ConfigError, DivergedError, Interrupted, ResourceError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint, session
 from affmae_engine.train.loop import fit
 from affmae_engine.train.signals import StopRequest
+from affmae_engine.train.state import Snapshot
 
 Make = Callable[..., object]
 
@@ -40,8 +40,10 @@ def test_a_run_writes_what_the_architecture_promises(make_toy: Make, make_config
     run, toy, seen = make_run(config), make_toy(), []
     summary = fit(run, config, toy.task, sinks=[seen.append])
     assert [event.kind for event in lines(run)] == [event.kind for event in seen]
-    kinds = "run_started step evaluated checkpoint step step evaluated preview checkpoint run_ended"
-    assert [event.kind for event in seen] == kinds.split()
+    kinds = "run_started step evaluated step step evaluated preview run_ended"
+    assert [event.kind for event in seen if event.kind != "checkpoint"] == kinds.split()
+    assert [event.step for event in seen if event.kind == "checkpoint"] == [3, 6], "reported when they are complete"
+    assert seen[-2].kind == "checkpoint"
     assert toy.source.asked == list(range(6 * 4))
     assert run.checkpoint_steps() == [6, 3]
     assert json.loads(run.summary.read_text())["status"] == "finished" == summary.status
@@ -157,6 +159,27 @@ def test_a_signal_saves_and_ends_cleanly(
     assert json.loads(run.summary.read_text())["status"] == "stopped"
 
 
+@pytest.mark.parametrize("reads", range(1, 6))
+def test_a_request_at_any_moment_of_a_step_ends_with_its_checkpoint(
+    reads: int, make_toy: Make, make_config: Make, make_run: Make
+) -> None:
+    class Late(StopRequest):
+        """Comes after it was looked at so many times."""
+
+        left = reads
+
+        @property
+        def requested(self) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+    config = make_config(checkpoint_every=0, eval_every=0, steps=50)
+    run = make_run(config)
+    with pytest.raises(Interrupted):
+        fit(run, config, make_toy().task, stop=Late())
+    assert run.checkpoint_steps() == [json.loads(run.summary.read_text())["step"]]
+
+
 def test_a_second_interrupt_takes_the_default_action() -> None:
     numbers = []
     with StopRequest(numbers.append).installed() as stop:
@@ -216,20 +239,20 @@ def test_failed_saves_are_survived_until_the_third(
     make_toy: Make, make_config: Make, make_run: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(steps=12, eval_every=1, checkpoint_every=1)
-    run, real, failing = make_run(config), session.save_state, {2, 3, 6, 7, 8}
+    run, real, failing = make_run(config), Snapshot.write, {2, 3, 6, 7, 8}
 
-    def save(run: RunDir, state: object, config: RunConfig, task: object) -> Path:
-        if state.step in failing:
+    def write(snapshot: Snapshot, run: RunDir) -> Path:
+        if snapshot.metadata.step in failing:
             raise ResourceError("disk full", "free some")
-        return real(run, state, config, task)
+        return real(snapshot, run)
 
-    monkeypatch.setattr(session, "save_state", save)
+    monkeypatch.setattr(Snapshot, "write", write)
     with pytest.raises(ResourceError, match="disk full"):
         fit(run, config, make_toy(scores=[1, 5, 2, 3, 1, 1, 1, 1]).task)
     assert sorted(run.checkpoint_steps()) == [4, 5]
     assert checkpoint.best_step(run) == 4, "the best score that has a checkpoint"
     assert len(of_kind(run, events.Warned)) == 4
-    assert lines(run)[-1].step == 8
+    assert lines(run)[-1].step == 9, "known in the step after"
 
 
 def test_a_run_is_never_started_over_another(make_toy: Make, make_config: Make, make_run: Make) -> None:
@@ -276,6 +299,6 @@ def test_out_of_memory_is_one_line_with_a_hint(make_toy: Make, make_config: Make
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     config = make_config()
-    with pytest.raises(ResourceError) as caught:
+    with pytest.raises(ResourceError, match="even with one image at a time") as caught:
         fit(make_run(config), config, make_toy(before=explode).task)
-    assert "micro_batch" in caught.value.hint
+    assert "crop_size" in caught.value.hint

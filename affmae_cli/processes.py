@@ -1,0 +1,140 @@
+"""A command that `torchrun` started in several processes: the first one runs it, the others follow.
+
+    torchrun --standalone --nproc-per-node 2 -m affmae_cli pretrain em.zarr -o runs/em
+
+The first process alone reads options, checks, makes the run directory and speaks. When it is about to train it
+announces the run, its settings and its data to the others, which load the same and join the training; when it fails
+before, it announces that. Unusual: a process that failed ends without an interpreter's clean-up, which could wait for
+ever for a collective that a dead process will not enter; the launcher then ends the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from affmae_cli import output
+from affmae_cli.errors import report
+from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, PeerLost
+
+if TYPE_CHECKING:
+    from affmae_engine.config import RunConfig
+    from affmae_engine.run_dir import RunDir
+    from affmae_engine.train.distributed import Ranks
+
+_SHARED = (Interrupted, DivergedError)
+"""Ends of a training that all processes come to in the same step; only the first one tells them."""
+
+
+class _WhileTraining(Exception):
+    """Wraps what ended a training, in which the other processes no longer wait for announcements."""
+
+
+def several() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    described = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return described and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def led(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, which may train, run in the first process and followed by the others."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        if not several():
+            command(*arguments, **options)
+            return
+        from affmae_engine.train.distributed import joined
+
+        with joined() as ranks:
+            try:
+                if ranks.first:
+                    command(*arguments, **options)
+                    ranks.text(json.dumps({"done": True}))
+                else:
+                    _follow(ranks)
+            except BaseException as error:
+                _leave(error, ranks)
+
+    return run
+
+
+@contextlib.contextmanager
+def announced(run: RunDir, config: RunConfig, task: str, data: Path, *, resume: bool) -> Iterator[None]:
+    """Around a training of the first process: the others, if there are any, are told to join it."""
+    if not several():
+        yield
+        return
+    from affmae_engine.train.distributed import current_ranks
+
+    where = {"run": str(run.root.absolute()), "data": str(data.absolute())}
+    settings = config.model_dump(mode="json")
+    current_ranks().text(json.dumps({**where, "task": task, "config": settings, "resume": resume}))
+    try:
+        yield
+    except BaseException as error:
+        raise _WhileTraining from error
+
+
+def _follow(ranks: Ranks) -> None:
+    """Train whatever is announced, until the first process is done."""
+    while True:
+        message = json.loads(ranks.text(""))
+        if "failed" in message:
+            os._exit(int(message["failed"]))
+        if "done" in message:
+            return
+        try:
+            _join(message)
+        except BaseException as error:
+            raise _WhileTraining from error
+
+
+def _join(message: dict[str, Any]) -> None:
+    from affmae_engine.config import RunConfig
+    from affmae_engine.data.store import Store
+    from affmae_engine.run_dir import RunDir
+    from affmae_engine.train.finetuning import finetune_task
+    from affmae_engine.train.loop import fit
+    from affmae_engine.train.pretraining import pretrain_task
+    from affmae_engine.train.signals import StopRequest
+
+    config, store = RunConfig.model_validate(message["config"]), Store.open(Path(message["data"]))
+    make_task = pretrain_task if message["task"] == "pretrain" else finetune_task
+    config, task = make_task(config, store)[:2]  # the weights will be those of the first process
+    with StopRequest().installed() as stop:
+        fit(RunDir(Path(message["run"])), config, task, resume=message["resume"], stop=stop)
+
+
+def _leave(raised: BaseException, ranks: Ranks) -> NoReturn:
+    """Say what went wrong where no other process does, and end."""
+    training = isinstance(raised, _WhileTraining)
+    error = raised.__cause__ if training and raised.__cause__ is not None else raised
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted("interrupted")
+    code = error.exit_code if isinstance(error, (AffmaeError, typer.Exit)) else 1
+    if isinstance(error, AffmaeError):
+        if ranks.first:
+            report(error)
+        elif not isinstance(error, (*_SHARED, PeerLost)):
+            report(AffmaeError(f"process {ranks.rank}: {error.message}", error.hint))
+    elif not isinstance(error, (typer.Exit, BrokenPipeError)):
+        traceback.print_exception(error)
+    with contextlib.suppress(Exception):
+        output.flush_results()
+        sys.stderr.flush()
+    with contextlib.suppress(AffmaeError, RuntimeError):
+        if training and isinstance(error, _SHARED):
+            ranks.wait()  # the launcher ends the others as soon as one has left
+        elif not training and ranks.first:
+            ranks.text(json.dumps({"failed": code}))
+    os._exit(code)

@@ -1,0 +1,273 @@
+"""Several processes over gloo: the same training as one process, common decisions, and the death of one of them."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from affmae_engine import events
+from affmae_engine.errors import AffmaeError, ConfigError, Interrupted
+from affmae_engine.run_dir import RunDir
+from affmae_engine.train import checkpoint
+from affmae_engine.train.distributed import Ranks, current_ranks, joined
+from affmae_engine.train.loop import fit
+from affmae_engine.train.signals import StopRequest
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a process that uses a card cannot")
+Make = Callable[..., object]
+
+
+def in_processes(folder: Path, work: Callable[[int], object], world: int = 2, seconds: float = 60.0) -> list:
+    """What `work(rank)` returns in each process of a group; the name of the error's class, or minus the signal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ.update({name: str(value) for name, value in {**group, "RANK": rank}.items()})
+                result: object = "nothing"
+                try:
+                    with joined():
+                        result = work(rank)
+                except AffmaeError as error:
+                    result = type(error).__name__
+                (folder / f"result-{rank}.json").write_text(json.dumps(result))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)  # without the group's farewell, which would wait for a dead process
+        children.append(child)
+    deadline, results = time.monotonic() + seconds, []
+    for rank, child in enumerate(children):
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+        file = folder / f"result-{rank}.json"
+        results.append(json.loads(file.read_text()) if os.WIFEXITED(done[1]) else -os.WTERMSIG(done[1]))
+        file.unlink(missing_ok=True)
+    return results
+
+
+def step_events(run: RunDir) -> dict[int, events.StepLogged]:
+    found = [events.from_line(text) for text in run.metrics.read_text().splitlines()]
+    return {event.step: event for event in found if isinstance(event, events.StepLogged)}
+
+
+def warnings_of(run: RunDir) -> list[str]:
+    found = [events.from_line(text) for text in run.metrics.read_text().splitlines()]
+    return [event.message for event in found if isinstance(event, events.Warned)]
+
+
+def same_to_rounding(a: RunDir, b: RunDir, step: int) -> None:
+    x, y = (checkpoint.Checkpoint(run.checkpoint(step), step) for run in (a, b))
+    for kind in ("weights", "optimizer"):
+        for name, tensor in getattr(x, kind)().items():
+            torch.testing.assert_close(getattr(y, kind)()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def without_dropout(toy: object) -> object:
+    toy.task.model[3].p = 0.0  # dropout depends on how a batch is shared out
+    return toy
+
+
+def test_a_lone_process_is_not_wrapped() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert Ranks().averaging(model, torch.device("cpu")) is model
+    with joined() as ranks:
+        assert ranks == Ranks() == current_ranks()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_two_processes_train_like_one(
+    precision: str, make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=8, micro_batch=2, log_every=1, precision=precision)
+    alone, shared = make_run(config, "alone"), make_run(config, "shared")
+    fit(alone, config, without_dropout(make_toy()).task)
+
+    def work(rank: int) -> list[int]:
+        toy = without_dropout(make_toy())
+        with torch.no_grad():
+            toy.task.model[0].weight += rank  # the first process's weights count
+        sums = []
+        real = torch.distributed.all_reduce
+        torch.distributed.all_reduce = lambda tensor, *more: (sums.append(tensor.numel()), real(tensor, *more))[1]
+        fit(shared, config, toy.task)
+        return [*toy.source.asked, -len(sums)]
+
+    first, second = in_processes(tmp_path, work)
+    expected = [[step * 8 + rank * 4 + i for step in range(6) for i in range(4)] for rank in (0, 1)]
+    assert [first[:-1], second[:-1]] == expected
+    assert first[-1] == second[-1] == -(6 * 2 + 1), "per step: one agreement, one sum of losses; one farewell"
+    a, b = step_events(alone), step_events(shared)
+    assert list(a) == list(b) == [1, 2, 3, 4, 5, 6]
+    tolerance = 1e-6 if precision == "fp32" else 1e-3
+    for step in a:
+        assert b[step].losses["loss"] == pytest.approx(a[step].losses["loss"], rel=tolerance)
+        assert b[step].grad_norm == pytest.approx(a[step].grad_norm, rel=10 * tolerance)
+    if precision == "fp32":
+        same_to_rounding(alone, shared, 6)
+    names = checkpoint.Checkpoint(shared.checkpoint(6), 6).weights().keys()
+    assert names == make_toy().task.model.state_dict().keys(), "no prefix of the wrapper"
+
+
+def test_gradients_are_exchanged_once_per_step(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=8, micro_batch=1, steps=3)
+    run = make_run(config)
+
+    def work(rank: int) -> int:
+        exchanged = []
+        real = torch.nn.parallel.DistributedDataParallel
+
+        def counting(*arguments: object, **options: object) -> torch.nn.Module:
+            wrapped = real(*arguments, **options)
+            wrapped.register_comm_hook(None, lambda _, bucket: (exchanged.append(1), allreduce_hook(None, bucket))[1])
+            return wrapped
+
+        torch.nn.parallel.DistributedDataParallel = counting
+        fit(run, config, make_toy().task)
+        return len(exchanged)
+
+    assert in_processes(tmp_path, work) == [3, 3]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=4, steps=9, checkpoint_every=3, log_every=1, eval_every=0)
+    whole, parts = make_run(config, "whole"), make_run(config, "parts")
+    fit(whole, config, without_dropout(make_toy()).task)
+    asked = []
+    for last, world in ((3, 1), (6, 2), (9, 1)):
+        toy = without_dropout(make_toy())
+
+        def work(rank: int, toy: object = toy, last: int = last) -> list[int]:
+            stop = StopRequest()
+            real, calls = toy.source.sample, []
+
+            def sample(index: int) -> dict[str, torch.Tensor]:
+                calls.append(index)
+                if last < 9 and index == 4 * last - 1:  # only one process asks for the stop
+                    stop.request(signal.SIGTERM)
+                return real(index)
+
+            toy.source.sample = sample
+            try:
+                fit(parts, config, toy.task, resume=last > 3, stop=stop)
+            except Interrupted as error:
+                assert error.exit_code == 143 or rank == 0
+            return calls
+
+        results = in_processes(tmp_path, work, world)
+        assert parts.checkpoint_steps()[0] == last
+        asked += sorted(itertools.chain.from_iterable(results))
+    assert asked == list(range(36))
+    same_to_rounding(whole, parts, 9)
+
+
+def test_a_bad_gradient_in_one_process_is_skipped_in_all(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=4, steps=6, log_every=3, eval_every=0)
+    alone, shared = make_run(config, "alone"), make_run(config, "shared")
+    fit(alone, config, without_dropout(make_toy(poisoned={11})).task)
+    in_processes(tmp_path, lambda rank: fit(shared, config, without_dropout(make_toy(poisoned={11})).task).step)
+    assert step_events(shared)[3].skipped == 1 == step_events(alone)[3].skipped
+    same_to_rounding(alone, shared, 6)
+
+
+def test_all_stop_when_too_many_steps_are_bad(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=4, steps=20, max_nonfinite=3, eval_every=0, checkpoint_every=4)
+    run = make_run(config)
+    poisoned = {4 * step + 3 for step in range(5, 20)}
+    found = in_processes(tmp_path, lambda rank: fit(run, config, make_toy(poisoned=poisoned).task).step)
+    assert found == ["DivergedError", "DivergedError"]
+    assert run.checkpoint_steps() == [4]
+
+
+def test_memory_short_in_one_process_halves_the_micro_batch_in_all(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=8, micro_batch=4, steps=6, log_every=1)
+    whole, run = make_run(config, "whole"), make_run(config, "run")
+    fit(whole, config, without_dropout(make_toy()).task)
+
+    def work(rank: int) -> int:
+        def explode(batch: dict[str, torch.Tensor]) -> None:
+            if rank == 1 and len(batch["x"]) > 2 and len(calls) >= 3:
+                raise torch.OutOfMemoryError("simulated")
+            calls.append(len(batch["x"]))
+
+        calls: list[int] = []
+        fit(run, config, without_dropout(make_toy(before=explode)).task)
+        return calls
+
+    first, second = in_processes(tmp_path, work)
+    assert first == [4, 4, 4, 4, *[2, 2] * 3] and second == [4, 4, 4, *[2, 2] * 3]
+    assert any("step 4, which is repeated: 2 images at a time" in text for text in warnings_of(run))
+    same_to_rounding(whole, run, 6)
+
+
+def test_the_death_of_one_process_ends_the_others_and_the_run_goes_on(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=4, steps=9, checkpoint_every=3, log_every=1)
+    whole, run = make_run(config, "whole"), make_run(config, "run")
+    fit(whole, config, without_dropout(make_toy()).task)
+
+    def work(rank: int) -> int:
+        def die(batch: dict[str, torch.Tensor]) -> None:
+            calls.append(batch)
+            if rank == 1 and len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        calls: list[object] = []
+        return fit(run, config, without_dropout(make_toy(before=die)).task).step
+
+    start = time.monotonic()
+    assert in_processes(tmp_path, work) == ["PeerLost", -signal.SIGKILL]
+    assert time.monotonic() - start < 30
+    assert json.loads(run.summary.read_text())["status"] == "failed"
+    assert run.checkpoint_steps() == [3]
+    in_processes(tmp_path, lambda rank: fit(run, config, without_dropout(make_toy()).task, resume=True).step)
+    same_to_rounding(whole, run, 9)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
+) -> None:
+    config = make_config(batch_size=5, micro_batch=1)
+    run = make_run(config)
+    assert in_processes(tmp_path, lambda rank: fit(run, config, make_toy().task).step) == ["ConfigError"] * 2
+    with pytest.raises(
+        ConfigError, match=r"train.batch_size \(5\) must be a multiple of the number of processes \(2\)"
+    ):
+        Ranks(0, 2).share(5)
+
+
+def test_text_and_numbers_are_shared(tmp_path: Path) -> None:
+    def work(rank: int) -> list:
+        ranks = current_ranks()
+        return [ranks.text("größe" * (1 - rank)), ranks.text(""), ranks.smallest(7 - rank), ranks.any(rank == 1, False)]
+
+    assert in_processes(tmp_path, work) == [["größe", "", 6, [True, False]]] * 2
