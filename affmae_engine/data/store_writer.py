@@ -233,8 +233,9 @@ class ImageWriter:
             if array is None or block is None:
                 continue
             with atomic.translated_write_errors(self._store.paths.root):
-                array[band.z, band.y, :] = block
                 file = _shard(array, band.key)
+                file.unlink(missing_ok=True)  # what is there is no band yet, or damaged; zarr would read it
+                array[band.z, band.y, :] = block
                 atomic.fsync_file(file)
                 atomic.fsync_folder(file.parent)
         self._store.ledger.append("chunk", name=self.image.name, key=band.key)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -294,3 +295,65 @@ def test_progress_lines_have_rate_and_eta(monkeypatch: pytest.MonkeyPatch, capsy
         view.progress(PredictProgress("cells [red]", done // 10, 4, done, 40))
     output.console.cache_clear()
     assert capsys.readouterr().err == "cells [red]: 1/4 sections, 12/40 tiles, 4.0 tiles/s, eta 7 s\n"
+
+
+class Canary:
+    """Unpickling one makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_strangers_files_run_nothing_wherever_they_are_named(here: Path) -> None:
+    canary = here / "canary"
+    torch.save({"model": Canary(canary)}, here / "evil.pt")
+    (here / "evil.safetensors").write_bytes((here / "evil.pt").read_bytes())
+    np.save(here / "evil.npy", np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    distributed = here / "distributed"
+    distributed.mkdir()
+    (distributed / ".metadata").write_bytes(pickle.dumps(Canary(canary)))
+    image = write(here / "a.tif")
+    for name, code in (("evil.pt", 3), ("evil.safetensors", 6), ("evil.npy", 3), ("distributed", 3)):
+        for arguments in (
+            ["predict", image, "-m", here / name],
+            ["pretrain", "--resume", here / name],
+            ["pretrain", here / "absent.zarr", "--init-from", here / name, "--steps", 1],
+            ["ingest", here / name, "-o", here / "em.zarr"],
+        ):
+            result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+            assert result.exit_code in {code, 2, 3}, (arguments, result.output)
+            assert "Traceback" not in result.output and isinstance(result.exception, SystemExit)
+        assert affmae(image, "-m", here / name).exit_code == code
+    assert not canary.exists() and not (here / "em.zarr").exists()
+
+
+def test_odd_names_go_through(here: Path, trained: Path) -> None:
+    names = ["new\nline", "-leading", "[x] [red]", os.fsdecode(b"caf\xe9"), "x" * 200, " spaces ", "ü中"]
+    for name in names:
+        write(here / "in" / f"{name}.tif", (1, 40, 40))
+    result = affmae("in", "-m", trained, "-o", "out", "--no-overlay")
+    assert result.exit_code == 0, result.output
+    assert {file.stem for file in (here / "out").iterdir()} == set(names)
+    assert affmae("in", "-m", trained, "-o", "out", "--no-overlay", "--resume").exit_code == 0
+
+
+def test_sizes_are_trusted_when_asked(here: Path, trained: Path) -> None:
+    tifffile.imwrite(here / "a.tif", np.zeros((40, 40), np.uint8), compression="jpegxl")
+    refused = affmae("a.tif", "-m", trained)
+    assert refused.exit_code == 3 and "--trust-sizes" in one_line(refused.stderr)
+    assert affmae("a.tif", "-m", trained, "--trust-sizes").exit_code == 0
+    assert affmae("a.tif", "-m", trained, "--overwrite").exit_code == 3  # it is not remembered
+
+
+def test_a_model_with_edited_settings_is_corrupt(here: Path, trained: Path) -> None:
+    from affmae_engine.train.weights import read_metadata, read_tensors, write_weights
+
+    weights = checkpoint.weights_file(trained)
+    known = read_metadata(weights)
+    for change in ({"predict": {"tile": "many"}}, {"predict": {"overlap": 7}}):
+        write_weights(here / "w.safetensors", read_tensors(weights), known.model_copy(update={"config": change}))
+        result = affmae(write(here / "a.tif"), "-m", here / "w.safetensors")
+        assert result.exit_code == 6 and "was it edited?" in one_line(result.stderr)

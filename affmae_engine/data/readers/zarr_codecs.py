@@ -125,7 +125,7 @@ class _CheckedZstd(Zstd):
             return super().decode(buf, out)
         size = zstd_content_size(data)
         if size is None:
-            return _into(out, imagecodecs.zstd_decode(data, out=limit))
+            return _into(out, bytes(imagecodecs.zstd_decode(bytes(data), out=limit)))
         if size > limit:
             raise _too_large()
         return super().decode(buf, out)
