@@ -17,6 +17,7 @@ import errno
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -146,7 +147,9 @@ def translated_write_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ResourceError(f"cannot write {path}: {error}", _hint(path, errno.ENOSPC)) from error
+        found = re.search(r"os error (\d+)", str(error))  # Rust's way to give the number
+        code = int(found[1]) if found else errno.ENOSPC
+        raise ResourceError(f"cannot write {path}: {_REASONS.get(code, error)}", _hint(path, code)) from error
 
 
 def ensure_folder(path: Path) -> Path:

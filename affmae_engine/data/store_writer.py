@@ -180,7 +180,8 @@ class StoreWriter:
             return ()  # a new store, or one whose root is being repaired
 
     def _acquire(self) -> None:
-        handle = self.paths.lock.open("a+", encoding="utf-8")
+        with atomic.translated_write_errors(self.paths.lock):
+            handle = self.paths.lock.open("a+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -190,9 +191,9 @@ class StoreWriter:
             raise BusyError(
                 f"{self.paths.root} is being written by {holder}", "wait for it, or choose another -o/--out"
             ) from error
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
+        with contextlib.suppress(OSError):  # only tells others who holds it; a full disk is reported elsewhere
+            os.ftruncate(handle.fileno(), 0)
+            os.write(handle.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._lock_file = handle
 
     def _release(self) -> None:
@@ -256,11 +257,12 @@ class ImageWriter:
         for labels in (False, True):
             folder = self._store.paths.node(image.name, labels=labels)
             if folder.is_dir():
-                atomic.fsync_file(folder / "0" / "zarr.json")
-                for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-                    atomic.fsync_folder(path)
-                atomic.fsync_folder(folder)
-                atomic.fsync_folder(folder.parent)
+                with atomic.translated_write_errors(folder):
+                    atomic.fsync_file(folder / "0" / "zarr.json")
+                    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+                        atomic.fsync_folder(path)
+                    atomic.fsync_folder(folder)
+                    atomic.fsync_folder(folder.parent)
         self._store.finish(image)
 
     def _array(self, dtype: np.dtype[Any], *, labels: bool) -> Any:

@@ -12,6 +12,7 @@ Axes: C classes, R rows of a band, X columns.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -184,8 +185,9 @@ class Journal:
             raise BusyError(
                 f"{self.output} is being written by {holder}", "wait for it, or choose another -o/--out"
             ) from error
-        os.ftruncate(self._lock.fileno(), 0)
-        os.write(self._lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with contextlib.suppress(OSError):  # only tells others who holds it; a full disk is reported elsewhere
+            os.ftruncate(self._lock.fileno(), 0)
+            os.write(self._lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def _open(self) -> IO[bytes]:
         """The journal, its intact records read; a new one where there is none to go on from."""

@@ -3,6 +3,7 @@
 `python -m tests.faults` gives the long one.
 """
 
+import ctypes
 import errno
 import os
 import random
@@ -26,7 +27,7 @@ from tests.faults.kills import killed_runs
 from tests.faults.mutations import SUBJECTS, Subject, mutants, mutate
 from tests.faults.operations import OPERATIONS, Operation
 from tests.faults.power import power_cuts
-from tests.faults.workloads import Job, Workloads, files, shares
+from tests.faults.workloads import CONFIG, Job, Workloads, files, shares
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use its parent's card")
 OPERATION = {operation.name: operation for operation in OPERATIONS}
@@ -53,7 +54,7 @@ def _shared_memory() -> set[Path]:
     return set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
 
 
-@pytest.mark.parametrize(("name", "kills"), [("train", 4), ("ingest", 8), ("predict", 6), ("predict-zarr", 4)])
+@pytest.mark.parametrize(("name", "kills"), [("train", 3), ("ingest", 6), ("predict", 5), ("predict-zarr", 3)])
 def test_killed_at_random_it_ends_as_if_undisturbed(
     workloads: Workloads, tmp_path: Path, name: str, kills: int
 ) -> None:
@@ -68,8 +69,8 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
 
 @pytest.mark.parametrize(
     ("name", "stride"),
-    [("save", 5), ("prune", 2), ("fall-back", 6), ("new-run", 3), ("ingest", 25), ("predict-tiff", 11),
-     ("predict-zarr", 25), ("overwrite", 23)],
+    [("save", 6), ("prune", 3), ("fall-back", 8), ("new-run", 5), ("ingest", 41), ("predict-tiff", 31),
+     ("predict-zarr", 53), ("overwrite", 61)],
 )  # fmt: skip
 def test_a_fault_at_a_call_leaves_the_old_or_the_new(tmp_path: Path, name: str, stride: int) -> None:
     modes = (("kill", 0), ("for ever", errno.ENOSPC), ("once", errno.EIO))
@@ -78,7 +79,7 @@ def test_a_fault_at_a_call_leaves_the_old_or_the_new(tmp_path: Path, name: str, 
         for verdict in every_fault(OPERATION[name], tmp_path / mode[0], modes=(mode,), stride=stride, first=first):
             assert not verdict.problem, str(verdict)
             tried += 1
-    assert tried >= 3
+    assert tried >= len(modes)
 
 
 @pytest.mark.parametrize("name", ["save", "prune", "fall-back", "new-run", "ingest"])
@@ -89,51 +90,55 @@ def test_a_power_cut_leaves_the_old_or_the_new(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_damaged_files_end_in_errors_of_ours(tmp_path: Path, subject: Subject) -> None:
-    for mutant in mutants(subject, tmp_path, random.Random(subject.name), count=5):
+    for mutant in mutants(subject, tmp_path, random.Random(subject.name), count=4):
         assert not mutant.problem, mutant
 
 
-@pytest.mark.skipif(os.system("unshare -rm true 2>/dev/null") != 0, reason="no user namespaces here")  # noqa: S605
 @pytest.mark.parametrize("name", ["save", "ingest", "predict-tiff"])
 def test_a_file_system_that_is_really_full(tmp_path: Path, name: str) -> None:
     """On a tiny tmpfs: an error of ours, and after space was made the same call ends well."""
     operation = OPERATION[name]
 
     def fill_up() -> None:
-        _own_mount(tmp_path)
-        folder = tmp_path / "work"
+        place = tmp_path / "tiny"
+        place.mkdir()
+        _own_mount(place)
+        folder = place / "work"
         folder.mkdir()
         operation.prepare(folder)
-        ballast = tmp_path / "ballast"
+        ballast = place / "ballast"
         with ballast.open("wb", buffering=0) as file:
             try:
                 while file.write(bytes(4096)):
                     pass
             except OSError as error:
                 assert error.errno == errno.ENOSPC
-        outcome = children.run(lambda: operation.act(folder), Path("/dev/shm") / f"full-{os.getpid()}")
-        (Path("/dev/shm") / f"full-{os.getpid()}").unlink()
-        assert outcome.code == 4 and "the disk is full" in outcome.text, outcome
+        outcome = children.run(lambda: operation.act(folder), log)
+        assert outcome.code == 4 and any(text in outcome.text for text in ("the disk is full", "B left")), outcome
         ballast.unlink()
         operation.check(folder)
 
-    end = children.run(fill_up, tmp_path / "log")
+    log = tmp_path / "log"
+    end = children.run(fill_up, tmp_path / "outer")
+    if _NO_MOUNT in end.text:
+        pytest.skip("this system lets nobody mount")
     assert end.code == 0, end.text
 
 
-def _own_mount(folder: Path) -> None:
-    """A file system of 2 MB at `folder`, seen by this process alone."""
-    import ctypes
+_NO_MOUNT = "cannot mount"
 
+
+def _own_mount(folder: Path) -> None:
+    """A file system of 40 MB at `folder`, seen by this process alone."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER | CLONE_NEWNS
-        raise OSError(ctypes.get_errno(), "unshare")
+        raise OSError(ctypes.get_errno(), _NO_MOUNT)
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    if libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, b"size=2m"):
-        raise OSError(ctypes.get_errno(), "mount")
+    if libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, b"size=40m"):
+        raise OSError(ctypes.get_errno(), _NO_MOUNT)
 
 
 # The harness itself ----------------------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ def test_a_naive_writer_is_caught(tmp_path: Path) -> None:
 
 def test_a_writer_that_does_not_sync_is_caught(tmp_path: Path) -> None:
     def check(folder: Path) -> None:
-        RunDir(folder / "run").read_config()
+        operations.require(RunDir(folder / "run").read_config() == CONFIG, "another configuration")
 
     careless = Operation("careless", OPERATION["save"].prepare, _unsynced, check)
     assert any(power_cuts(careless, tmp_path / "a"))
