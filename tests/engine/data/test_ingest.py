@@ -1,5 +1,6 @@
 """Ingestion from files to a store: what is taken, skipped, known already; interruption, damage on the way, labels."""
 
+import errno
 import json
 import os
 import subprocess
@@ -186,6 +187,32 @@ def test_half_an_image_that_lost_or_damaged_shards_is_completed(tmp_path: Path, 
     (other / "images/a/0/zarr.json").write_bytes(b"")
     ingest([tmp_path / "in"], other, workers=1)
     np.testing.assert_array_equal(Store.open(other).read("a", ALL, ALL, ALL), stack)
+
+
+def test_a_device_that_fails_at_any_sync_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in", a=picture((30, 30)))
+    real = os.fsync
+    for number in range(100):
+        left = number
+
+        def fsync(descriptor: int) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise OSError(errno.EIO, "failed")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            ingest([tmp_path / "in"], tmp_path / f"{number}.zarr", workers=1)
+        except ResourceError as error:
+            assert "input/output error" in error.message
+        else:
+            break
+        monkeypatch.undo()
+        ingest([tmp_path / "in"], tmp_path / f"{number}.zarr", workers=1)
+        assert names(tmp_path / f"{number}.zarr") == ["a"]
+    assert number > 15
 
 
 def test_the_order_in_which_images_finish_does_not_show(tmp_path: Path) -> None:
