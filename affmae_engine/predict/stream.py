@@ -144,6 +144,7 @@ class _Run:
             self.journal.keep_whole_sections()
         self.done = self.journal.position
         self.begin = depth, 0
+        self.tiles_done = self.tiles
         if self.done[0] < depth:
             y, x = self.tiling.axes(self.scale.shape)
             columns = len(x.starts)
