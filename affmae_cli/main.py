@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, demo, doctor, finetune, ingest, predict, presets, pretrain, watch
+from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, predict, presets, pretrain, watch
 from affmae_cli.errors import ErrorGroup
 from affmae_cli.processes import led
 
@@ -36,7 +36,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# In the order in which the help lists them: ingest, pretrain, finetune, predict, watch, demo, bench, presets, doctor.
+# In the order in which the help lists them: ingest, pretrain, finetune, predict, watch, demo, bench, check, presets,
+# doctor.
 app.command()(ingest.ingest)
 app.command()(led(pretrain.pretrain))
 app.command()(led(finetune.finetune))
@@ -45,6 +46,7 @@ app.command()(watch.watch)
 app.command()(demo.demo)
 app.command()(bench.bench)
 app.command("benchmark", hidden=True)(bench.bench)
+app.command()(check.check)
 app.command()(presets.presets)
 app.command()(doctor.doctor)
 

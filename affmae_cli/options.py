@@ -79,6 +79,20 @@ ModelOption = Annotated[
         "-m", "--model", metavar="RUN", help="Run, checkpoint or weights file; by default the newest finetune run."
     ),
 ]
+
+
+def _trust(ctx: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        from affmae_engine.data.readers.limits import trusted_sizes
+
+        ctx.with_resource(trusted_sizes())
+    return wanted
+
+
+TrustSizesOption = Annotated[
+    bool,
+    typer.Option("--trust-sizes", help="Open files of suspicious size or compression that you know.", callback=_trust),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 ResumeOption = Annotated[
     Path | None, typer.Option("--resume", metavar="RUN", help="Continue this very run, with its own settings.")

@@ -92,9 +92,7 @@ class PredictionView:
     def on_signal(self, _number: int) -> None:
         """Say that the work is about to stop; safe inside a signal handler."""
         with contextlib.suppress(OSError):
-            os.write(
-                2, b"\nstopping after this batch, nothing unfinished is written; Ctrl-C once more leaves at once\n"
-            )
+            os.write(2, b"\nstopping after this batch; what is done is kept; Ctrl-C once more leaves at once\n")
 
     def _next(self) -> None:
         if self._bar is not None and self._task is not None:

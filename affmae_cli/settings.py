@@ -31,7 +31,7 @@ from affmae_engine.config import RunConfig, Section, Task
 from affmae_engine.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "AFFMAE_"
-OTHER_ENVIRONMENT = ("AFFMAE_DEBUG", "AFFMAE_TEST_DATA")
+OTHER_ENVIRONMENT = ("AFFMAE_DEBUG", "AFFMAE_TEST_DATA", "AFFMAE_TRUST_SIZES")
 """Names with our prefix that are not settings."""
 
 FLAGS = {

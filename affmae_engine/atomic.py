@@ -12,10 +12,12 @@ become one `ResourceError` that names the path.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from typing import Any
 from affmae_engine.errors import ResourceError, human_bytes
 
 PARTIAL_SUFFIX = ".partial"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -88,8 +91,8 @@ def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a folder aside and rename it into place when the block ends without an exception.
 
     Args:
-        replace: an existing folder of that name gives way to the complete new one, and only then; folders cannot be
-            swapped in one step, so for an instant neither stands there.
+        replace: an existing folder of that name gives way to the complete new one, and only then. Linux swaps the two
+            in one step; elsewhere, for an instant, neither stands there.
 
     Yields:
         a hidden sibling folder to fill. Files in it are fsynced before the rename.
@@ -111,9 +114,10 @@ def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             for folder in sorted((p for p in partial.rglob("*") if p.is_dir()), reverse=True):
                 fsync_folder(folder)
             fsync_folder(partial)
-            if replace and path.exists():
-                path.rename(previous)
-            partial.rename(path)
+            if not (replace and path.exists() and _exchange(partial, path)):
+                if replace and path.exists():
+                    path.rename(previous)
+                partial.rename(path)
             fsync_folder(path.parent)
     finally:
         if previous.exists() and not path.exists():
@@ -143,7 +147,9 @@ def translated_write_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ResourceError(f"cannot write {path}: {error}", _hint(path, errno.ENOSPC)) from error
+        found = re.search(r"os error (\d+)", str(error))  # Rust's way to give the number
+        code = int(found[1]) if found else errno.ENOSPC
+        raise ResourceError(f"cannot write {path}: {_REASONS.get(code, error)}", _hint(path, code)) from error
 
 
 def ensure_folder(path: Path) -> Path:
@@ -161,9 +167,11 @@ def ensure_folder(path: Path) -> Path:
             ) from error
         except FileNotFoundError as error:  # special file systems refuse new folders in this way
             raise ResourceError(f"cannot make the folder {path}", "choose another output folder") from error
+        sweep(path, "probe")
         probe = _partial_name(path / "probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have swept it
+        fsync_folder(path.parent)
     return path
 
 
@@ -174,7 +182,7 @@ def sweep(folder: Path, name: str = "") -> int:
         name: only leftovers of this final name, where several processes may be writing side by side.
     """
     count = 0
-    for entry in folder.glob(f".{glob.escape(_stem(name)) + '.' if name else ''}*{PARTIAL_SUFFIX}"):
+    for entry in folder.glob(f".{glob.escape(short_stem(name)) + '.' if name else ''}*{PARTIAL_SUFFIX}"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -205,12 +213,20 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two entries of a folder in one step (Linux's renameat2); False where that cannot be done."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    return call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
+
+
 def _partial_name(path: Path) -> Path:
-    return path.with_name(f".{_stem(path.name)}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    return path.with_name(f".{short_stem(path.name)}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
 
 
-def _stem(name: str) -> str:
-    # Cut so that a 255-byte final name still has a legal temporary one.
+def short_stem(name: str) -> str:
+    """A name cut so that a 255-byte final one still has a legal hidden one beside it."""
     return name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
 
 

@@ -55,7 +55,7 @@ class ModelConfig(Section):
     have it."""
     decoder_dropout: Fraction = 0.1
     """Dropout of the decoder's residual branches. AFFMAE only: a ViT's decoder has none."""
-    decoder_ffn_ratio: Annotated[float, Field(gt=0)] = 2.0
+    decoder_ffn_ratio: Annotated[float, Field(gt=0, le=64)] = 2.0
     """Hidden width of the decoder's feed-forward layer, as a multiple of its width. AFFMAE only: a ViT's is 4."""
 
     @model_validator(mode="after")

@@ -84,3 +84,9 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.3g} PiB"
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The message of an exception on one line, without control characters, cut to `limit` characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -209,7 +209,7 @@ def from_line(line: str) -> Event | None:
         cls = EVENTS[record.pop("kind")]
         known = {f.name for f in fields(cls)}
         return cls(**{k: _restored(v) for k, v in record.items() if k in known})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -153,7 +153,7 @@ class RunDir:
             return RunConfig.model_validate(tomllib.loads(self.config.read_text("utf-8")))
         except OSError as error:
             raise InputError(f"cannot read {self.config}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CorruptError(f"{self.config} is not valid TOML: {error}", "restore it from a copy") from error
         except ValidationError as error:
             problem = error.errors()[0]
@@ -165,7 +165,7 @@ class RunDir:
         """A JSON file of the run as a dict; empty when it is absent or unreadable."""
         try:
             value = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -234,6 +234,7 @@ def create(root: Path, *, overwrite: bool = False) -> RunDir:
         with run.locked(), atomic.translated_write_errors(root):
             _remove_contents(root)
     atomic.ensure_folder(root)
+    atomic.sweep(root)
     with atomic.translated_write_errors(root):
         for folder in (run.checkpoints, run.previews, run.control):
             folder.mkdir(exist_ok=True)

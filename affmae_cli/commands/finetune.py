@@ -29,6 +29,7 @@ from affmae_cli.options import (
     SetOption,
     StepsOption,
     TensorBoardOption,
+    TrustSizesOption,
 )
 from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
 from affmae_cli.processes import several
@@ -64,6 +65,7 @@ def finetune(
     ] = None,
     init_from: InitFromOption = None,
     pixel_size: PixelSizeOption = None,
+    trust_sizes: TrustSizesOption = False,
     preset: PresetOption = "auto",
     config: ConfigOption = None,
     set_: SetOption = None,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from affmae_cli import output
-from affmae_cli.options import JsonOption, QuietOption
+from affmae_cli.options import JsonOption, QuietOption, TrustSizesOption
 from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def ingest(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads; by default up to 8, one per core.")
     ] = None,
+    trust_sizes: TrustSizesOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from affmae_cli import output
-from affmae_cli.options import DeviceOption, JsonOption, ModelOption, OutOption, OverwriteOption, QuietOption
+from affmae_cli.options import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    OverwriteOption,
+    QuietOption,
+    TrustSizesOption,
+)
 from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
+    from affmae_engine.data.readers import Source
     from affmae_engine.predict.files import Outcome
+    from affmae_engine.predict.outputs import Outputs
     from affmae_engine.predict.predictor import Predictor
     from affmae_engine.predict.score import Score
     from affmae_engine.predict.stream import PredictOptions, PredictReport
@@ -47,6 +57,9 @@ LabelsOption = Annotated[
     list[Path] | None,
     typer.Option("--labels", metavar="PATH", help="True labels of the inputs: the result is scored (IoU, Dice)."),
 ]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Keep outputs that this same prediction finished before, do the rest.")
+]
 BatchOption = Annotated[int | None, typer.Option("--batch", min=1, help="Tiles per forward pass. Default: 4.")]
 
 
@@ -64,6 +77,8 @@ def predict(
     overlap: OverlapOption = None,
     batch: BatchOption = None,
     device: DeviceOption = None,
+    trust_sizes: TrustSizesOption = False,
+    resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -71,17 +86,23 @@ def predict(
     """Segment images and stacks of any size, section by section.
 
     Labels go to -o: a .tif (ImageJ TIFF, BigTIFF above 4 GB), a .zarr (OME-Zarr), or a folder. Without it, to
-    predictions/NAME-labels.tif in the working directory.
+    predictions/NAME-labels.tif in the working directory. A stack that was stopped or killed half way is continued by
+    the same command; of a folder, --resume passes over what is complete.
     """
     from affmae_cli.score_table import show_scores
+    from affmae_engine.errors import ConfigError
     from affmae_engine.predict.predictor import Predictor, newest_finetune_run
 
+    if resume and overwrite:
+        raise ConfigError("--resume keeps what --overwrite would replace", "give one of them")
+    if resume and labels:
+        raise ConfigError("--resume leaves finished images out, so --labels cannot score them all", "give one of them")
     voxel = parse_pixel_size(pixel_size) or (None, None, None)
     run = model or newest_finetune_run()
     predictor = Predictor.from_weights(run, which=which, device=device or "auto")
     if not quiet:
         output.say(f"model {run} (step {predictor.metadata.step}) on {predictor.choice.description}")
-    options = _options(predictor, tile, overlap, batch, rescale, voxel, overwrite)
+    options = replace(_options(predictor, tile, overlap, batch, rescale, voxel), overwrite=overwrite, resume=resume)
     targets = Targets(out, probabilities=probabilities, overlay=overlay)
     outcome, scored = segment(sources, predictor, targets, options, labels=labels, quiet=quiet)
     if as_json:
@@ -113,8 +134,12 @@ def segment(
     """Predict with progress on stderr, and score where true labels are given; these are checked first."""
     from affmae_cli.prediction_progress import showing
     from affmae_engine.predict import files
+    from affmae_engine.predict.identity import is_finished
     from affmae_engine.predict.score import read_truth, score
     from affmae_engine.train.signals import StopRequest
+
+    def finished(source: Source, outputs: Outputs) -> bool:
+        return is_finished(source, predictor, outputs, options)
 
     planned = files.plan(
         sources,
@@ -123,12 +148,14 @@ def segment(
         overlay=targets.overlay,
         overwrite=options.overwrite,
         protect=[predictor.weights],
+        finished=finished if options.resume else None,
     )
     known, truth = predictor.metadata, None
     if labels:
         truth = read_truth(sources, labels, class_names=known.class_names, ignore_label=known.ignore_label)
     if not quiet:
-        output.say(f"{len(planned.jobs)} image{'s' * (len(planned.jobs) != 1)} to {planned.out}")
+        there = f", {len(planned.finished)} finished before" if planned.finished else ""
+        output.say(f"{len(planned.jobs)} image{'s' * (len(planned.jobs) != 1)} to {planned.out}{there}")
     with (
         showing(len(planned.jobs) + len(planned.refused), quiet=quiet) as view,
         StopRequest(view.on_signal).installed() as stop,
@@ -147,21 +174,27 @@ def _options(
     batch: int | None,
     rescale: bool,
     pixel_nm: VoxelSize,
-    overwrite: bool,
 ) -> PredictOptions:
     """What was asked, over what the run was configured with."""
+    from pydantic import ValidationError
+
     from affmae_engine.config import PredictConfig
+    from affmae_engine.errors import CorruptError
     from affmae_engine.predict.stream import PredictOptions
 
     trained = predictor.metadata.config.get("predict", {})
-    defaults = PredictConfig.model_validate({key: trained[key] for key in PredictConfig.model_fields if key in trained})
+    known = {key: trained[key] for key in PredictConfig.model_fields if key in trained}
+    try:
+        defaults = PredictConfig.model_validate(known)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise CorruptError(f"{predictor.weights}: its [predict] settings: {problem}", "was it edited?") from error
     return PredictOptions(
         tile=tile or defaults.tile,
         overlap=defaults.overlap if overlap is None else overlap,
         batch_size=batch or defaults.batch_size,
         rescale=rescale,
         pixel_nm=pixel_nm,
-        overwrite=overwrite,
     )
 
 
@@ -174,6 +207,7 @@ def _document(outcome: Outcome, scored: Score | None, run: Path, predictor: Pred
         "step": predictor.metadata.step,
         "device": predictor.choice.description,
         "class_names": predictor.metadata.class_names,
+        "finished": outcome.finished,
         "predictions": [asdict(report) for report in outcome.reports],
         "refused": [asdict(problem) for problem in outcome.refused],
         "score": None if scored is None else asdict(scored),
@@ -188,11 +222,13 @@ def _show(outcome: Outcome) -> None:
     blocks = (
         [_described(outcome.reports)] if len(outcome.reports) > _FEW else [_described([r]) for r in outcome.reports]
     )
-    for block in blocks:
+    for block in blocks if outcome.reports else []:
         for name, value in block.items():
             if value:
                 table.add_row(Text(name, style="bold"), Text(output.printable(value), overflow="fold"))
     output.show(table)
+    if outcome.finished:
+        output.show(f"{len(outcome.finished)} finished before, {len(outcome.reports)} predicted now")
     if outcome.refused:
         output.show(f"{len(outcome.reports)} predicted, {len(outcome.refused)} passed over (named above)")
 

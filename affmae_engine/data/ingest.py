@@ -306,5 +306,5 @@ def _earlier_skipped(manifest: Path) -> list[dict[str, Any]]:
     try:
         skipped = json.loads(manifest.read_text("utf-8"))["skipped"]
         return [entry for entry in skipped if isinstance(entry, dict)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []

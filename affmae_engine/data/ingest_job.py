@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import queue
 import threading
@@ -18,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from affmae_engine.data.readers import PixelSize, Source, SourceInfo
-from affmae_engine.data.readers.source import reading
+from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers.limits import refuse_large_piece
+from affmae_engine.data.readers.source import Refused, reading
 from affmae_engine.data.statistics import StatisticsBuilder
 from affmae_engine.data.store_layout import Band, StoredImage, bands, chunk_shapes
 from affmae_engine.data.store_writer import StoreWriter
@@ -47,7 +50,7 @@ def describe(
     """
     info, labels = candidate.image.info, candidate.labels
     with reading(info.path, info.series):
-        size, mtime = _stat(info.path)
+        size, mtime = size_and_mtime(info.path)
     sha = next(
         (
             image.sha256
@@ -56,9 +59,11 @@ def describe(
         ),
         None,
     )
-    if sha is None:
-        with reading(info.path, info.series):
-            sha = content_hash(info.path)
+    with reading(info.path, info.series):
+        _, shard = chunk_shapes(info.shape_ZYX, info.dtype.itemsize)
+        band = math.prod(shard) * info.dtype.itemsize
+        refuse_large_piece(band, "a band of rows of it", "cut it into narrower images")
+        sha = sha or content_hash(info.path)
     plan = StoredImage(
         name="",
         shape_ZYX=info.shape_ZYX,
@@ -88,8 +93,13 @@ def describe(
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    """SHA-256 of a file, or of the names and contents of all files in a folder.
+
+    Raises:
+        Refused: the folder holds a pipe or device, or a link that leads out of it: reading one may never end.
+    """
     digest = hashlib.sha256()
+    root = os.path.realpath(path)
     if path.is_file():
         _feed(digest, path)
         return digest.hexdigest()
@@ -97,6 +107,8 @@ def content_hash(path: Path) -> str:
         folders.sort()
         for name in sorted(names):
             file = Path(parent, name)
+            if not os.path.realpath(file).startswith(root + os.sep) or not file.is_file():
+                raise Refused(f"{name[:60]} in it is a link out of its folder or no file", "only plain files are taken")
             digest.update(file.relative_to(path).as_posix().encode("utf-8", "surrogateescape") + b"\0")
             _feed(digest, file)
     return digest.hexdigest()
@@ -164,9 +176,8 @@ class Job:
         """
         if self.failure is not None:
             return 0
-        if self._writer.is_done(band):
-            grey = self._writer.read(band)
-        else:
+        grey = self._writer.read(band) if self._writer.is_done(band) else None
+        if grey is None:
             grey = self._read(band)
             labels = None
             if self._labels is not None and self._labels_dtype is not None:
@@ -183,7 +194,7 @@ class Job:
         """The reason to refuse the image if its file is not the one that was hashed."""
         image = self._writer.image
         try:
-            same = _stat(Path(self.path)) == (image.source_size, image.source_mtime_ns)
+            same = size_and_mtime(Path(self.path)) == (image.source_size, image.source_mtime_ns)
         except OSError:
             same = False
         if same:
@@ -249,19 +260,6 @@ def _examine_labels(labels: Source, plan: StoredImage) -> tuple[np.dtype, str]:
         digest.update(np.ascontiguousarray(block, "<u4").data)
     labels.close()
     return np.min_scalar_type(largest), digest.hexdigest()
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    """(bytes, modification time) of a file; of a folder, those of its newest file and the sum of all."""
-    if path.is_file():
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-    size = newest = 0
-    for parent, _, names in os.walk(path):
-        for name in names:
-            status = os.lstat(f"{parent}/{name}")
-            size, newest = size + status.st_size, max(newest, status.st_mtime_ns)
-    return size, newest
 
 
 def _feed(digest: hashlib._Hash, path: Path) -> None:

@@ -60,7 +60,7 @@ def replay(path: Path) -> LedgerState:
             _apply(state, json.loads(line))
         except CorruptError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise CorruptError(
                 f"{path}: line {number} is damaged", "delete the dataset folder and ingest again"
             ) from error

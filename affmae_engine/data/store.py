@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +20,10 @@ import zarr
 
 from affmae_engine.data.ledger import replay
 from affmae_engine.data.readers.files import natural_key
-from affmae_engine.data.readers.source import one_line
+from affmae_engine.data.readers.zarr_metadata import check_array
 from affmae_engine.data.statistics import Statistics, pool
 from affmae_engine.data.store_layout import StoredImage, StorePaths
-from affmae_engine.errors import CorruptError, InputError, ResourceError
+from affmae_engine.errors import CorruptError, InputError, ResourceError, one_line
 
 
 class Store:
@@ -50,7 +51,7 @@ class Store:
         state = replay(StorePaths(path).ledger)
         try:
             attributes = json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]["affmae"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptError(
                 f"{path}: zarr.json is missing or damaged", "run the same `affmae ingest` again: it repairs it"
             ) from error
@@ -132,7 +133,10 @@ class Store:
         found = self._arrays.get((name, labels))
         if found is None:
             folder = StorePaths(self.path).array(name, labels=labels)
+            if Path(os.path.realpath(folder)) != Path(os.path.realpath(self.path)) / folder.relative_to(self.path):
+                raise CorruptError(f"{self.path}: {name} is a link out of the dataset", "copy the data into it")
             try:
+                check_array(folder)
                 found = zarr.open_array(folder, mode="r")
             except Exception as error:
                 raise CorruptError(
@@ -148,11 +152,20 @@ class Store:
         for i in grid[0]:
             for j in grid[1]:
                 for k in grid[2]:
-                    if not os.path.exists(f"{folder}/c/{i}/{j}/{k}"):  # noqa: PTH110 (a hot path)
+                    if not _is_plain_file(f"{folder}/c/{i}/{j}/{k}"):
+                        what = f"{'labels of ' if labels else ''}{name}: chunk file {i}/{j}/{k}"
                         raise CorruptError(
-                            f"{self.path}: {'labels of ' if labels else ''}{name}: chunk file {i}/{j}/{k} is missing",
+                            f"{self.path}: {what} is missing, or is a link",
                             "delete the dataset and ingest it again",
                         )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": {}, "_owner": 0}
+
+
+def _is_plain_file(path: str) -> bool:
+    """A call of the system and nothing else: this is done for every crop that training reads."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False

@@ -7,6 +7,7 @@ ledger by the next one and continued or removed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from affmae_engine import atomic
 from affmae_engine.data import ledger as ledgers
+from affmae_engine.data.readers.files import natural_key
 from affmae_engine.data.readers.source import PixelSize
 from affmae_engine.data.statistics import pool
 from affmae_engine.data.store_layout import (
@@ -121,6 +123,7 @@ class StoreWriter:
         """Correct the pixel size of a finished image."""
         image = replace(self._state.images[name], pixel_nm=pixel_nm)
         for labels in (False, True) if image.labelled else (False,):
+            atomic.sweep(self.paths.node(name, labels=labels))
             _write_attributes(self.paths.node(name, labels=labels), name, pixel_nm, labels=labels)
         self.finish(image)
 
@@ -133,7 +136,7 @@ class StoreWriter:
             shutil.rmtree(self.paths.node(name, labels=labels), ignore_errors=True)
 
     def _prepare(self) -> None:
-        for place in (self.paths.root, self.paths.private):
+        for place in (self.paths.root, self.paths.private, self.paths.root / "images", self.paths.root / "labels"):
             atomic.sweep(place)
         if not self.paths.ledger.exists():
             ledgers.write_compact(self.paths.ledger, ledgers.LedgerState())
@@ -141,6 +144,7 @@ class StoreWriter:
         self.ledger = ledgers.Ledger(self.paths.ledger, self._state.valid_bytes)
         for name in self._state.begun:
             for labels in (False, True):
+                atomic.sweep(self.paths.node(name, labels=labels))
                 _remove_partials(self.paths.array(name, labels=labels))
         for folder in ("images", "labels", "affmae"):
             with atomic.translated_write_errors(self.paths.root):
@@ -153,6 +157,8 @@ class StoreWriter:
         labelled = sorted(image.name for image in self._state.images.values() if image.labelled)
         ome = {"ome": {"version": "0.5", "labels": labelled}} if labelled else {}
         atomic.commit_json(self.paths.root / "labels" / "zarr.json", {**_GROUP, "attributes": ome})
+        # In the order of their names: which thread was the first to finish must not show in the bytes.
+        self._state.images = dict(sorted(self._state.images.items(), key=lambda item: natural_key(item[0])))
         self._write_root()
         ledgers.write_compact(self.paths.ledger, self._state)
 
@@ -170,11 +176,12 @@ class StoreWriter:
         try:
             attributes = json.loads((self.paths.root / "zarr.json").read_text("utf-8"))["attributes"]["affmae"]
             return tuple(str(name) for name in attributes.get("class_names", ()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return ()  # a new store, or one whose root is being repaired
 
     def _acquire(self) -> None:
-        handle = self.paths.lock.open("a+", encoding="utf-8")
+        with atomic.translated_write_errors(self.paths.lock):
+            handle = self.paths.lock.open("a+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -184,9 +191,9 @@ class StoreWriter:
             raise BusyError(
                 f"{self.paths.root} is being written by {holder}", "wait for it, or choose another -o/--out"
             ) from error
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
+        with contextlib.suppress(OSError):  # only tells others who holds it; a full disk is reported elsewhere
+            os.ftruncate(handle.fileno(), 0)
+            os.write(handle.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._lock_file = handle
 
     def _release(self) -> None:
@@ -209,6 +216,9 @@ class ImageWriter:
         """All bands, finished or not; labels use the same ones."""
         self._grey = self._array(image.dtype, labels=False)
         self._labels = self._array(labels_dtype, labels=True) if labels_dtype is not None else None
+        # A power cut may have taken folders that the ledger's lines counted on: what is not there is not done.
+        arrays = [array for array in (self._grey, self._labels) if array is not None]
+        begun.chunks = {key for key in begun.chunks if all(_shard(array, key).is_file() for array in arrays)}
 
     def is_done(self, band: Band) -> bool:
         """Whether a band was written, by this or an earlier process."""
@@ -224,16 +234,22 @@ class ImageWriter:
             if array is None or block is None:
                 continue
             with atomic.translated_write_errors(self._store.paths.root):
+                file = _shard(array, band.key)
+                file.unlink(missing_ok=True)  # what is there is no band yet, or damaged; zarr would read it
                 array[band.z, band.y, :] = block
-                file = Path(array.store_path.store.root) / "c" / band.key
                 atomic.fsync_file(file)
                 atomic.fsync_folder(file.parent)
         self._store.ledger.append("chunk", name=self.image.name, key=band.key)
         self._begun.chunks.add(band.key)
 
-    def read(self, band: Band) -> np.ndarray:
-        """Grey values of a finished band."""
-        return np.asarray(self._grey[band.z, band.y, :])
+    def read(self, band: Band) -> np.ndarray | None:
+        """Grey values of a finished band; None when it, or its labels, were damaged and must be written again."""
+        try:
+            if self._labels is not None:
+                np.asarray(self._labels[band.z, band.y, :])
+            return np.asarray(self._grey[band.z, band.y, :])
+        except Exception:  # whatever the codecs make of damaged bytes
+            return None
 
     def finish(self, image: StoredImage) -> None:
         """Record the image as finished; every band must be done."""
@@ -241,17 +257,21 @@ class ImageWriter:
         for labels in (False, True):
             folder = self._store.paths.node(image.name, labels=labels)
             if folder.is_dir():
-                for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-                    atomic.fsync_folder(path)
-                atomic.fsync_folder(folder)
-                atomic.fsync_folder(folder.parent)
+                with atomic.translated_write_errors(folder):
+                    atomic.fsync_file(folder / "0" / "zarr.json")
+                    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+                        atomic.fsync_folder(path)
+                    atomic.fsync_folder(folder)
+                    atomic.fsync_folder(folder.parent)
         self._store.finish(image)
 
     def _array(self, dtype: np.dtype[Any], *, labels: bool) -> Any:
         image, paths = self.image, self._store.paths
         folder = paths.array(image.name, labels=labels)
-        if self._begun.chunks and (folder / "zarr.json").is_file():
-            return zarr.open_array(folder, mode="r+").with_config(_WRITE_ALL)
+        if self._begun.chunks:
+            with contextlib.suppress(Exception):  # metadata that a power cut emptied: the image is begun anew
+                return zarr.open_array(folder, mode="r+").with_config(_WRITE_ALL)
+            self._begun.chunks.clear()
         chunk, shard = chunk_shapes(image.shape_ZYX, image.dtype.itemsize)
         with atomic.translated_write_errors(paths.root):
             shutil.rmtree(folder.parent, ignore_errors=True)
@@ -268,6 +288,11 @@ class ImageWriter:
                 dimension_names=["z", "y", "x"],
                 config=_WRITE_ALL,
             )
+
+
+def _shard(array: Any, key: str) -> Path:
+    """The file of a band."""
+    return Path(array.store_path.store.root) / "c" / key
 
 
 def _write_attributes(node: Path, name: str, pixel_nm: PixelSize, *, labels: bool) -> None:

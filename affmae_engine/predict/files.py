@@ -34,19 +34,24 @@ class Refused:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every image to predict with its outputs; `out` is the file or folder that all of them are in."""
+    """Every image to predict with its outputs; `out` is the file or folder that all of them are in.
+
+    finished: label files that an earlier call of the same prediction completed.
+    """
 
     jobs: list[tuple[Source, Outputs]]
     refused: list[Refused]
     out: Path
+    finished: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a plan."""
+    """What came of a plan; `finished` are label files that were complete before."""
 
     reports: list[PredictReport]
     refused: list[Refused]
+    finished: tuple[Path, ...] = ()
 
 
 def plan(
@@ -57,6 +62,7 @@ def plan(
     overlay: bool = True,
     overwrite: bool = False,
     protect: Sequence[Path] = (),
+    finished: Callable[[Source, Outputs], bool] | None = None,
 ) -> Plan:
     """Find the images and decide every output's name.
 
@@ -65,6 +71,8 @@ def plan(
         out: a .tif, .tiff or .zarr for one image, or a folder; None is `predictions/NAME-labels.tif` for a file and
             `predictions/FOLDER/` for a folder, in the working directory.
         protect: further paths that no output may touch (the weights).
+        finished: whether an image's outputs are there, complete and the very ones wanted (`identity.is_finished`);
+            such an image is left out, and incomplete ones are completed. None refuses outputs that exist.
 
     Raises:
         InputError: nothing was found, or nothing of it can be read.
@@ -106,8 +114,11 @@ def plan(
             jobs.append((source, Outputs(labels, probabilities, overlay)))
     if not jobs:
         raise InputError(f"none of the {len(refused)} files could be read; the first: {refused[0].reason}")
-    _check_all(jobs, overwrite, protect)
-    return Plan(jobs, refused, jobs[0][1].labels if len(jobs) == 1 and single else folder)
+    where = jobs[0][1].labels if len(jobs) == 1 and single else folder
+    _check_all(jobs, overwrite or finished is not None, protect)
+    done = [targets.labels for source, targets in jobs if finished is not None and finished(source, targets)]
+    jobs = [(source, targets) for source, targets in jobs if targets.labels not in done]
+    return Plan(jobs, refused, where, tuple(done))
 
 
 def run(
@@ -135,16 +146,16 @@ def run(
             with source:
                 report = predict(source, predictor, targets, options, on_progress=on_progress, stop=stop)
         except InputError as error:
-            if len(planned.jobs) == 1 and not planned.refused:
+            if len(planned.jobs) == 1 and not planned.refused and not planned.finished:
                 raise
             refused.append(Refused(source.info.path, error.message))
             on_refused(refused[-1])
             continue
         reports.append(report)
         on_report(report)
-    if not reports:
+    if not reports and not planned.finished:
         raise InputError(f"none of the {len(refused)} images could be read; the first: {refused[0].reason}")
-    return Outcome(reports, refused)
+    return Outcome(reports, refused, planned.finished)
 
 
 def _folder(inputs: Sequence[Path], out: Path | None, *, single: bool, named_file: bool) -> Path:

@@ -76,6 +76,11 @@ class Tiling:
         return len(y.starts) * len(x.starts)
 
 
+def working_bytes(classes: int, tile: int, width: int) -> int:
+    """Memory that planes of `width` pixels take on the host (see above), in bytes."""
+    return 4 * (classes * tile * width + tile * (width + 2 * tile))
+
+
 @dataclass(frozen=True)
 class Band:
     """Finished rows of a plane: probabilities float32 [C, R, X] of rows first_row..first_row+R-1."""
@@ -227,6 +232,7 @@ def blend(
     *,
     prepare: Callable[[np.ndarray], np.ndarray] | None = None,
     on_tiles: Callable[[int], None] | None = None,
+    start: tuple[int, int] = (0, 0),
 ) -> Iterator[Band]:
     """Class probabilities of planes, band by band, in order: all rows of plane 0, then of plane 1, ...
 
@@ -234,11 +240,13 @@ def blend(
         planes: read lazily, one after the other; they may differ in size.
         prepare: applied to every tile [T, T] before the network, for what must see just a tile (CLAHE).
         on_tiles: called with the number of tiles just done.
+        start: number of the first of `planes`, and the row of tiles in it to begin with (see `tiling.restart`).
 
     Yields:
         bands that together hold every row of every plane exactly once, on the device that holds the accumulator.
+        After a `start` within a plane, rows that earlier tiles reach too hold only a part of their sum.
     """
-    jobs = _jobs(planes, runner, tiling, prepare or (lambda tile: tile))
+    jobs = _jobs(planes, runner, tiling, prepare or (lambda tile: tile), start)
     if runner.device.type != "cpu":  # on a CPU, reading ahead would only take cores from the network
         jobs = ahead(jobs, 2 * runner.batch_size)
     while batch := list(islice(jobs, runner.batch_size)):
@@ -290,14 +298,19 @@ def predict_plane(
 
 
 def _jobs(
-    planes: Iterable[Plane], runner: TileRunner, tiling: Tiling, prepare: Callable[[np.ndarray], np.ndarray]
+    planes: Iterable[Plane],
+    runner: TileRunner,
+    tiling: Tiling,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    start: tuple[int, int],
 ) -> Iterator[_Job]:
-    for index, plane in enumerate(planes):
+    for index, plane in enumerate(planes, start[0]):
         y, x = tiling.axes(plane.shape)
-        canvas = _Canvas(index, y, x, runner.classes, runner.device)
+        begin = start[1] if index == start[0] else 0
+        canvas = _Canvas(index, y, x, runner.classes, runner.device, top=y.inside(begin)[0])
         columns = x.sources(x.starts[0], x.starts[-1] + x.tile)
-        for row, start in enumerate(y.starts):
-            wanted = y.sources(start, start + y.tile)
+        for row, top in enumerate(y.starts[begin:], begin):
+            wanted = y.sources(top, top + y.tile)
             first, last = int(wanted.min()), int(wanted.max()) + 1
             padded_TX = plane.rows(first, last)[wanted - first][:, columns]
             for column, left in enumerate(x.starts):

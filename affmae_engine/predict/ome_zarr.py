@@ -67,6 +67,7 @@ class ZarrRows:
             compressors=[ZstdCodec(level=3), Crc32cCodec()],
             fill_value=0,
             dimension_names=dimension_names,
+            config={"write_empty_chunks": True},  # a missing chunk is damage, never background
         )
         self._held = np.zeros((*lead, self._together, min(rows, height), width), dtype)
         self._z = self._done = 0

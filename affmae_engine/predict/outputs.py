@@ -79,6 +79,10 @@ def check(outputs: Outputs, inputs: Sequence[Path], *, overwrite: bool) -> None:
         if path.exists():
             _check_replaceable(path, overwrite)
     atomic.ensure_folder(outputs.labels.parent)
+
+
+def sweep(outputs: Outputs) -> None:
+    """Delete what a killed process left under hidden names; the caller holds the output's journal."""
     for path in outputs.all:
         atomic.sweep(path.parent, path.name)
 
@@ -92,6 +96,7 @@ def check_space(outputs: Outputs, label_bytes: int, classes: int, pixels: int) -
     needed = label_bytes // COMPRESSION + SLACK_BYTES
     if outputs.with_probabilities:
         needed += classes * pixels // 2
+    needed += needed - SLACK_BYTES  # the journal holds the same until the end
     free = shutil.disk_usage(outputs.labels.parent).free
     if free < needed:
         raise ResourceError(
@@ -118,14 +123,15 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if path.is_dir() != (path.suffix.lower() == ZARR_SUFFIX):
         kind = "folder" if path.is_dir() else "file"
         raise ConfigError(f"{path} exists and is a {kind}, which is not replaced", "choose another -o/--out")
-    if path.is_dir() and not _is_ours(path):
+    if path.is_dir() and not is_ours(path):
         raise ConfigError(
             f"{path} exists and was not written by affmae predict, so it is not replaced", "choose another -o/--out"
         )
 
 
-def _is_ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a volume that `affmae predict` wrote."""
     try:
         return ATTRIBUTE in json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

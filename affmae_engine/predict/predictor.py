@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -65,17 +67,17 @@ class Predictor:
             )
         try:
             config = ModelConfig.model_validate(metadata.model)
+            if config.channels != 1:
+                raise InputError(f"{path} was trained on {config.channels} channels; prediction reads grey images")
             model = build_segmenter(config, len(metadata.class_names), backend=backend)
             model.load_state_dict(read_tensors(file))
         except ValidationError as error:
             raise CorruptError(
                 f"{file}: the model's description is not valid: {error.errors()[0]['msg']}", "was it edited?"
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise CorruptError(f"{file} does not fit its own description: {reason}", "was it edited?") from error
-        if config.channels != 1:
-            raise InputError(f"{path} was trained on {config.channels} channels; prediction reads grey images")
         choice = _device(metadata, device)
         exact_fp32()
         model.requires_grad_(False).eval().to(choice.device)
@@ -92,6 +94,12 @@ class Predictor:
         """Values that are never predicted: the ignored label, where it is one of the class values."""
         ignored = self.metadata.ignore_label
         return (ignored,) if ignored is not None and ignored < self.classes else ()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weights file, as hexadecimal digits."""
+        with self.weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def tile(self, asked: int | None) -> int:
         """Edge of a tile: `asked`, or the training image's, rounded up to whole patches."""

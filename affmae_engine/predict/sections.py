@@ -24,15 +24,15 @@ AHEAD_PIXELS = 1 << 24
 Standardise = Callable[[np.ndarray], np.ndarray]
 
 
-def sections(source: Source, standardise: Standardise) -> Iterator[Plane]:
-    """Every section of `source` in order.
+def sections(source: Source, standardise: Standardise, first: int = 0) -> Iterator[Plane]:
+    """Every section of `source` in order, from number `first` on.
 
     Args:
         standardise: source values of any dtype to float32, pixel by pixel.
     """
     depth, height, width = source.info.shape_ZYX
     together = min(depth, SLAB_PIXELS // (height * width))
-    for z0 in range(0, depth, max(1, together)):
+    for z0 in range(first, depth, max(1, together)):
         if together <= 1:
             yield SectionRows(source, z0, standardise)
             continue

@@ -2,7 +2,9 @@
 
 The chain is pulled by the writer: it asks for label rows, which pull finished bands, which pull tiles, which pull
 image rows. Only bands exist in between, so memory does not depend on the number of sections nor on their height.
-Everything is written under hidden names; the final names appear when the last row is done.
+Everything is written under hidden names; the final names appear when the last row is done. Finished rows are kept in a
+journal (`journal.py`) on their way: the next call with the same image, weights and options goes on from them, and
+ends with the same bytes.
 
 Axes: C classes, R rows of a band, Z Y X volume.
 """
@@ -13,16 +15,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from affmae_engine import atomic
 from affmae_engine.data.readers import PixelSize, Source
+from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers.limits import memory_budget
 from affmae_engine.data.statistics import Statistics, measure
-from affmae_engine.errors import Interrupted
+from affmae_engine.errors import InputError, Interrupted, ResourceError, human_bytes
 from affmae_engine.predict import outputs
-from affmae_engine.predict.infer import Band, TileRunner, Tiling, blend
+from affmae_engine.predict.identity import fingerprint, made_from
+from affmae_engine.predict.infer import Band, TileRunner, Tiling, blend, working_bytes
+from affmae_engine.predict.journal import Journal, Rows
 from affmae_engine.predict.label_rows import LabelRows, OutputInfo, label_dtype
 from affmae_engine.predict.ome_zarr import ZarrRows, labels_attributes, probabilities_attributes
 from affmae_engine.predict.outputs import Outputs
@@ -32,6 +39,7 @@ from affmae_engine.predict.rescale import ResampledPlane, map_back
 from affmae_engine.predict.scale import choose_scale
 from affmae_engine.predict.sections import sections
 from affmae_engine.predict.tiff_labels import write_tiff
+from affmae_engine.predict.tiling import restart
 from affmae_engine.train.signals import StopRequest
 from affmae_engine.visualize import class_colours
 
@@ -43,6 +51,7 @@ class PredictOptions:
     tile: edge of a tile in pixels; None takes the training image's. overlap: share of a tile that its neighbour
     covers too. batch_size: tiles per forward pass. rescale: bring the input to the training pixel size for inference.
     pixel_nm: overrides what the input says; None along an axis keeps the input's value. overwrite: replace outputs.
+    resume: outputs that are there are of this very prediction (see `identity.is_finished`) and may be completed.
     """
 
     tile: int | None = None
@@ -51,6 +60,12 @@ class PredictOptions:
     rescale: bool = False
     pixel_nm: PixelSize = (None, None, None)
     overwrite: bool = False
+    resume: bool = False
+
+    @property
+    def replace(self) -> bool:
+        """Whether what stands under an output's name may give way."""
+        return self.overwrite or self.resume
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,7 @@ class _Run:
     predictor: Predictor
     options: PredictOptions
     targets: Outputs
+    journal: Journal
     statistics: Statistics
     stop: StopRequest
     on_progress: Callable[[PredictProgress], None]
@@ -104,6 +120,7 @@ class _Run:
     counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
+        self.read_from = size_and_mtime(self.source.info.path)
         self.counts = np.zeros(self.predictor.classes, np.int64)
         self.tiling = Tiling(self.predictor.tile(self.options.tile), self.options.overlap)
         self.scale = choose_scale(
@@ -111,8 +128,36 @@ class _Run:
         )
         self.notes += [*self.source.info.notes, *self.scale.notes]
         self.warnings += self.scale.warnings
+        if self.statistics.blank:
+            self.warnings.append(f"{self.source.info.name} is blank: there is nothing to see in it")
         self.picture = OverlayPicture(self.source.info.shape_ZYX) if self.targets.with_overlay else None
-        self.tiles = self.tiling.count(self.scale.shape) * self.source.info.shape_ZYX[0]
+        depth = self.source.info.shape_ZYX[0]
+        needed = working_bytes(self.predictor.classes, self.tiling.tile, self.scale.shape[1])
+        if needed > memory_budget():
+            raise ResourceError(
+                f"{self.source.info.name} is {self.scale.shape[1]} pixels wide: a row of tiles takes "
+                f"{human_bytes(needed)} of memory, {human_bytes(memory_budget())} may be used",
+                "use a smaller --tile",
+            )
+        self.tiles = self.tiling.count(self.scale.shape) * depth
+        if self.scale.resampled:  # mapping back needs a section from its first row on
+            self.journal.keep_whole_sections()
+        self.done = self.journal.position
+        self.begin = depth, 0
+        self.tiles_done = self.tiles
+        if self.done[0] < depth:
+            y, x = self.tiling.axes(self.scale.shape)
+            columns = len(x.starts)
+            self.begin = restart(y, columns, self.options.batch_size, self.done, whole=self.scale.resampled)
+            self.tiles_done = (self.begin[0] * len(y.starts) + self.begin[1]) * columns
+        if self.done != (0, 0):
+            self.notes.append(f"went on from row {self.done[1]} of section {self.done[0]}, where it had ended before")
+
+    def require_unchanged(self) -> None:
+        """Raises InputError when the image is not the one that was opened."""
+        path = self.source.info.path
+        if size_and_mtime(path) != self.read_from:
+            raise InputError(f"{path} changed while it was read", "predict it when it is complete")
 
     def tell(self) -> None:
         """Pass on how far it is."""
@@ -138,27 +183,40 @@ def predict(
 
     Raises:
         InputError: the input cannot be read.
-        ConfigError: an output exists, touches an input, or --rescale lacks a pixel size.
+        ConfigError: an output exists, touches an input, or is half done by another prediction; or --rescale lacks a
+            pixel size.
         ResourceError: disk or memory.
-        Interrupted: stopped on request; nothing was written.
+        BusyError: another process writes this output.
+        Interrupted: stopped on request; finished rows are kept for the next call.
     """
-    outputs.check(targets, [source.info.path, predictor.weights], overwrite=options.overwrite)
+    outputs.check(targets, [source.info.path, predictor.weights], overwrite=options.replace)
     started = time.perf_counter()
     info = source.info
     dtype = label_dtype(predictor.classes)
     pixels = int(np.prod(info.shape_ZYX, dtype=np.int64))
     outputs.check_space(targets, pixels * dtype.itemsize, predictor.classes, pixels)
-    run = _Run(source, predictor, options, targets, measure(source), stop or StopRequest(), on_progress)
-    if run.statistics.blank:
-        run.warnings.append(f"{info.name} is blank: there is nothing to see in it")
-    about = OutputInfo(
-        outputs.stem(targets.labels), info.shape_ZYX, dtype, run.scale.pixel_nm, predictor.metadata.class_names,
-        {"source": info.path.name, "series": info.series, **predictor.describe()},
+    origin = made_from(source, predictor, targets, options)
+    journal = Journal(
+        targets.labels, origin, shape_ZYX=info.shape_ZYX, dtype=dtype, overwrite=options.overwrite,
+        classes=predictor.classes if targets.with_probabilities else 0,
     )  # fmt: skip
-    dialect = _write(run, about)
-    run.tell()
-    if run.picture is not None and targets.overlay is not None:
-        run.picture.save(targets.overlay, source, run.statistics, about.class_names)
+    with journal:
+        outputs.sweep(targets)
+        run = _Run(source, predictor, options, targets, journal, measure(source), stop or StopRequest(), on_progress)
+        about = OutputInfo(
+            outputs.stem(targets.labels), info.shape_ZYX, dtype, run.scale.pixel_nm, predictor.metadata.class_names,
+            {"source": info.path.name, "series": info.series, **predictor.describe(),
+             "fingerprint": fingerprint(origin)},
+        )  # fmt: skip
+        try:
+            dialect = _write(run, about)
+        except InputError:  # its rows cannot be completed, however often one tries
+            journal.discard()
+            raise
+        run.tell()
+        if run.picture is not None and targets.overlay is not None:
+            run.picture.save(targets.overlay, source, run.statistics, about.class_names)
+        journal.discard()
     seconds = time.perf_counter() - started
     return PredictReport(
         source=info.path,
@@ -183,10 +241,10 @@ def predict(
 def _write(run: _Run, about: OutputInfo) -> str:
     """Write labels, and probabilities where wanted; both appear when complete, the labels last."""
     names, record = about.class_names, about.record()
-    replace = run.options.overwrite
+    replace = run.options.replace
 
     def rows(probabilities: ZarrRows | None) -> Iterator[LabelRows]:
-        return _label_rows(run, _bands(run), about.dtype, probabilities)
+        return _label_rows(run, about.dtype, probabilities)
 
     def probability_rows(stack: ExitStack) -> ZarrRows | None:
         if run.targets.probabilities is None:
@@ -207,6 +265,7 @@ def _write(run: _Run, about: OutputInfo) -> str:
             )  # fmt: skip
             for piece in rows(probability_rows(stack)):
                 writer.add(piece.z, piece.first_row, piece.labels_RX)
+            run.require_unchanged()
         return "OME-Zarr 0.5"
 
     dialects: list[str] = []
@@ -214,13 +273,14 @@ def _write(run: _Run, about: OutputInfo) -> str:
     def write(partial: Path) -> None:
         with ExitStack() as stack:
             dialects.append(write_tiff(partial, about, rows(probability_rows(stack))))
+            run.require_unchanged()
 
     atomic.commit_file(run.targets.labels, write)
     return dialects[0]
 
 
 def _bands(run: _Run) -> Iterator[Band]:
-    """Finished probabilities on the input's own grid."""
+    """Finished probabilities on the input's own grid that are not in the journal yet."""
     intensity = run.predictor.normalisation.for_image(run.statistics)
     runner = TileRunner(
         run.predictor.model,
@@ -238,34 +298,42 @@ def _bands(run: _Run) -> Iterator[Band]:
         if run.stop.requested:
             done = f"{run.tiles_done} of {run.tiles} tiles"
             raise Interrupted(
-                f"prediction of {run.source.info.name} was stopped at {done}; nothing was written",
-                "start it again for the whole",
+                f"prediction of {run.source.info.name} was stopped at {done}; no output was written yet",
+                "run the same command again to go on from there",
                 signal_number=run.stop.signal_number or 2,
             )
 
-    planes: Iterable = sections(run.source, intensity.standardise)
+    planes: Iterable = sections(run.source, intensity.standardise, run.begin[0])
     inner, outer = run.scale.shape, run.source.info.shape_ZYX[1:]
     if run.scale.resampled:
         planes = (ResampledPlane(plane, inner) for plane in planes)
-    bands = blend(planes, runner, run.tiling, prepare=intensity.equalise, on_tiles=after_batch)
-    return map_back(bands, inner, outer) if run.scale.resampled else bands
+    bands = blend(planes, runner, run.tiling, prepare=intensity.equalise, on_tiles=after_batch, start=run.begin)
+    bands = map_back(bands, inner, outer) if run.scale.resampled else bands
+    return (band for band in bands if (band.plane, band.first_row) >= run.done)
 
 
-def _label_rows(
-    run: _Run, bands: Iterator[Band], dtype: np.dtype, probabilities: ZarrRows | None
-) -> Iterator[LabelRows]:
-    """Labels of finished bands; counts classes, feeds the picture and the probabilities as they pass."""
+def _label_rows(run: _Run, dtype: np.dtype, probabilities: ZarrRows | None) -> Iterator[LabelRows]:
+    """Labels, kept ones first; counts classes, feeds the picture and the probabilities as they pass."""
     height = run.source.info.shape_ZYX[1]
-    for band in bands:
-        values_CRX = band.probabilities_CRX
-        labels_RX = values_CRX.argmax(dim=0).cpu().numpy().astype(dtype)
-        piece = LabelRows(band.plane, band.first_row, labels_RX)
-        run.counts += np.bincount(labels_RX.ravel(), minlength=len(run.counts))
+    for rows in chain(run.journal.pieces(), _new_rows(run, dtype)):
+        piece = LabelRows(rows.z, rows.first_row, rows.labels_RX)
+        run.counts += np.bincount(piece.labels_RX.ravel(), minlength=len(run.counts))
         if run.picture is not None:
             run.picture.add(piece)
-        if probabilities is not None:
-            scaled = (values_CRX * 255).round().clamp(0, 255).byte()
-            probabilities.add(band.plane, band.first_row, scaled.cpu().numpy())
-        if band.first_row + len(labels_RX) == height:
-            run.sections_done = band.plane + 1
+        if probabilities is not None and rows.probabilities_CRX is not None:
+            probabilities.add(rows.z, rows.first_row, rows.probabilities_CRX)
+        if rows.first_row + len(rows.labels_RX) == height:
+            run.sections_done = rows.z + 1
         yield piece
+
+
+def _new_rows(run: _Run, dtype: np.dtype) -> Iterator[Rows]:
+    """What is computed now, in the journal before it is passed on."""
+    for band in _bands(run):
+        values_CRX = band.probabilities_CRX
+        scores = None
+        if run.targets.with_probabilities:
+            scores = (values_CRX * 255).round().clamp(0, 255).byte().cpu().numpy()
+        rows = Rows(band.plane, band.first_row, values_CRX.argmax(dim=0).cpu().numpy().astype(dtype), scores)
+        run.journal.append(rows)
+        yield rows

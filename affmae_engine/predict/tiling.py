@@ -108,3 +108,27 @@ class Axis:
         if tile_index + 1 >= len(self.starts):
             return self.length
         return min(self.length, max(0, self.starts[tile_index + 1]))
+
+
+def restart(y: Axis, columns: int, batch: int, done: tuple[int, int], *, whole: bool = False) -> tuple[int, int]:
+    """Where tiled inference takes up again so that what follows has the very bits that it would have had.
+
+    All tiles that reach unfinished rows must be seen again, and batches must hold the same tiles as before: a network
+    may round differently in another batch.
+
+    Args:
+        y: the tiles of a plane from top to bottom.
+        columns: tiles of one row.
+        batch: tiles of a forward pass; batches run on over rows and planes.
+        done: the plane and the row of pixels in it that come next.
+        whole: begin with the first row of a plane.
+
+    Returns:
+        plane and row of tiles to begin with.
+    """
+    plane, pixel_row = done
+    reaching = next(i for i in range(len(y.starts)) if y.inside(i)[1] > pixel_row)
+    number = plane * len(y.starts) + reaching
+    while number * columns % batch or (whole and number % len(y.starts)):
+        number -= 1
+    return divmod(number, len(y.starts))

@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from affmae_engine import atomic
-from affmae_engine.errors import CorruptError, InputError
+from affmae_engine.errors import CorruptError, InputError, human_bytes, one_line
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.weights import WeightsMetadata, read_metadata, read_tensors, write_weights
 
 MANIFEST_SCHEMA = 1
+_LARGEST_JSON = 16 << 20
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
 _log = logging.getLogger(__name__)
@@ -132,9 +133,10 @@ def set_aside_newer(run: RunDir, step: int) -> list[Path]:
         if newer > step:
             source = run.checkpoint(newer)
             target = source.with_name(f"{source.name}.damaged")
-            if target.exists():
-                shutil.rmtree(target)
-            source.rename(target)
+            with atomic.translated_write_errors(target):
+                if target.exists():
+                    shutil.rmtree(target)
+                source.rename(target)
             moved.append(target)
     return moved
 
@@ -238,9 +240,11 @@ HINT = "use another checkpoint of the run, or restore the file from a copy"
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it has more than {human_bytes(_LARGEST_JSON)}")
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"{path} cannot be read: {error}", HINT) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} cannot be read: {one_line(error)}", HINT) from error
     if not isinstance(value, dict):
         raise CorruptError(f"{path} does not hold an object", HINT)
     return value

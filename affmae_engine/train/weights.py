@@ -6,19 +6,22 @@ Reading one runs no code: the tensors are safetensors, the metadata is validated
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from affmae_engine.config import RunConfig, Task
-from affmae_engine.errors import CorruptError, InputError
+from affmae_engine.errors import CorruptError, InputError, human_bytes, one_line
 
 WEIGHTS_SCHEMA = 1
 METADATA_KEY = "affmae"
+_LARGEST_HEADER = 16 << 20  # thousands of tensors need one
 
 
 class WeightsMetadata(BaseModel):
@@ -34,17 +37,17 @@ class WeightsMetadata(BaseModel):
     """Optimizer steps taken; set by the loop."""
     model: dict[str, Any]
     """The `[model]` section (`ModelConfig`)."""
-    image_size: int
+    image_size: Annotated[int, Field(gt=0, le=1 << 16)]
     """Edge of a training image, in pixels."""
     normalisation: dict[str, Any]
     """`Normalisation.to_dict()` of the training data."""
     pixel_nm: float | None = None
     """Edge of a training pixel in nanometres, where the data says so."""
-    class_names: tuple[str, ...] = ()
+    class_names: Annotated[tuple[str, ...], Field(max_length=1 << 16)] = ()
     """Names of the label values 0, 1, 2, ...; empty for a masked autoencoder."""
     ignore_label: int | None = None
     """Label value that was neither trained on nor scored."""
-    config: dict[str, Any] = {}
+    config: dict[str, dict[str, Any]] = {}
     """The whole resolved configuration of the run; set by the loop."""
 
     @classmethod
@@ -62,17 +65,30 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: WeightsMetad
     )
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, after a look at the length that it gives its header (it is parsed as a whole)."""
+    try:
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise CorruptError(
+                f"{path} is damaged: its header would be {human_bytes(length)}", "restore it from a copy"
+            )
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CorruptError(f"{path} is damaged: {one_line(error)}", "restore it from a copy") from error
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
         CorruptError: the file is damaged.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CorruptError(f"{path} is damaged: {error}", "restore it from a copy") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read_metadata(path: Path) -> WeightsMetadata:
@@ -88,11 +104,8 @@ def read_metadata(path: Path) -> WeightsMetadata:
         raise InputError(
             f"{path} is not an affmae weights file", "name a run directory, a checkpoint folder or a .safetensors file"
         )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise CorruptError(f"{path} is damaged: {error}", "restore it from a copy") from error
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
     if text is None:
         raise InputError(f"{path} was not written by affmae: it has no affmae metadata")
     try:

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from affmae_cli.main import app
 
 HEAVY = ("torch", "numpy", "scipy", "zarr", "monai", "textual", "pydantic_settings", "PIL", "tifffile")
-ORDER = ["ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "benchmark", "presets", "doctor"]
+ORDER = [
+    *("ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "benchmark"),
+    *("check", "presets", "doctor"),
+]
 
 
 def commands() -> list[str]:

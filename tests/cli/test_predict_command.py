@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -232,22 +234,53 @@ def test_weights_that_do_not_fit_their_description_are_corrupt(here: Path, train
     assert result.exit_code == 6 and "does not fit its own description" in one_line(result.stderr)
 
 
-def test_ctrl_c_ends_cleanly_and_leaves_nothing(here: Path, trained: Path) -> None:
-    write(here / "long.tif", (400, 80, 70))
+def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: Path) -> None:
+    write(here / "long.tif", (40, 80, 70))
     command = [sys.executable, "-m", "affmae_cli", "predict", "long.tif", "-m", str(trained), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         while "1 image to" not in (line := process.stderr.readline()):
             assert line, "ended before it began"
-        # The handlers are in place once the hidden partial file is there.
-        while process.poll() is None and not list((here / "predictions").glob(".*.partial")):
-            pass
+        # The handlers are in place once the hidden journal has rows.
+        while process.poll() is None and not any(
+            len(journal.read_bytes().partition(b"\n")[2]) > 100 for journal in here.glob("predictions/.*/journal")
+        ):
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130, rest
-    assert "nothing was written" in rest and "Traceback" not in rest
-    assert list((here / "predictions").iterdir()) == []
+    assert "no output was written yet" in rest and "Traceback" not in rest
+    assert [entry.name for entry in (here / "predictions").iterdir()] == [".long-labels.tif.unfinished"]
+    other = affmae("long.tif", "-m", trained, "--overlap", "0.25")
+    assert other.exit_code == 2 and "unfinished prediction" in one_line(other.stderr)
+    assert "another overlap" in one_line(other.stderr)
+    again = affmae("long.tif", "-m", trained)
+    assert again.exit_code == 0, again.stderr
+    assert "went on from row" in one_line(again.stderr)
+    assert sorted(e.name for e in (here / "predictions").iterdir()) == ["long-labels-overlay.png", "long-labels.tif"]
+
+
+def test_resume_of_a_folder_passes_over_what_is_finished(here: Path, trained: Path) -> None:
+    for name in ("a", "b"):
+        write(here / "in" / f"{name}.tif")
+    common = "in", "-m", trained, "-o", "out"
+    assert affmae(*common).exit_code == 0
+    (here / "out" / "b.tif").unlink()
+    before = (here / "out" / "a.tif").stat().st_mtime_ns
+    result = affmae(*common, "--resume", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["finished"] == ["out/a.tif"] and len(document["predictions"]) == 1
+    assert (here / "out" / "a.tif").stat().st_mtime_ns == before
+    everything = affmae(*common, "--resume")
+    assert everything.exit_code == 0 and "2 finished before, 0 predicted" in one_line(everything.stdout)
+    assert affmae(*common).exit_code == 2
+    other = affmae(*common, "--resume", "--tile", 40)
+    assert other.exit_code == 2 and "another model, image or options" in one_line(other.stderr)
+    (here / "out" / "a-overlay.png").unlink()
+    assert affmae(*common, "--resume").exit_code == 0 and (here / "out" / "a-overlay.png").is_file()
+    assert affmae(*common, "--resume", "--overwrite").exit_code == 2
 
 
 def test_progress_lines_have_rate_and_eta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,3 +295,65 @@ def test_progress_lines_have_rate_and_eta(monkeypatch: pytest.MonkeyPatch, capsy
         view.progress(PredictProgress("cells [red]", done // 10, 4, done, 40))
     output.console.cache_clear()
     assert capsys.readouterr().err == "cells [red]: 1/4 sections, 12/40 tiles, 4.0 tiles/s, eta 7 s\n"
+
+
+class Canary:
+    """Unpickling one makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_strangers_files_run_nothing_wherever_they_are_named(here: Path) -> None:
+    canary = here / "canary"
+    torch.save({"model": Canary(canary)}, here / "evil.pt")
+    (here / "evil.safetensors").write_bytes((here / "evil.pt").read_bytes())
+    np.save(here / "evil.npy", np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    distributed = here / "distributed"
+    distributed.mkdir()
+    (distributed / ".metadata").write_bytes(pickle.dumps(Canary(canary)))
+    image = write(here / "a.tif")
+    for name, code in (("evil.pt", 3), ("evil.safetensors", 6), ("evil.npy", 3), ("distributed", 3)):
+        for arguments in (
+            ["predict", image, "-m", here / name],
+            ["pretrain", "--resume", here / name],
+            ["pretrain", here / "absent.zarr", "--init-from", here / name, "--steps", 1],
+            ["ingest", here / name, "-o", here / "em.zarr"],
+        ):
+            result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+            assert result.exit_code in {code, 2, 3}, (arguments, result.output)
+            assert "Traceback" not in result.output and isinstance(result.exception, SystemExit)
+        assert affmae(image, "-m", here / name).exit_code == code
+    assert not canary.exists() and not (here / "em.zarr").exists()
+
+
+def test_odd_names_go_through(here: Path, trained: Path) -> None:
+    names = ["new\nline", "-leading", "[x] [red]", os.fsdecode(b"caf\xe9"), "x" * 200, " spaces ", "ü中"]
+    for name in names:
+        write(here / "in" / f"{name}.tif", (1, 40, 40))
+    result = affmae("in", "-m", trained, "-o", "out", "--no-overlay")
+    assert result.exit_code == 0, result.output
+    assert {file.stem for file in (here / "out").iterdir()} == set(names)
+    assert affmae("in", "-m", trained, "-o", "out", "--no-overlay", "--resume").exit_code == 0
+
+
+def test_sizes_are_trusted_when_asked(here: Path, trained: Path) -> None:
+    tifffile.imwrite(here / "a.tif", np.zeros((40, 40), np.uint8), compression="jpegxl")
+    refused = affmae("a.tif", "-m", trained)
+    assert refused.exit_code == 3 and "--trust-sizes" in one_line(refused.stderr)
+    assert affmae("a.tif", "-m", trained, "--trust-sizes").exit_code == 0
+    assert affmae("a.tif", "-m", trained, "--overwrite").exit_code == 3  # it is not remembered
+
+
+def test_a_model_with_edited_settings_is_corrupt(here: Path, trained: Path) -> None:
+    from affmae_engine.train.weights import read_metadata, read_tensors, write_weights
+
+    weights = checkpoint.weights_file(trained)
+    known = read_metadata(weights)
+    for change in ({"predict": {"tile": "many"}}, {"predict": {"overlap": 7}}):
+        write_weights(here / "w.safetensors", read_tensors(weights), known.model_copy(update={"config": change}))
+        result = affmae(write(here / "a.tif"), "-m", here / "w.safetensors")
+        assert result.exit_code == 6 and "was it edited?" in one_line(result.stderr)

@@ -205,7 +205,13 @@ def test_environment_values_are_parsed_like_those_of_set(preset_folder):
 
 
 def test_other_environment_names_are_left_alone(preset_folder):
-    environ = {"AFFMAE_DEBUG": "1", "AFFMAE_TEST_DATA": "/somewhere", "PATH": "/bin", "MY_AFFMAE_X": "1"}
+    environ = {
+        "AFFMAE_DEBUG": "1",
+        "AFFMAE_TRUST_SIZES": "1",
+        "AFFMAE_TEST_DATA": "/somewhere",
+        "PATH": "/bin",
+        "MY_AFFMAE_X": "1",
+    }
     assert resolve(environ=environ).sources == {}
 
 

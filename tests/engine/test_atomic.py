@@ -126,7 +126,8 @@ class TestFile:
             "    path = Path({folder}) / 'a.safetensors'\n"
             "    atomic.commit_file(path, lambda partial: safetensors.numpy.save_file(tensors, partial))"
         )
-        assert "cannot write" in limited(write, tmp_path)
+        text = limited(write, tmp_path)
+        assert "cannot write" in text and "larger than this system allows" in text
         assert names(tmp_path) == []
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -210,6 +211,16 @@ class TestFolder:
         assert names(tmp_path) == ["a"]
         assert names(tmp_path / "a") == ["new"]
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps folders in one step")
+    def test_replacing_needs_no_moment_without_either(self, tmp_path, monkeypatch):
+        final = tmp_path / "a"
+        with atomic.committed_folder(final) as folder:
+            (folder / "old").write_text("old")
+        monkeypatch.delattr(Path, "rename")
+        with atomic.committed_folder(final, replace=True) as folder:
+            (folder / "new").write_text("new")
+        assert names(tmp_path) == ["a"] and names(final) == ["new"]
+
     def test_a_failed_replacement_keeps_the_old_one(self, tmp_path):
         with atomic.committed_folder(tmp_path / "a") as folder:
             (folder / "old").write_text("old")
@@ -229,6 +240,7 @@ class TestFolder:
                 raise failure
             return rename(self, target)
 
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)  # as where there is no such call
         monkeypatch.setattr(Path, "rename", failing)
         expected = ResourceError if isinstance(failure, OSError) else KeyboardInterrupt
         with pytest.raises(expected), atomic.committed_folder(final, replace=True) as folder:

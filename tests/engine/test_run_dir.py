@@ -45,6 +45,12 @@ class TestCreate:
             pass
         assert run_dir.create(tmp_path / "a") == run
 
+    def test_a_run_killed_before_its_configuration_was_written_is_taken(self, tmp_path):
+        run = run_dir.create(tmp_path / "a")
+        (run.root / ".config.toml.0a1b2c3d.partial").write_text("[optim")
+        run_dir.create(tmp_path / "a")
+        assert not list(run.root.glob(".*"))
+
     def test_an_existing_run_is_refused_with_the_three_ways_out(self, tmp_path):
         run = make(tmp_path / "a")
         with pytest.raises(ConfigError) as caught:
@@ -166,6 +172,7 @@ class TestConfig:
         [
             (b"[optim\n", "is not valid TOML"),
             (b"# caf\xe9\n", "is not valid TOML"),
+            (b"a = " + b"[" * 100_000, "is not valid TOML"),
             (b"[optim]\nlrr = 1\n", "optim.lrr"),
             (b"[train]\nbatch_size = 3\nmicro_batch = 2\n", "must be a multiple"),
         ],

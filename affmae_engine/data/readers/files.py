@@ -34,6 +34,19 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
+def size_and_mtime(path: Path) -> tuple[int, int]:
+    """(bytes, modification time in ns) of a file; of a folder, the sum of all files and the time of the newest."""
+    if path.is_file():
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    size = newest = 0
+    for parent, _, names in os.walk(path):
+        for name in names:
+            status = os.lstat(f"{parent}/{name}")
+            size, newest = size + status.st_size, max(newest, status.st_mtime_ns)
+    return size, newest
+
+
 def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
     """Sort key in which `slice9` comes before `slice10`, the same on every machine."""
     # Decimal digits only: isdigit() is also true of superscripts, which int() refuses.

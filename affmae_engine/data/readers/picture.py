@@ -1,8 +1,7 @@
 """PNG, JPEG and JPEG 2000: single grey sections of ordinary pictures.
 
 These formats have no random access, so the picture is decoded as a whole when it is first read and kept until
-`close`. Pillow opens only the formats named here. Its own pixel limit (89 megapixels) is below one large EM section,
-so it is switched off and the size in the header is compared with the size of the file instead.
+`close`. Pillow opens only the formats named here; the size in the header is compared with the size of the file first.
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from affmae_engine.data.readers.axes import check_channel
 from affmae_engine.data.readers.grey import Colour, grey_rule
-from affmae_engine.data.readers.source import PixelSize, Refused, Source, SourceInfo, reading, refuse_inflated
+from affmae_engine.data.readers.limits import refuse_inflated, refuse_large_piece
+from affmae_engine.data.readers.source import PixelSize, Refused, Source, SourceInfo, reading
 from affmae_engine.data.readers.units import from_resolution
 
-Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged EXIF and the like
 _FORMATS = ("PNG", "JPEG", "JPEG2000")
 _NAMES = {"PNG": "PNG", "JPEG": "JPEG", "MPO": "JPEG", "JPEG2000": "JPEG 2000"}
-_LARGEST = 8 << 30
 _TRANSPOSED = (5, 6, 7, 8)
 
 # Pillow's modes: raw dtype, meaning of the samples, number of samples.
@@ -74,8 +72,7 @@ def open_picture(path: Path, *, channel: int | None, labels: bool) -> list[Sourc
         rule, _, notes = _rule(path, picture, channel, labels)
         declared = width * height * len(picture.getbands()) * rule.dtype.itemsize
         refuse_inflated(declared, path.stat().st_size, compressed=True)
-        if declared > _LARGEST:
-            raise Refused("it is larger than 8 GiB once decoded", "save it as a tiled TIFF or as OME-Zarr")
+        refuse_large_piece(declared, "it", "save it as a tiled TIFF or as OME-Zarr")
         if getattr(picture, "n_frames", 1) > 1:
             notes = (*notes, f"frame 0 of {picture.n_frames} taken")
         turned = picture.getexif().get(274, 1)

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from affmae_engine.errors import AffmaeError, InputError, human_bytes
+from affmae_engine.errors import AffmaeError, InputError, one_line
 
 PixelSize = tuple[float | None, float | None, float | None]
 UNKNOWN_SIZE: PixelSize = (None, None, None)
@@ -157,26 +157,3 @@ def reading(path: Path, series: str = "") -> Iterator[None]:
     except Exception as error:  # a decoder stumbled: its message says nothing to a user
         what = f"its structure is damaged ({type(error).__name__}: {one_line(error, 60)})"
         raise InputError(f"cannot read {where}: {what}", "is the file complete and undamaged?") from error
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """The message of an exception on one line, without control characters, cut to `limit` characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def refuse_inflated(declared: int, stored: int, *, compressed: bool) -> None:
-    """Refuse a file whose header declares far more data than the file can hold, before anything is allocated.
-
-    Uncompressed data cannot be larger than its file. Compressed data may be (blank sections shrink 1000-fold and
-    more), so a ratio of 5000 is allowed, and anything below 256 MiB is harmless.
-
-    Raises:
-        Refused: the file is truncated, or its header lies.
-    """
-    if declared <= stored or (compressed and (declared <= 256 << 20 or declared <= 5000 * stored)):
-        return
-    raise Refused(
-        f"its header declares {human_bytes(declared)} of pixels, but the file holds only {human_bytes(stored)}",
-        "it is truncated or damaged; copy it again from its origin",
-    )

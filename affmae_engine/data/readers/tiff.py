@@ -22,11 +22,12 @@ from tifffile import PHOTOMETRIC, TiffFile, TiffPageSeries
 
 from affmae_engine.data.readers.axes import Sections, arrange, check_channel
 from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
-from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading, refuse_inflated
+from affmae_engine.data.readers.limits import MOST_PAGES, refuse_inflated, refuse_large_piece, refuse_many
+from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading
+from affmae_engine.data.readers.tiff_compression import check_compression
 from affmae_engine.data.readers.tiff_metadata import pixel_size
 from affmae_engine.data.readers.tiff_pages import PageReader, largest_segment
 
-_LARGEST_SEGMENT = 4 << 30
 _UNCOMPRESSED = 1
 
 
@@ -134,7 +135,18 @@ def _tiff_file(path: Path) -> TiffFile:
     if file.is_ome and "<!ENTITY" in text:
         file.close()
         raise Refused("its OME-XML declares entities, which no microscope writes", "the file is not trustworthy")
+    if _has_page(file, MOST_PAGES):
+        refuse_many(MOST_PAGES + 1, MOST_PAGES, "pages")
     return file
+
+
+def _has_page(file: TiffFile, index: int) -> bool:
+    """Whether there is a page of that number; walks no further than to it."""
+    try:
+        file.pages[index]
+    except IndexError:
+        return False
+    return True
 
 
 def _is_extra(series: TiffPageSeries) -> bool:
@@ -214,8 +226,9 @@ def _check_extent(file: TiffFile, series: TiffPageSeries, size: int) -> None:
                 "copy it again from its origin",
             )
         return
-    if largest_segment(page) > _LARGEST_SEGMENT:
-        raise Refused("it stores more than 4 GiB in one compressed piece", "save it again in strips or tiles")
+    refuse_large_piece(largest_segment(page), "a compressed piece of it", "save it again in strips or tiles")
+    if not plain:
+        check_compression(int(page.compression), getattr(page.compression, "name", str(page.compression)))
     missing = sum(p is None for p in series.pages)
     if missing or len(series.pages) != math.prod(series.shape[: len(series.shape) - page.ndim]):
         raise Refused(f"it is incomplete: {missing or 'some'} of its pages are missing")

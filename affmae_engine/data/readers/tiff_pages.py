@@ -15,9 +15,11 @@ import numpy as np
 from tifffile import TiffFile, TiffPageSeries
 
 from affmae_engine.data.readers.source import Refused
+from affmae_engine.data.readers.tiff_compression import check_piece
 
 _CACHE_BYTES = 48 << 20
 _JPEG_FAMILY = (6, 7, 34892, 33007)
+_OLD_JPEG = 6
 
 Range = tuple[int, int]
 
@@ -111,12 +113,20 @@ class PageReader:
             data = self._file.read(count)
             if len(data) != count:
                 raise Refused(f"page {page} ended {count - len(data)} bytes early", "the file was cut short or changed")
+            header = (self._key.jpegheader or b"") if self._key.compression == _OLD_JPEG else b""
+            check_piece(int(self._key.compression), header + data, self._piece_pixels())
         options: dict[str, Any] = {"_fullsize": False}
         if self._key.compression in _JPEG_FAMILY:
             options |= {"jpegtables": one.jpegtables, "jpegheader": self._key.jpegheader}
         piece = self._key.decode(data, index, **options)[0] if data is not None else None
         self._remember((page, index), piece)
         return piece
+
+    def _piece_pixels(self) -> int:
+        key = self._key
+        if key.is_tiled:
+            return int(key.tilewidth * key.tilelength)
+        return int(key.imagewidth * min(key.rowsperstrip, key.imagelength))
 
     def _remember(self, key: tuple[int, int], piece: np.ndarray | None) -> None:
         self._cache[key] = piece

@@ -1,59 +1,32 @@
 """Zarr 2/3 and OME-Zarr 0.4/0.5 folders as sources, read chunk by chunk at full resolution.
 
-A missing chunk holds the fill value, as the Zarr specification says. Blosc is decoded only after its own header was
-compared with the bytes at hand, because the library reads beyond its buffer otherwise; importing this module puts
-that check in place for the whole process. Links that lead out of the hierarchy's folder are refused.
+A missing chunk holds the fill value, as the Zarr specification says. A chunk is decoded only as far as its array's
+metadata allows (`zarr_codecs.py`). Links that lead out of the hierarchy's folder are refused, as is what is no file.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import stat
 import warnings
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numcodecs
 import numpy as np
 import zarr
-from numcodecs.blosc import Blosc
-from zarr.codecs import BloscCodec
-from zarr.registry import register_codec
 from zarr.storage import LocalStore
 
 from affmae_engine.data.readers.axes import Sections, arrange, check_channel
 from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
-from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading, refuse_inflated
+from affmae_engine.data.readers.limits import LARGEST_RATIO, refuse_inflated
+from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading
+from affmae_engine.data.readers.zarr_codecs import decoding_at_most
 from affmae_engine.data.readers.zarr_metadata import ArrayFound, OneDimensional, check_array, find_arrays
 from affmae_engine.errors import InputError
 
-
-class _CheckedBlosc(Blosc):
-    """Blosc that refuses a buffer shorter than its header says (numcodecs reads past the end of such a buffer)."""
-
-    def decode(self, buf: Any, out: Any = None) -> Any:
-        data = memoryview(buf).cast("B")
-        if len(data) < 16 or int.from_bytes(data[12:16], "little") > len(data):
-            raise ValueError("a Blosc chunk is cut short")
-        return super().decode(buf, out)
-
-
-class CheckedBloscCodec(BloscCodec):
-    """Zarr 3's Blosc codec with the same check."""
-
-    @cached_property
-    def _blosc_codec(self) -> Blosc:
-        settings = super()._blosc_codec.get_config()
-        settings.pop("id")
-        return _CheckedBlosc(**settings)
-
-
-numcodecs.register_codec(_CheckedBlosc, "blosc")
-register_codec("blosc", CheckedBloscCodec)
 # The library's remarks concern metadata that `check_array` has looked at.
 warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
-zarr.config.set({"codecs.blosc": f"{CheckedBloscCodec.__module__}.{CheckedBloscCodec.__qualname__}"})
 
 
 class _ConfinedStore(LocalStore):
@@ -61,8 +34,11 @@ class _ConfinedStore(LocalStore):
 
     async def get(self, key: str, *args: Any, **options: Any) -> Any:
         root = os.path.realpath(self.root)
-        if not os.path.realpath(f"{root}/{key}").startswith(f"{root}/"):
+        path = os.path.realpath(f"{root}/{key}")
+        if not path.startswith(f"{root}/"):
             raise Refused("a link in it leads out of its folder", "only data inside the Zarr folder is read")
+        if _is_special(path):  # a pipe would block for ever
+            raise Refused(f"{key} in it is neither a file nor a folder")
         return await super().get(key, *args, **options)
 
 
@@ -115,7 +91,8 @@ class ZarrSource(Source):
                 letter = "z" if position == moving else ""
                 position += 1
             kept += letter
-        raw = np.asarray(handle[tuple(selection)])
+        with decoding_at_most(_most_decoded(handle)):
+            raw = np.asarray(handle[tuple(selection)])
         order = [kept.index(letter) for letter in "zYXS" if letter in kept]
         raw = raw.transpose(order)
         if "z" not in kept:
@@ -158,7 +135,7 @@ def _describe(root: Path, found: ArrayFound, series: str, channel: int | None, l
     if 0 in array.shape:
         raise Refused("one of its axes has length 0", "there is nothing to read in it")
     declared = math.prod(array.shape) * array.dtype.itemsize
-    refuse_inflated(declared, _stored_bytes(found.folder, declared // 5000 + 1), compressed=True)
+    refuse_inflated(declared, _stored_bytes(found.folder, declared // LARGEST_RATIO + 1), compressed=True)
     leading = "".join(letter for letter in found.axes if letter not in "YXS")
     sizes = tuple(n for letter, n in zip(found.axes, array.shape, strict=True) if letter not in "YXS")
     sections, notes = arrange(leading, sizes, channel if "C" in leading else None)
@@ -185,6 +162,19 @@ def _describe(root: Path, found: ArrayFound, series: str, channel: int | None, l
         value_offset=rule.offset,
     )
     return ZarrSource(info, name, found.axes, sections, sample, rule)
+
+
+def _is_special(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (a hot path)
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _most_decoded(array: Any) -> int:
+    """Bytes that any step of decoding may yield: a filter or an inner index may add a little to a chunk."""
+    return 2 * math.prod(array.shards or array.chunks) * array.dtype.itemsize + (1 << 20)
 
 
 def _series_name(series: str) -> str:

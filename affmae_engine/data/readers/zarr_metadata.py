@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from affmae_engine.data.readers.limits import refuse_large_piece
 from affmae_engine.data.readers.source import UNKNOWN_SIZE, PixelSize, Refused
 from affmae_engine.data.readers.units import nanometres
 
@@ -27,7 +28,6 @@ _CODECS = {
 }  # fmt: skip
 _NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|[<>|]?(b1|[iu][1248]|f[248])")
 _LARGEST_JSON = 16 << 20
-_LARGEST_CHUNK = 2 << 30
 _DEEPEST = 6
 _AXES_BY_RANK = {2: "YX", 3: "ZYX", 4: "CZYX", 5: "TCZYX"}
 
@@ -54,7 +54,7 @@ def is_zarr(folder: Path) -> bool:
 
 def find_arrays(root: Path) -> Iterator[ArrayFound | tuple[Path, Refused]]:
     """All image arrays under `root` (full resolution only), and the nodes that were refused with the reason."""
-    yield from _walk(root, root.resolve(), 0)
+    yield from _walk(root, root.resolve(), 0, set())
 
 
 def check_array(folder: Path) -> None:
@@ -69,6 +69,10 @@ def check_array(folder: Path) -> None:
     if metadata["zarr_format"] == 2:
         codecs = [c for c in [metadata.get("compressor"), *(metadata.get("filters") or [])] if c]
         names = [str(codec.get("id")) for codec in codecs]
+        for codec in codecs:
+            for key in ("dtype", "astype"):
+                if key in codec and not _NUMBERS.fullmatch(str(codec[key])):
+                    raise Refused(f"its codec {names[codecs.index(codec)][:40]} works on {str(codec[key])[:40]}")
         chunk = metadata.get("chunks")
     else:
         grid = metadata.get("chunk_grid", {})
@@ -80,8 +84,8 @@ def check_array(folder: Path) -> None:
         raise Refused(f"its codec {unknown[0][:40]} is not supported", f"supported: {', '.join(sorted(_CODECS))}")
     if not isinstance(chunk, list) or not all(isinstance(n, int) and n > 0 for n in chunk):
         raise Refused("its metadata has no valid chunk shape")
-    if math.prod(chunk) * np.dtype(kind).itemsize > _LARGEST_CHUNK:
-        raise Refused("its chunks are larger than 2 GiB once decoded", "save it again with smaller chunks")
+    nbytes = math.prod(chunk) * np.dtype(kind).itemsize
+    refuse_large_piece(nbytes, "a chunk of it", "save it again with smaller chunks")
 
 
 def _innermost(codecs: list[dict[str, Any]], chunk: list[int]) -> tuple[list[int], list[str]]:
@@ -96,9 +100,12 @@ def _innermost(codecs: list[dict[str, Any]], chunk: list[int]) -> tuple[list[int
     return chunk, names
 
 
-def _walk(folder: Path, root: Path, depth: int) -> Iterator[ArrayFound | tuple[Path, Refused]]:
+def _walk(folder: Path, root: Path, depth: int, seen: set[Path]) -> Iterator[ArrayFound | tuple[Path, Refused]]:
     try:
         resolved = folder.resolve()
+        if resolved in seen:  # links back up would multiply with every level
+            return
+        seen.add(resolved)
         if resolved != root and root not in resolved.parents:
             raise Refused("a link leads out of its folder", "only data inside the Zarr folder is read")
         metadata = _node(folder)
@@ -113,7 +120,7 @@ def _walk(folder: Path, root: Path, depth: int) -> Iterator[ArrayFound | tuple[P
             return
         if depth < _DEEPEST:
             for child in _children(folder):
-                yield from _walk(child, root, depth + 1)
+                yield from _walk(child, root, depth + 1, seen)
     except Refused as refusal:
         yield folder, refusal
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

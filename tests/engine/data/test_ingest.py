@@ -1,5 +1,6 @@
 """Ingestion from files to a store: what is taken, skipped, known already; interruption, damage on the way, labels."""
 
+import errno
 import json
 import os
 import subprocess
@@ -154,6 +155,74 @@ def test_stop_and_continue(tmp_path: Path, small_shards: None) -> None:
     np.testing.assert_array_equal(Store.open(tmp_path / "em.zarr").read("second", ALL, ALL, ALL), stack)
     assert Store.open(tmp_path / "em.zarr")["second"].statistics.mean == pytest.approx(stack.mean())
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+
+def test_half_an_image_that_lost_or_damaged_shards_is_completed(tmp_path: Path, small_shards: None) -> None:
+    stack = picture((9, 64, 64))
+    write(tmp_path / "in", a=stack)
+    bands: list[int] = []
+    store = tmp_path / "em.zarr"
+    ingest(
+        [tmp_path / "in"],
+        store,
+        workers=1,
+        on_progress=lambda s: bands.append(s.done),
+        should_stop=lambda: len(bands) > 6,
+    )
+    first, second, *_ = sorted(file for file in (store / "images/a/0").rglob("c/*/*/*") if file.is_file())
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-9])
+    assert not ingest([tmp_path / "in"], store, workers=1).interrupted
+    np.testing.assert_array_equal(Store.open(store).read("a", ALL, ALL, ALL), stack)
+    # The whole array is gone, as after a power cut: nothing that the ledger said of it counts.
+    other = tmp_path / "other.zarr"
+    bands.clear()
+    ingest(
+        [tmp_path / "in"],
+        other,
+        workers=1,
+        on_progress=lambda s: bands.append(s.done),
+        should_stop=lambda: len(bands) > 6,
+    )
+    (other / "images/a/0/zarr.json").write_bytes(b"")
+    ingest([tmp_path / "in"], other, workers=1)
+    np.testing.assert_array_equal(Store.open(other).read("a", ALL, ALL, ALL), stack)
+
+
+def test_a_device_that_fails_at_any_sync_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in", a=picture((30, 30)))
+    real = os.fsync
+    for number in range(100):
+        left = number
+
+        def fsync(descriptor: int) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise OSError(errno.EIO, "failed")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            ingest([tmp_path / "in"], tmp_path / f"{number}.zarr", workers=1)
+        except ResourceError as error:
+            assert "input/output error" in error.message
+        else:
+            break
+        monkeypatch.undo()
+        ingest([tmp_path / "in"], tmp_path / f"{number}.zarr", workers=1)
+        assert names(tmp_path / f"{number}.zarr") == ["a"]
+    assert number > 15
+
+
+def test_the_order_in_which_images_finish_does_not_show(tmp_path: Path) -> None:
+    write(tmp_path / "in", a=picture((30, 30)), b=picture((30, 30), 1))
+    ingest([tmp_path / "in" / "a.tif"], tmp_path / "1.zarr")
+    ingest([tmp_path / "in"], tmp_path / "1.zarr")
+    ingest([tmp_path / "in" / "b.tif"], tmp_path / "2.zarr")
+    ingest([tmp_path / "in"], tmp_path / "2.zarr")
+    for name in ("affmae/ledger.jsonl", "zarr.json"):
+        assert (tmp_path / "1.zarr" / name).read_bytes() == (tmp_path / "2.zarr" / name).read_bytes()
 
 
 def test_damage_in_the_middle_leaves_nothing_of_the_image(tmp_path: Path, small_shards: None) -> None:

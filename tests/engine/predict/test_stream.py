@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -149,7 +150,7 @@ def test_rescale_shows_the_training_magnification_and_keeps_the_grid(
     assert not any("--rescale" in text for text in report.warnings)
 
 
-def test_a_stop_or_an_error_leaves_nothing(
+def test_a_stop_or_an_error_leaves_nothing_but_the_journal(
     tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
 ) -> None:
     path, folder = write_stack(blobs), tmp_path / "results"
@@ -165,12 +166,13 @@ def test_a_stop_or_an_error_leaves_nothing(
 
     for name in ("out.tif", "out.zarr"):
         targets = Outputs(folder / name, with_probabilities=True)
-        with pytest.raises(Interrupted, match="nothing was written") as caught:
+        with pytest.raises(Interrupted, match="no output was written") as caught:
             run(path, make_predictor(), folder, targets=targets, on_progress=after_some, stop=stop)
         assert caught.value.exit_code == 143
         with pytest.raises(KeyboardInterrupt):
             run(path, make_predictor(), folder, targets=targets, on_progress=fail)
-        assert list(folder.iterdir()) == []
+        assert [entry.name for entry in folder.iterdir()] == [f".{name}.unfinished"]
+        shutil.rmtree(folder / f".{name}.unfinished")
 
 
 def test_overwriting_keeps_the_old_file_until_the_new_one_is_complete(
@@ -297,9 +299,11 @@ class Model(torch.nn.Module):
 
 depth, height, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 info = SourceInfo(out, "", "ramp", (depth, height, 256), np.dtype("u1"), (40.0, 4.0, 4.0), "made up")
+weights = out.parent / "w"
+weights.touch()
 about = WeightsMetadata(task="finetune", model={}, image_size=128, normalisation={}, class_names=("a", "b", "c"))
 choice = DeviceChoice(torch.device("cpu"), torch.float32, "fp32", "CPU")
-predictor = Predictor(out / "w", about, Model().eval(), choice, Normalisation("dataset", 100.0, 50.0), 1)
+predictor = Predictor(weights, about, Model().eval(), choice, Normalisation("dataset", 100.0, 50.0), 1)
 predict(Ramp(info), predictor, Outputs(out.parent / f"{depth}-{height}.tif"), PredictOptions(batch_size=8))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

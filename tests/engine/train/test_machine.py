@@ -40,7 +40,8 @@ def test_a_run_folder_that_vanishes_ends_the_run_with_its_reason(
     assert moved.checkpoint_steps()[0] in (2, 3), "3 may have been under way"
     checkpoint.verify(moved.checkpoint(moved.checkpoint_steps()[0]))
     found = [events.from_line(line) for line in moved.metrics.read_text().splitlines()]
-    assert sum(isinstance(event, events.Warned) for event in found) == 2
+    warned = [event.message for event in found if isinstance(event, events.Warned)]
+    assert sum(message.startswith("no checkpoint of step") for message in warned) == 2
     assert fit(moved, config, make_toy().task, resume=True).status == "finished"
 
 

@@ -1,0 +1,90 @@
+"""What the bytes of a prediction depend on, and whether outputs that are there already are those of a prediction.
+
+Outputs carry a hash over it, so that a finished one is known again when a folder is predicted a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tifffile import TiffFile
+
+from affmae_engine.data.readers import Source
+from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers.source import reading
+from affmae_engine.errors import ConfigError
+from affmae_engine.predict import journal
+from affmae_engine.predict.ome_zarr import ATTRIBUTE
+from affmae_engine.predict.outputs import Outputs
+from affmae_engine.predict.predictor import Predictor
+
+if TYPE_CHECKING:
+    from affmae_engine.predict.stream import PredictOptions
+
+# In JSON, in JSON inside XML attributes, or in XML text.
+_IN_TEXT = re.compile(r"fingerprint(?:\"|&quot;|\\\"): (?:\"|&quot;|\\\")([0-9a-f]{64})")
+
+
+def made_from(source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions) -> dict[str, Any]:
+    """Everything that the bytes of a prediction depend on, as plain JSON values.
+
+    Raises:
+        InputError: the image is gone.
+    """
+    info = source.info
+    with reading(info.path):
+        size, mtime = size_and_mtime(info.path)
+    return {
+        "weights": predictor.weights_sha256,
+        "image": [info.path.name, info.series, size, mtime, *info.shape_ZYX],
+        "tile": predictor.tile(options.tile),
+        "overlap": options.overlap,
+        "batch": options.batch_size,
+        "rescaling": options.rescale,
+        "pixel_size": list(options.pixel_nm),
+        "probabilities": targets.with_probabilities,
+        "device": [predictor.choice.device.type, predictor.choice.precision],
+    }
+
+
+def fingerprint(made_from: Mapping[str, Any]) -> str:
+    """SHA-256 of what a prediction depends on; outputs carry it, so that a finished one is known again."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions) -> bool:
+    """Whether every output of this very prediction is there; False as well when there are none or only some.
+
+    Raises:
+        ConfigError: the labels there were made by another prediction, or by something else.
+        InputError: the image is gone.
+    """
+    if not targets.labels.exists():
+        return False
+    wanted = fingerprint(made_from(source, predictor, targets, options))
+    if recorded_fingerprint(targets.labels) != wanted:
+        raise ConfigError(
+            f"{targets.labels} exists and was made with another model, image or options",
+            "replace it with --overwrite, or choose another -o/--out",
+        )
+    return all(path.exists() for path in targets.all) and not journal.folder_of(targets.labels).exists()
+
+
+def recorded_fingerprint(labels: Path) -> str | None:
+    """The fingerprint that a label file carries; None where there is none that can be read."""
+    try:
+        if labels.is_dir():
+            attributes = json.loads((labels / "zarr.json").read_text("utf-8"))["attributes"]
+            found = attributes[ATTRIBUTE].get("fingerprint")
+            return found if isinstance(found, str) else None
+        with TiffFile(labels) as file:
+            text = str((file.imagej_metadata or {}).get("Info", "")) or file.ome_metadata or ""
+    except Exception:  # whatever stands there, it is not ours
+        return None
+    match = _IN_TEXT.search(text)
+    return match[1] if match else None

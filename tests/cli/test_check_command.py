@@ -1,0 +1,116 @@
+"""`affmae check`: whole things pass, damage is named and exits with 6, and nothing is changed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from typer.testing import CliRunner, Result
+
+from affmae_cli.main import app
+from affmae_engine.config import RunConfig
+from affmae_engine.data.ingest import ingest
+from affmae_engine.predict.label_rows import LabelRows, OutputInfo
+from affmae_engine.predict.ome_zarr import ZarrRows, labels_attributes
+from affmae_engine.predict.tiff_labels import write_tiff
+from affmae_engine.run_dir import create
+from affmae_engine.train import checkpoint
+from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.visualize import class_colours
+
+LABELS = np.random.default_rng(0).integers(0, 3, (3, 50, 40)).astype(np.uint8)
+
+
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["check", *map(str, arguments)])
+
+
+def dataset(root: Path) -> Path:
+    for name in "ab":
+        tifffile.imwrite(root / f"{name}.tif", LABELS, photometric="minisblack")
+    tifffile.imwrite(root / "b.tif", LABELS[:2], photometric="minisblack")
+    ingest([root / "a.tif", root / "b.tif"], root / "em.zarr")
+    return root / "em.zarr"
+
+
+def run(root: Path) -> Path:
+    made = create(root / "run")
+    made.write_config(RunConfig(), "pretrain")
+    for step in (1, 2):
+        about = WeightsMetadata(task="pretrain", step=step, model={}, image_size=8, normalisation={})
+        checkpoint.save(made, weights={}, optimizer={}, state={}, metadata=about)
+    return made.root
+
+
+def tiff(root: Path) -> Path:
+    about = OutputInfo("a", (3, 50, 40), LABELS.dtype, (None, 4.0, 4.0), ("x", "y", "z"), {"fingerprint": "0" * 64})
+    write_tiff(root / "a.tif", about, (LabelRows(z, 0, LABELS[z]) for z in range(3)))
+    return root / "a.tif"
+
+
+def volume(root: Path) -> Path:
+    attributes = labels_attributes("a", (None, None, None), ("x", "y", "z"), class_colours(3), {})
+    rows = ZarrRows(
+        root / "a.zarr",
+        shape_ZYX=(3, 50, 40),
+        dtype=LABELS.dtype,
+        attributes=attributes,
+        dimension_names=("z", "y", "x"),
+    )
+    for z in range(3):
+        rows.add(z, 0, LABELS[z] if z != 1 else np.zeros_like(LABELS[z]))
+    return root / "a.zarr"
+
+
+def damage(file: Path) -> None:
+    """Flip a bit in the middle; of a TIFF, in the middle of its first strip."""
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    if file.suffix == ".tif":
+        with tifffile.TiffFile(file) as opened:
+            page = opened.pages.first
+            middle = page.dataoffsets[0] + page.databytecounts[0] // 2
+    data[middle] ^= 8
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "victim"),
+    [(dataset, "dataset", "images/a/0/c/0/0/0"), (run, "run", "checkpoints/step-000002/state.json"),
+     (run, "run", "checkpoints/step-000001/weights.safetensors"), (tiff, "prediction", ""),
+     (volume, "prediction", "0/c/0/0/0")],
+)  # fmt: skip
+def test_whole_then_damaged(tmp_path: Path, make: Any, kind: str, victim: str) -> None:
+    path = make(tmp_path)
+    good = check(path, "--json")
+    assert good.exit_code == 0, good.output
+    (found,) = json.loads(good.stdout)
+    assert found["kind"] == kind and found["checked"] >= 1 and not found["problems"]
+    before = set(tmp_path.rglob("*"))
+    damage(path / victim if victim else path)
+    bad = check(path)
+    assert bad.exit_code == 6 and "Traceback" not in bad.output
+    assert f"({kind})" in bad.stdout and "1 damaged" in bad.stdout
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_chunk_is_not_background(tmp_path: Path) -> None:
+    path = volume(tmp_path)
+    (path / "0" / "c" / "0" / "0" / "0").unlink()
+    result = check(path)
+    assert result.exit_code == 6 and "is missing" in result.stdout
+
+
+def test_unfinished_and_foreign_things(tmp_path: Path) -> None:
+    (tmp_path / ".out.tif.unfinished").mkdir()
+    unfinished = check(tmp_path / "out.tif")
+    assert unfinished.exit_code == 6 and "unfinished" in unfinished.stdout
+    tifffile.imwrite(tmp_path / "foreign.tif", LABELS, photometric="minisblack")
+    (tmp_path / "folder").mkdir()
+    for name, text in (("foreign.tif", "was not written by"), ("folder", "is neither"), ("absent", "no such")):
+        result = check(tmp_path / name)
+        assert result.exit_code == 3 and text in " ".join(result.stderr.split())
+    several = check(dataset(tmp_path), tiff(tmp_path), "-q")
+    assert several.exit_code == 0 and several.stdout.count("whole") == 2 and not several.stderr
