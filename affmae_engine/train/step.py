@@ -146,8 +146,11 @@ class TrainStep:
                 seed(part)
                 last = self._ranks.world > 1 and part == self._accumulate - 1
                 run = partial(self._run_backward, exchange=True) if last else self._backward
-                for name, share in run(batch).items():
-                    sums[name] = sums[name] + share if name in sums else share
+                shares = run(batch)
+                if part == 0:  # a copy, where a recorded pass will overwrite its results with those of the next
+                    sums = {name: share.clone() for name, share in shares.items()} if self._accumulate > 1 else shares
+                else:
+                    sums = {name: total + shares[name] for name, total in sums.items()}
         except _Abandoned:
             return "out of memory in another process"
         except Exception as error:

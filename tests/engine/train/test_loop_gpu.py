@@ -92,7 +92,7 @@ def test_a_recorded_step_gives_the_same_bits(
 ) -> None:
     choice = pick_device(TrainConfig(device="cuda", precision=precision))
     data = [{"x": torch.randn(4, 6)} for _ in range(accumulate * (EAGER_STEPS + 4))]
-    weights = []
+    weights, losses = [], []
     for record in (False, True):
         config, task = make_config(), make_toy().task
         model = task.model.to(choice.device)
@@ -104,8 +104,10 @@ def test_a_recorded_step_gives_the_same_bits(
         batches = iter(data)
         for step in range(EAGER_STEPS + 4):
             set_learning_rate(optimizer, 1e-3 * (step + 1))
-            take_step(batches, seed=torch.manual_seed, watch=Stopwatch())
+            taken = take_step(batches, seed=torch.manual_seed, watch=Stopwatch())
         weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        losses.append(float(taken.losses["loss"]))
+    assert losses[0] == losses[1]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
