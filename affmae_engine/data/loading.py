@@ -11,6 +11,7 @@ of a sample travel as records, not as exceptions, so that they keep their type, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import multiprocessing
@@ -21,6 +22,7 @@ import time
 import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -41,6 +43,7 @@ PREFETCH = 2
 
 _GRACE_S = 20
 _POLL_S = 1.0
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
 
 _log = logging.getLogger(__name__)
@@ -227,7 +230,9 @@ def _loader(items: _MicroBatches, first: int, workers: int) -> DataLoader:
         return DataLoader(items, batch_size=None, sampler=_From(first), collate_fn=_as_is, pin_memory=pinned)
     context = multiprocessing.get_context("forkserver")
     # Imported once by the server, so that a worker starts in milliseconds and shares that memory.
-    context.set_forkserver_preload(["affmae_engine.data.dataset"])
+    context.set_forkserver_preload(["affmae_engine.data.dataset", "affmae_engine.data.segmentation"])
+    with _one_thread_each():
+        forkserver.ensure_running()
     return DataLoader(
         items,
         batch_size=None,
@@ -240,6 +245,22 @@ def _loader(items: _MicroBatches, first: int, workers: int) -> DataLoader:
         multiprocessing_context=context,
         worker_init_fn=_start_worker,
     )
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """What starts inside computes with one thread: a linear algebra library of 16 in each of 8 workers would have them
+    fight for the cores, and read its environment when it is imported, before a worker could say so."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _as_is(item: Any) -> Any:

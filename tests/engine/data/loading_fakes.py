@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -84,3 +86,13 @@ class Signalled(Described):
             for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
                 os.kill(os.getpid(), number)
         return super().sample(index)
+
+
+class Threads:
+    """How many threads linear algebra adds to a worker."""
+
+    def sample(self, index: int, /) -> dict[str, Tensor]:
+        square = np.ones((800, 800), np.float32)
+        before = psutil.Process().num_threads()
+        square @ square
+        return {"index": torch.tensor(psutil.Process().num_threads() - before)}

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,6 +121,15 @@ def test_hanging_worker(fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> N
 def test_signals_for_the_group_do_not_end_workers(fakes: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     assert take(fakes.Signalled(), 5, workers=1)[-1] == [8, 9]
     assert not caplog.text
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core, one thread")
+def test_workers_compute_with_one_thread_each(fakes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    forkserver._forkserver._stop()  # an earlier test's, which read another environment
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    assert take(fakes.Threads(), 2, workers=1) == [[0, 0], [0, 0]]
+    assert os.environ["OMP_NUM_THREADS"] == "2" and "OPENBLAS_NUM_THREADS" not in os.environ
 
 
 def test_closing_leaves_no_process(fakes: ModuleType) -> None:
