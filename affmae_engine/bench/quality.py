@@ -28,8 +28,11 @@ COMPILE_FROM_S = 300.0
 """Pretraining budget from which `kernels.compile = "auto"` compiles, both models alike: compiling costs up to two
 minutes the first time. It is not part of the budget, but somebody waits for it."""
 
-FEWEST_STEPS = 10
-"""Steps that a budget must allow, or there is no schedule to speak of."""
+FEWEST_STEPS: Mapping[Task, int] = {"pretrain": 10, "finetune": 100}
+"""Steps that a budget must allow. In fewer, pretraining has no schedule to speak of, and a segmenter stays near its
+random beginning and gives every pixel the same class, so that all scores are equally bad."""
+
+_DOING: Mapping[Task, str] = {"pretrain": "pretraining", "finetune": "finetuning"}
 
 
 @dataclass(frozen=True)
@@ -176,21 +179,22 @@ class QualityPlan:
             for model in MODELS:
                 step_s = speeds[size, model, "pretrain"].step_s
                 if step_s is not None and (size, model) not in pretrain:
-                    pretrain[size, model] = _steps("--budget", self.budget_s, step_s, f"pretraining {model} {size}")
+                    pretrain[size, model] = _steps("pretrain", self.budget_s, step_s, f"{model} {size}")
             tuning = [speeds[size, model, "finetune"].step_s for model in MODELS]
             known = [step_s for step_s in tuning if step_s is not None]
             if known and size not in finetune:
-                what = f"finetuning {size}"
-                finetune[size] = _steps("--finetune-budget", self.finetune_budget_s, max(known), what)
+                finetune[size] = _steps("finetune", self.finetune_budget_s, max(known), size)
         return Lengths(pretrain, finetune)
 
 
-def _steps(option: str, budget_s: float, step_s: float, what: str) -> int:
-    steps = int(budget_s / step_s)
-    if steps < FEWEST_STEPS:
+def _steps(stage: Task, budget_s: float, step_s: float, what: str) -> int:
+    steps, fewest = int(budget_s / step_s), FEWEST_STEPS[stage]
+    if steps < fewest:
+        option = "--budget" if stage == "pretrain" else "--finetune-budget"
         raise ConfigError(
-            f"{option} {budget_s:g}s allows {steps} steps of {what} ({step_s:.2g} s each), fewer than {FEWEST_STEPS}",
-            f"at least {option} {math.ceil(FEWEST_STEPS * step_s)}s, or smaller steps: --set train.batch_size=N",
+            f"{option} {budget_s:g}s allows {steps} steps of {_DOING[stage]} {what} ({step_s:.2g} s each), "
+            f"fewer than {fewest}",
+            f"at least {option} {math.ceil(fewest * step_s)}s, or smaller steps: --set train.batch_size=N",
         )
     return steps
 

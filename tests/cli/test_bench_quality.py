@@ -28,7 +28,7 @@ def short() -> Iterator[None]:
     """Calibrations and budgets of a fraction of a second, on any machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(quality, "FEWEST_STEPS", 1)
+        patch.setattr(quality, "FEWEST_STEPS", {"pretrain": 1, "finetune": 1})
         patch.setattr(quality_run, "SHORTEST_CALIBRATION_S", 0.1)
         yield
 

@@ -92,6 +92,9 @@ def test_steps_follow_from_speeds() -> None:
     assert plan.lengths(broken).pretrain == {("tiny", "affmae"): 600}
     with pytest.raises(ConfigError, match="--budget 60s allows 6 steps of pretraining vit-mae tiny"):
         plan.lengths({**speeds, ("tiny", "vit-mae", "pretrain"): Speed(10.0)})
+    with pytest.raises(ConfigError, match="allows 80 steps of finetuning tiny") as refused:
+        plan.lengths({**speeds, ("tiny", "affmae", "finetune"): Speed(0.25)})
+    assert "--finetune-budget 25s" in refused.value.hint
 
 
 @pytest.mark.parametrize(

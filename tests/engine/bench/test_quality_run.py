@@ -49,7 +49,7 @@ with open(os.path.join(job["runs"], "diary"), "a") as diary:
 @pytest.fixture
 def plan() -> QualityPlan:
     configs = {("tiny", task): RunConfig() for task in ("pretrain", "finetune")}
-    return QualityPlan(("tiny",), (0, 1), (0.5, 1.0), 10.0, 5.0, configs)
+    return QualityPlan(("tiny",), (0, 1), (0.5, 1.0), 10.0, 50.0, configs)
 
 
 class FakeStore:
@@ -85,7 +85,7 @@ def test_everything_is_measured_then_trained(make_run, tmp_path, plan) -> None:
     run = make_run(commit=lambda progress: commits.append(sum(r.status == "ok" for r in progress.results.values())))
     progress = run.run()
     assert set(statuses(progress).values()) == {"ok"} and len(progress.results) == 20
-    assert progress.lengths == Lengths({("tiny", "affmae"): 40, ("tiny", "vit-mae"): 20}, {"tiny": 10})
+    assert progress.lengths == Lengths({("tiny", "affmae"): 40, ("tiny", "vit-mae"): 20}, {"tiny": 100})
     lines = diary(tmp_path)
     assert lines[:4] == [
         f"measure tiny-{m}-seed0-{what}" for m in ("affmae", "vit-mae") for what in ("pretrain", "scratch-1")
