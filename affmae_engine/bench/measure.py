@@ -24,10 +24,8 @@ from affmae_engine.bench.timing import Timing, step_times
 from affmae_engine.config import TrainConfig
 from affmae_engine.errors import AffmaeError
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
+from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.step import EAGER_STEPS
-
-_MEMORY_WORDS = ("out of memory", "can't allocate memory")
-"""What PyTorch says of a card and of main memory."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +148,8 @@ def _problem(attempt: Callable[[], None]) -> tuple[bool, str] | None:
     try:
         attempt()
     except Exception as error:  # one side's failure must not hide the other's result
-        out = _memory_error(error)
+        out = out_of_memory(error)
         return out is not None, _first_line(out or error)
-    return None
-
-
-def _memory_error(error: BaseException) -> BaseException | None:
-    """The out-of-memory error behind an exception: compiler and autograd wrap it at times."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)) or any(w in str(seen) for w in _MEMORY_WORDS):
-            return seen
-        seen = seen.__cause__ or seen.__context__
     return None
 
 

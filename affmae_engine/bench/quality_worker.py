@@ -31,14 +31,15 @@ from affmae_engine.bench.quality_pace import WARMUP_STEPS, Pace
 from affmae_engine.config import RunConfig
 from affmae_engine.data.split import Split
 from affmae_engine.data.store import Store
-from affmae_engine.errors import AffmaeError, DivergedError, Interrupted
+from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, ResourceError
 from affmae_engine.events import finite
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train.checkpoint import WEIGHTS
+from affmae_engine.train.checkpoint import STATE, WEIGHTS
 from affmae_engine.train.device import pick_device
 from affmae_engine.train.environment import write_environment
 from affmae_engine.train.finetuning import finetune_task
 from affmae_engine.train.loop import fit
+from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.pretraining import pretrain_task
 from affmae_engine.train.task import Task
 
@@ -113,24 +114,14 @@ def weights_of(part: Part, runs: Path) -> Path:
 def calibrate(work: Work, store: Store, parts: Parts, runs: Path) -> Speed:
     """Measure the training speed of a part's kind: its own model, data and loop, for a few seconds.
 
-    Where the micro-batch does not fit into the card's memory, halves are tried, which changes nothing but the time.
+    Where the micro-batch does not fit into the card's memory, the loop halves it; what it came to is in the result, so
+    that the parts begin with it.
     """
     config = RunConfig.model_validate(work.config)
-    batch, asked = config.train.batch_size, config.train.micro_batch
-    micro = asked if isinstance(asked, int) else batch
-    while True:
-        speed = _measure(work, config, micro, store, parts, runs)
-        _free()
-        if speed.status != "out of memory" or micro == 1 or batch % (micro // 2):
-            return speed
-        micro //= 2
-
-
-def _measure(work: Work, config: RunConfig, micro: int, store: Store, parts: Parts, runs: Path) -> Speed:
     run = RunDir(runs / f"calibration-{work.part.name}")
     pace = Pace(_warmup(config), enough_s=work.calibrate_s or 0.0)
     every = 1 if pace.warmup == WARMUP_STEPS["cpu"] else 5
-    train = {"steps": CALIBRATION_STEPS, "log_every": every, "micro_batch": micro}
+    train = {"steps": CALIBRATION_STEPS, "log_every": every}
     config = config.model_copy(update={"train": config.train.model_copy(update=train)})
     try:
         shutil.rmtree(run.root, ignore_errors=True)
@@ -138,13 +129,19 @@ def _measure(work: Work, config: RunConfig, micro: int, store: Store, parts: Par
         run_dir.create(run.root)
         _fit(run, config, task, store, pace)
     except Interrupted:
-        return Speed(pace.step_s, pace.startup_s, micro)
+        return Speed(pace.step_s, pace.startup_s, _used_micro_batch(run))
     except Exception as error:  # a model that cannot be trained here is a result
         traceback.print_exception(error, file=sys.stderr)
         return Speed(None, status=_status(error), note=_first_line(error))
     finally:
         shutil.rmtree(run.root, ignore_errors=True)
+        _free()
     raise AssertionError("a calibration is stopped by the clock, long before its last step")
+
+
+def _used_micro_batch(run: RunDir) -> int:
+    """What the loop ended with, from the checkpoint that it leaves when it is stopped."""
+    return int(run.read_json(run.checkpoint(run.checkpoint_steps()[0]) / STATE)["micro_batch"]["used"])
 
 
 def _task(
@@ -211,11 +208,8 @@ def _free() -> None:
 
 
 def _status(error: BaseException) -> Status:
-    seen: BaseException | None = error
-    while seen is not None:  # compiler and autograd wrap it at times
-        if isinstance(seen, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(seen):
-            return "out of memory"
-        seen = seen.__cause__ or seen.__context__
+    if out_of_memory(error) is not None or (isinstance(error, ResourceError) and "out of memory" in error.message):
+        return "out of memory"
     return "diverged" if isinstance(error, DivergedError) else "failed"
 
 

@@ -11,6 +11,7 @@ from affmae_engine.bench.quality_worker import Job, Work, calibrate, train_part,
 from affmae_engine.config import RunConfig
 from affmae_engine.data.phantom import CLASS_NAMES, generate
 from affmae_engine.events import RunStarted, StepLogged
+from affmae_engine.train.losses import SegmentationLoss
 
 TINY = {
     "model": {"size": "tiny"}, "data": {"crop_size": 32, "workers": 0}, "kernels": {"compile": False},
@@ -106,21 +107,21 @@ def test_divergence_is_a_result(store, config, tmp_path) -> None:
 
 
 def test_calibration_halves_what_does_not_fit(store, work, tmp_path, monkeypatch) -> None:
-    real, tried = quality_worker._fit, []
+    real, tried = SegmentationLoss.__call__, []
 
-    def fit(run, config, *rest):
-        tried.append(config.train.micro_batch)
-        if config.train.micro_batch > 1:
+    def scarce(loss: SegmentationLoss, outputs: dict, labels: torch.Tensor) -> dict:
+        tried.append(len(labels))
+        if len(labels) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        real(run, config, *rest)
+        return real(loss, outputs, labels)
 
-    monkeypatch.setattr(quality_worker, "_fit", fit)
+    monkeypatch.setattr(SegmentationLoss, "__call__", scarce)
     part = Part("tiny", "vit-mae", 0, "scratch", 1.0)
     speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
-    assert tried == [2, 1] and speed.micro_batch == 1 and 0 < speed.step_s < 10
+    assert tried[:3] == [2, 1, 1] and speed.micro_batch == 1 and 0 < speed.step_s < 10
     assert not list(tmp_path.glob("calibration-*")), "nothing is left of it"
 
-    monkeypatch.setattr(quality_worker, "_fit", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(SegmentationLoss, "__call__", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
     assert speed.step_s is None and speed.status == "out of memory"
 
