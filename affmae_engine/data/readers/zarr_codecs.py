@@ -32,6 +32,7 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.registry import register_codec
 
 _ENDLESS = 1 << 62
+_MOST_MEMBERS = 100  # of one chunk; writers make one, and each costs a copy of what follows it
 _LZMA_MEMORY = 512 << 20  # what level 9 needs is 65 MiB; a header may ask for 4 GiB
 _LIMIT: ContextVar[int] = ContextVar("affmae_decoded_bytes", default=_ENDLESS)
 
@@ -82,6 +83,8 @@ def _inflate(new: Any, data: memoryview) -> bytes:
     limit, parts, size = _LIMIT.get(), [], 0
     rest: Any = data
     while len(rest):
+        if len(parts) == _MOST_MEMBERS:
+            raise ValueError(f"a chunk has more than {_MOST_MEMBERS} compressed members")
         stream: _Stream = new()
         part = stream.decompress(rest, min(limit - size + 1, 1 << 62))
         size += len(part)

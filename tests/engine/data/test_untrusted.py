@@ -290,6 +290,10 @@ def test_a_limit_holds_only_inside_its_block() -> None:
     assert len(decode(double)) == 100
     with pytest.raises(ValueError, match="cut short"):
         decode(gzip.compress(b"a" * 50)[:-3])
+    with pytest.raises(ValueError, match="more than 100 compressed members"):
+        decode(
+            gzip.compress(b"") * 50_000
+        )  # each would be a copy of all that follow: seconds here, hours in a large file
 
 
 def test_links_that_multiply_and_pipes_that_block(tmp_path: Path) -> None:
