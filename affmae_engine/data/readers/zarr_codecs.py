@@ -80,7 +80,7 @@ class _Stream(Protocol):
 
 def _inflate(new: Any, data: memoryview) -> bytes:
     """All members of a stream; `new()` makes a decompressor for one."""
-    limit, parts, size = _LIMIT.get(), [], 0
+    limit, parts, size = _LIMIT.get(), list[bytes](), 0
     rest: Any = data
     while len(rest):
         if len(parts) == _MOST_MEMBERS:
