@@ -23,7 +23,7 @@ SHAPES = {
     "short tail, flat canvas": ((5, 23), 83, 16, 1, 3, 32),
     "wide heads": ((9, 8), 50, 24, 2, 2, 64),
     "narrow heads": ((8, 9), 49, 32, 1, 5, 16),
-    "several groups": ((16, 9), 129, 64, 1, 4, 32),
+    "several groups": ((12, 9), 97, 64, 1, 2, 32),
 }
 
 
@@ -95,10 +95,10 @@ def test_same_bits_in_every_run(scatter, dtype) -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 14.0])
 def test_extreme_logits_are_finite_and_no_worse_than_sdpa(scatter, dtype, scale) -> None:
     """scale 14 gives logits of about +-1e3; the neighbourhood is full, so SDPA does the same."""
-    shape = ((9, 7), 61, 64, 2, 2, 32)
+    shape = ((9, 7), 61, 64, 1, 2, 32)
     args, near = inputs(shape, dtype, scale=scale), neighbourhoods(scatter, shape)
     args[3:] = [a.detach().clamp(-100, 100).requires_grad_() for a in args[3:]]
-    upstream = torch.randn(2, 61, 2, 32).to(DEVICE, dtype)
+    upstream = torch.randn(1, 61, 2, 32).to(DEVICE, dtype)
     found, exact = both(args, near, upstream)
     assert all(torch.isfinite(tensor).all() for tensor in found)
     theirs = sdpa(*(a.detach() for a in args), near)
