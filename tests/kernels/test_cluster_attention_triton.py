@@ -109,7 +109,7 @@ def test_extreme_logits_are_finite_and_no_worse_than_sdpa(scatter, dtype, scale)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-30, 100.0, 1000.0])
 def test_no_scale_gives_nan_or_inf(scatter, dtype, scale) -> None:
-    shape = SHAPES["short tail, flat canvas"]
+    shape = ((3, 11), 19, 16, 1, 2, 32)  # a short tail
     args, near = inputs(shape, dtype, scale=scale), neighbourhoods(scatter, shape)
     out = cluster_attention(args[0], near, *args[1:], backend="triton")
     assert all(torch.isfinite(g).all() for g in (out, *torch.autograd.grad(out, args, torch.ones_like(out) * 1e-3)))
@@ -130,7 +130,7 @@ def sdpa(qkv, blank_key, blank_value, bias_weight, bias, near):
 
 
 def test_operator_is_one_node_of_a_compiled_graph(scatter) -> None:
-    shape = SHAPES["fewer tokens than neighbours"]
+    shape = SHAPES["one cluster"]
     args, near = inputs(shape, torch.float32), neighbourhoods(scatter, shape)
     plain = cluster_attention(args[0], near, *args[1:], backend="triton")
     compiled = torch.compile(

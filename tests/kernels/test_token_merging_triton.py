@@ -19,7 +19,7 @@ SHAPES = {
     "one survivor": ((7, 6), 37, 64, 2, 32, 1),
     "short tail, flat canvas": ((5, 23), 83, 16, 1, 96, 33),
     "all survive": ((6, 7), 29, 24, 2, 48, 29),
-    "several groups": ((12, 9), 97, 64, 1, 64, 38),
+    "several groups": ((12, 9), 97, 64, 1, 32, 38),
 }
 
 
@@ -98,7 +98,7 @@ def test_scale_of_the_features_does_not_matter(scatter, scale) -> None:
 
 
 def test_operator_is_one_node_of_a_compiled_graph(scatter) -> None:
-    shape = SHAPES["all survive"]
+    shape = SHAPES["one cluster"]
     args, rows, near = problem(scatter, shape, torch.float32)
 
     def function(feat, score, *rest):
