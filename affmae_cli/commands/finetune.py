@@ -183,7 +183,10 @@ def _begin(
 ) -> tuple[RunDir, Summary, TransferReport | None]:
     from affmae_cli.progress import watched_fit
     from affmae_engine.run_dir import create, free_name
+    from affmae_engine.train.device import pick_device
+    from affmae_engine.train.environment import command_line, write_environment
 
+    choice = pick_device(resolved.config.train)
     if out is not None and out.exists() and not overwrite:
         create(out)  # refuses now, not after the labels were read
     if out is not None and init_from is not None and init_from.resolve().is_relative_to(out.resolve()):
@@ -192,11 +195,6 @@ def _begin(
     if not quiet:
         for line in (labelled.summary, *labelled.checked.notes):
             output.say(line)
-    # Only now, for loading torch takes seconds: a mistyped name is told at once.
-    from affmae_engine.train.device import pick_device
-    from affmae_engine.train.environment import command_line, write_environment
-
-    choice = pick_device(resolved.config.train)
     run = create(out or free_name(Path("runs"), f"finetune-{Path(sources.images[0]).stem}"), overwrite=overwrite)
     try:
         config, task, report, store = _prepare(run, resolved.config, labelled, sources, init_from)

@@ -15,15 +15,16 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HALF = [pytest.param(dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16)]
 DTYPES = [torch.float32, *HALF]
 NAMES = ("qkv", "blank_key", "blank_value", "bias_weight", "bias")
+ON_CARD = DEVICE == "cuda"  # the interpreter takes a second for what a card does in no time
 # canvas, tokens, neighbours, batch, heads, head width
 SHAPES = {
     "one cluster": ((4, 4), 5, 64, 2, 2, 32),
     "one token": ((3, 3), 1, 64, 1, 1, 16),
-    "fewer tokens than neighbours": ((7, 6), 37, 64, 2, 4, 32),
+    "fewer tokens than neighbours": ((7, 6), 37, 64, 2, 4 if ON_CARD else 2, 32),
     "short tail, flat canvas": ((5, 23), 83, 16, 1, 3, 32),
     "wide heads": ((9, 8), 50, 24, 2, 2, 64),
-    "narrow heads": ((8, 9), 49, 32, 1, 5, 16),
-    "several groups": ((12, 9), 97, 64, 1, 2, 32),
+    "narrow heads": ((8, 9), 49, 32, 1, 5 if ON_CARD else 3, 16),
+    "several groups": ((16, 9), 129, 64, 1, 4, 32) if ON_CARD else ((12, 9), 97, 64, 1, 1, 32),
 }
 
 
@@ -82,7 +83,7 @@ def test_strided_features_and_gradients(scatter) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_in_every_run(scatter, dtype) -> None:
-    shape = SHAPES["several groups"]
+    shape = SHAPES["several groups" if ON_CARD else "one cluster"]  # the interpreter knows one order only
     runs = []
     for _ in range(2):
         args, near = inputs(shape, dtype), neighbourhoods(scatter, shape)
