@@ -86,6 +86,7 @@ class Options:
     profile: bool = False
     timeout: float = 900.0
     kernels: bool = False
+    counters: bool = False
     operations: str | None = None
     out: Path | None = None
 
@@ -114,6 +115,8 @@ def make_plan(options: Options) -> Plan:
     choice = pick_device(TrainConfig.model_validate({"device": options.device or "auto", "precision": options.dtype}))
     exact_fp32()
     on_card = choice.device.type == "cuda"
+    if options.counters and not (options.kernels and on_card):
+        raise ConfigError("--counters goes with --kernels, on an NVIDIA card")
     quick = options.quick or not (options.full or options.kernels or sizes or edges)
     grids = {"quick": (QUICK_SIZES, QUICK_EDGES), "full": (FULL_SIZES, FULL_EDGES), "cpu": ([TINY[0]], [TINY[1]])}
     usual = grids["cpu" if not on_card else "quick" if quick else "full"]

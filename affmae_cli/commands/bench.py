@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from affmae_cli.bench_view import View
     from affmae_cli.quality_plan import QualityOptions
     from affmae_engine.bench.comparison import Comparison
-    from affmae_engine.bench.kernels import KernelResult
-    from affmae_engine.bench.report import Table
     from affmae_engine.bench.results import Ratio, Result
 
     Old = dict[str, Any] | None
@@ -144,6 +142,14 @@ def bench(
         bool,
         typer.Option("--reference/--no-reference", help="Time the references too.", rich_help_panel=_KERNELS),
     ] = True,
+    counters: Annotated[
+        bool,
+        typer.Option(
+            "--counters",
+            help="Also count bytes and instructions with NVIDIA's ncu: what bounds each kernel.",
+            rich_help_panel=_KERNELS,
+        ),
+    ] = False,
     quality: QualityOption = False,
     images: ImagesOption = None,
     labels: LabelsOption = None,
@@ -178,6 +184,7 @@ def bench(
         "--models": models != "affmae,vit-mae", "--dtype": dtype != "auto", "--data": data, "--quick": quick,
         "--full": full, "--rounds": rounds, "--steps": steps, "--compile": compile_ is not None, "--ops": ops,
         "--max-batch": max_batch, "--profile": profile, "--kernels": kernels,
+        "--counters": counters,
     }  # fmt: skip
     asked = quality_plan.QualityOptions(
         images=images, labels=labels, unlabelled=unlabelled, budget=budget, finetune_budget=finetune_budget,
@@ -192,7 +199,8 @@ def bench(
         bench_plan.Options(
             sizes=sizes, resolutions=resolutions, batch=batch, task=task, models=models, vit=vit, dtype=dtype,
             device=device, quick=quick, full=full, compile=compile_, rounds=rounds, steps=steps, max_batch=max_batch,
-            data=data, profile=profile, timeout=timeout, kernels=kernels, operations=ops, out=out,
+            data=data, profile=profile, timeout=timeout, kernels=kernels, counters=counters,
+            operations=ops, out=out,
         )
     )  # fmt: skip
     if not quiet:
@@ -200,7 +208,9 @@ def bench(
         for remark in plan.remarks:
             output.say(remark, label="note", style="bold yellow")
     if kernels:
-        _kernels(plan, old, reference=reference, json=json, quiet=quiet)
+        from affmae_cli.bench_kernels import run_kernels
+
+        run_kernels(plan, old, reference=reference, counters=counters, json=json, quiet=quiet)
     else:
         _networks(plan, old, json=json, quiet=quiet)
 
@@ -217,34 +227,6 @@ def _quality(asked: QualityOptions, out: Path | None, old: Old, *, json: bool, q
     for sentence in quality_report.in_short(values):
         output.show(sentence)
     show_tables([*quality_report.tables(values), *changes(values, old)])
-
-
-def _kernels(plan: Plan, old: Old, *, reference: bool, json: bool, quiet: bool) -> None:
-    from affmae_cli.bench_compare import changes, with_changes
-    from affmae_engine.bench import ceilings, report
-    from affmae_engine.bench.kernels import run_cases
-
-    device, precision = plan.choice.device, plan.choice.dtype
-    about = report.circumstances(plan.choice, plan.remarks)
-    limits = ceilings.measure_ceilings(device, precision)
-    results: list[KernelResult] = []
-    tables: list[Table] = []
-    values = report.document("kernels", about, [], ceilings=vars(limits))
-    for result in run_cases(
-        plan.settings, device, precision, limits, operations=plan.operations, seconds=plan.seconds,
-        reference=reference, tell=(lambda text: None) if quiet else output.say,
-    ):  # fmt: skip
-        results.append(result)
-        tables = [report.kernel_table(results)]
-        values = report.document("kernels", about, [r.as_dict() for r in results], ceilings=vars(limits))
-        if plan.out is not None:
-            report.write(plan.out, values, report.markdown("kernels", about, tables, limits))
-    if json:
-        output.print_json(with_changes(values, old))
-    else:
-        output.show(f"copy {limits.gb_s:.0f} GB/s, matrix product {limits.tflop_s:.3g} TFLOP/s")
-        show_tables([*tables, *changes(values, old)])
-    _refuse_wrong(results)
 
 
 def _networks(plan: Plan, old: Old, *, json: bool, quiet: bool) -> None:
@@ -313,6 +295,7 @@ def _gate(plan: Plan, view: View) -> dict[str, Any]:
     Raises:
         AffmaeError: one is wrong or does not run.
     """
+    from affmae_cli.bench_kernels import refuse_wrong
     from affmae_engine.bench.kernels import run_cases
 
     found = list(
@@ -321,19 +304,5 @@ def _gate(plan: Plan, view: View) -> dict[str, Any]:
             tell=lambda text: view.tell(f"check {text}"),
         )
     )  # fmt: skip
-    _refuse_wrong(found)
+    refuse_wrong(found)
     return {"cases": len(found), "worst_error": max((result.worst_error for result in found), default=0.0)}
-
-
-def _refuse_wrong(results: list[KernelResult]) -> None:
-    """Ends the command when an operation is wrong or does not run at all."""
-    from affmae_engine.errors import AffmaeError
-
-    bad = [result for result in results if result.status in ("wrong", "failed")]
-    if bad:
-        first = bad[0]
-        raise AffmaeError(
-            f"{len(bad)} of {len(results)} cases are wrong or do not run, first {first.op} {first.shape} "
-            f"({first.backend}): {first.note}",
-            "their speed says nothing; --set kernels.backend=reference trains without the Triton kernels",
-        )

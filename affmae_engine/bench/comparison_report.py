@@ -155,8 +155,9 @@ def markdown(
 def _circumstances(values: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     settings, gate, card = values["settings"], values["gate"], values["card"]
+    driver = f"driver {card['driver']}; " if "driver" in card else ""
     lines = [
-        f"- {values['device']}; driver {card.get('driver', 'unknown')}; {versions}; Python {values['python']}; "
+        f"- {values['device']}; {driver}{versions}; Python {values['python']}; "
         f"{values['cpus']} processors; {values['platform']}",
         f"- {commit(values['git'])}",
         f"- measured {values['created']} by `{' '.join(values['command'])}`: {settings['rounds']} rounds of "

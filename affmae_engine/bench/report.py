@@ -19,6 +19,7 @@ import torch
 
 from affmae_engine import atomic
 from affmae_engine.bench.ceilings import Ceilings
+from affmae_engine.bench.counters import KernelCount
 from affmae_engine.bench.kernels import KernelResult
 from affmae_engine.config import MaskConfig, ModelConfig
 from affmae_engine.doctor.machine import installed
@@ -96,6 +97,25 @@ def kernel_table(results: Iterable[KernelResult]) -> Table:
             )
         )
     return Table("Single operations", (*columns, "GB/s", "TFLOP/s", "bound ms", "note"), rows)
+
+
+def counter_table(counts: Iterable[KernelCount]) -> Table:
+    """What bounds each kernel. Kernels that run several times in a case have a row each time."""
+    rows = [
+        (
+            count.op,
+            count.shape,
+            count.kernel.strip("_"),
+            figure(count.us),
+            figure(count.bytes_us),
+            figure(count.issue_us),
+            f"{count.over_bound:.2f}",
+            str(count.registers),
+        )
+        for count in counts
+    ]
+    columns = ("operation", "shape", "kernel", "us", "bytes us", "issue us", "times bound", "registers")
+    return Table("What bounds each kernel", columns, rows)
 
 
 def profile_table(title: str, profile: dict[str, Any]) -> Table:

@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator
@@ -246,10 +247,22 @@ def _as_is(item: Any) -> Any:
 
 
 def _start_worker(_worker: int) -> None:
-    """Signals for the whole process group are the trainer's business: it still needs data to finish its step."""
+    """Signals for the whole process group are the trainer's business: it still needs data to finish its step.
+
+    A trainer that is killed cannot end its workers, and PyTorch's own watch looks at the fork server, which lives as
+    long as they do. So each watches the trainer itself.
+    """
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_with(trainer: Any) -> None:
+    trainer.join()
+    os._exit(1)
 
 
 def _end_later(_number: int, _frame: FrameType | None) -> None:

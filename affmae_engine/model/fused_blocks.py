@@ -157,7 +157,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor | None, dbranch: Tensor) -> tuple[Tensor | None, ...]:
-        from affmae_kernels.cluster_attention.triton_impl import launch_backward
+        from affmae_kernels.cluster_attention.triton_backward import launch_backward
         from affmae_kernels.column_sums import column_sums
 
         s, stat, weight, bias, scale, w_qkv, w_out, *network, qkv, out, lse = ctx.saved_tensors[:14]

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from affmae_engine.errors import ResourceError
+from affmae_engine.errors import ResourceError, one_line
 from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.distributed import Ranks
 from affmae_engine.train.memory import out_of_memory
@@ -204,9 +204,18 @@ class TrainStep:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
         pool = torch.cuda.graph_pool_handle()
-        backward = _Recorded(self._run_backward, batch, pool)
-        loss = torch.zeros((), device=self._choice.device)
-        self._backward, self._update = backward, _Recorded(self._run_update, {"loss": loss}, pool)
+        try:
+            backward = _Recorded(self._run_backward, batch, pool)
+            loss = torch.zeros((), device=self._choice.device)
+            self._backward, self._update = backward, _Recorded(self._run_update, {"loss": loss}, pool)
+        except RuntimeError as error:
+            if out_of_memory(error) is not None:
+                raise
+            # PyTorch's generators stay in the state of a recording, so this process cannot go on without one.
+            raise ResourceError(
+                f"the training step could not be recorded as CUDA graphs: {one_line(error)}",
+                "go on with --resume, or begin again, with --set kernels.cuda_graph=false; the result stays the same",
+            ) from error
 
 
 class _Abandoned(Exception):
@@ -224,7 +233,8 @@ class _Recorded:
     ) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in example.items()}
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # The data loader's thread allocates pinned memory at any moment, which breaks a recording in "global" mode.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._results = function(self._inputs)
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

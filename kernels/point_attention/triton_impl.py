@@ -28,6 +28,7 @@ from affmae_kernels.point_attention.triton_sample import (
     sample,
     split_program,
 )
+from affmae_kernels.point_attention.triton_values import Problem
 
 
 @triton.jit(do_not_specialize=["NQ", "N", "TILES", "W", "H"])
@@ -129,7 +130,7 @@ def point_attention_backward(
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of values, offsets, logits and tau, each in its own dtype."""
-    problem = triton_backward.Problem(
+    problem = Problem(
         grad_BQAD.contiguous(),
         value_BNAD.contiguous(),
         packed_BT4,

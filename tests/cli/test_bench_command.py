@@ -196,6 +196,7 @@ def test_a_red_gate_prevents_the_comparison(monkeypatch: pytest.MonkeyPatch, tmp
         (["--models", "resnet"], "unknown name 'resnet'"),
         (["--ops", "conv"], "unknown name 'conv'"),
         (["--quick", "--full"], "exclude each other"),
+        (["--kernels", "--counters"], "on an NVIDIA card"),
     ],
 )
 def test_bad_values_are_one_line(args: list[str], said: str) -> None:

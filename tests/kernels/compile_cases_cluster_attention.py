@@ -5,18 +5,20 @@ from typing import get_args
 import torch
 from compiling import CompileCase
 
-from affmae_kernels.cluster_attention import triton_impl as impl
+from affmae_kernels.cluster_attention.triton_backward import _attention_key_kernel, _attention_query_kernel
+from affmae_kernels.cluster_attention.triton_impl import _attention_forward_kernel
+from affmae_kernels.cluster_attention.triton_pairs import Pass, launch_options
 from affmae_kernels.launch import precision_of
 
 _SIZES = dict.fromkeys(["N", "ENTRIES", "GROUPS", "A"], "i32") | {"scale": "fp32", "LINE": "i32"}
 _POINTERS = {
-    impl._attention_forward_kernel: ["BLANK_K", "BLANK_V", "LSE"],
-    impl._attention_query_kernel: ["BLANK_K", "BLANK_V", "LSE", "DELTA", "PART"],
-    impl._attention_key_kernel: ["LSE", "DELTA"],
+    _attention_forward_kernel: ["BLANK_K", "BLANK_V", "LSE"],
+    _attention_query_kernel: ["BLANK_K", "BLANK_V", "LSE", "DELTA", "PART"],
+    _attention_key_kernel: ["LSE", "DELTA"],
 }
 
 
-_PASSES = dict(zip(_POINTERS, get_args(impl.Pass), strict=True))
+_PASSES = dict(zip(_POINTERS, get_args(Pass), strict=True))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -24,7 +26,7 @@ def _case(kernel, dtype: str, width: int, heads: int) -> CompileCase:
     features = dict.fromkeys(["QKV", "OUT", "DOUT", "DQKV"], f"*{dtype}")
     indices = dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32")
     signature = features | indices | dict.fromkeys(["WEIGHT", "BIAS", *_POINTERS[kernel]], "*fp32") | _SIZES
-    options = impl.launch_options(heads, width, _DTYPES[dtype], _PASSES[kernel])
+    options = launch_options(heads, width, _DTYPES[dtype], _PASSES[kernel])
     warps, stages, most = options.pop("num_warps"), options.pop("num_stages"), options.pop("maxnreg", None)
     return CompileCase(
         f"{kernel.__name__} {dtype} D={width} heads={heads}",

@@ -2,7 +2,7 @@
 
 from compiling import CompileCase
 
-from affmae_kernels.point_attention import triton_backward, triton_impl, triton_table
+from affmae_kernels.point_attention import triton_backward, triton_impl, triton_table, triton_values
 from affmae_kernels.point_attention.triton_sample import launch_config
 
 FEW_SHUFFLES = 12
@@ -50,9 +50,7 @@ def attention_cases(dtype: str, width: int) -> list[CompileCase]:
         lists = launch_config(2048, tokens, row_bytes)
         constants = shape | {"TB": lists.tokens, "R": lists.entries} | wide
         few = FEW_SHUFFLES if lists.tokens > 1 else None
-        cases.append(
-            case(f"values {kind} of {tokens}", triton_backward._points_values_kernel, constants, 1, dtype, few)
-        )
+        cases.append(case(f"values {kind} of {tokens}", triton_values._points_values_kernel, constants, 1, dtype, few))
     return cases
 
 

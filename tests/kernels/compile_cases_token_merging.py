@@ -4,17 +4,19 @@ import torch
 from compiling import CompileCase
 
 from affmae_kernels.launch import precision_of
-from affmae_kernels.token_merging import triton_impl as impl
+from affmae_kernels.token_merging.triton_backward import _merging_token_kernel, _merging_weight_kernel
+from affmae_kernels.token_merging.triton_impl import _merging_forward_kernel
+from affmae_kernels.token_merging.triton_pairs import SIZES, launch_options
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _case(kernel, dtype: str) -> CompileCase:
-    options = impl.launch_options(_DTYPES[dtype], weight_gradient=kernel is impl._merging_weight_kernel)
+    options = launch_options(_DTYPES[dtype], weight_gradient=kernel is _merging_weight_kernel)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     types = dict.fromkeys(["FEAT", "OUT", "DZ", "DFEAT"], f"*{dtype}") | {"SURVIVORS": "*i64"}
     types |= dict.fromkeys(["SCORE", "PARAMETERS", "DSCORE", "PART"], "*fp32")
-    types |= dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32") | dict.fromkeys([*impl._SIZES, "LAST", "C"], "i32")
+    types |= dict.fromkeys(["POS", "ENTRY", "COUNT"], "*i32") | dict.fromkeys([*SIZES, "LAST", "C"], "i32")
     return CompileCase(
         f"{kernel.__name__} {dtype}",
         kernel,
@@ -29,6 +31,6 @@ def _case(kernel, dtype: str) -> CompileCase:
 
 CASES = [
     _case(kernel, dtype)
-    for kernel in (impl._merging_forward_kernel, impl._merging_token_kernel, impl._merging_weight_kernel)
+    for kernel in (_merging_forward_kernel, _merging_token_kernel, _merging_weight_kernel)
     for dtype in _DTYPES
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from affmae_kernels.point_attention import NearestTable, nearest_table, point_attention, reference
 
 triton_impl = pytest.importorskip("affmae_kernels.point_attention.triton_impl", reason="needs Triton")
-triton_backward = pytest.importorskip("affmae_kernels.point_attention.triton_backward")
+triton_values = pytest.importorskip("affmae_kernels.point_attention.triton_values")
 from affmae_kernels.point_attention.triton_sample import LaunchConfig, launch_config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,7 +230,7 @@ def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor) -> Tensor:
         references = ((query << 16) | (weights * 65535 + 0.5).int()).int()
     ints = {"dtype": torch.int32, "device": DEVICE}
     nothing = torch.empty(0, device=DEVICE)
-    problem = triton_backward.Problem(
+    problem = triton_values.Problem(
         grad_1Q1D,
         grad_1Q1D.new_zeros(1, 1, 1, 16),
         *[nothing] * 4,
@@ -241,7 +241,9 @@ def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor) -> Tensor:
     )
     top = grad_1Q1D.float().abs().amax().view(1).view(torch.int32)
     begin = torch.tensor([[[0, 4 * queries]]], **ints)
-    return triton_backward._values(problem, LaunchConfig(4, 8, 1, 64), references[order].view(1, 1, -1), begin, top)
+    return triton_values.gradient_of_values(
+        problem, LaunchConfig(4, 8, 1, 64), references[order].view(1, 1, -1), begin, top
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,7 +26,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch) -> None:
     """So that each takes several groups of the weights' gradient."""
-    monkeypatch.setattr("affmae_kernels.token_merging.triton_impl.WEIGHT_PROGRAMS", 3)
+    monkeypatch.setattr("affmae_kernels.token_merging.triton_backward.WEIGHT_PROGRAMS", 3)
 
 
 def problem(scatter, shape, dtype, scale=1.0):

@@ -5,6 +5,7 @@ import torch
 
 from affmae_engine.bench import counters
 from affmae_engine.bench.cases import Setting
+from affmae_engine.bench.report import counter_table
 from affmae_engine.errors import ResourceError
 
 HEADER = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
@@ -41,6 +42,17 @@ def test_bounds_by_bytes_and_by_instructions() -> None:
     assert first.bound_us == pytest.approx(10) and first.over_bound == pytest.approx(10)
     assert second.op == "bias_gelu" and second.bound_us == second.bytes_us == pytest.approx(80)
     assert second.as_dict()["over_bound"] == pytest.approx(1.25)
+
+
+def test_the_table_names_kernel_and_bound() -> None:
+    count = counters.KernelCount(
+        "bias_gelu", "B 2 N 9", "_gelu_forward_kernel", us=12, registers=40, bytes_us=8, issue_us=3
+    )
+    table = counter_table([count])
+    assert dict(zip(table.columns, table.rows[0], strict=True)) == {
+        "operation": "bias_gelu", "shape": "B 2 N 9", "kernel": "gelu_forward_kernel", "us": "12.0", "bytes us": "8.00",
+        "issue us": "3.00", "times bound": "1.50", "registers": "40",
+    }  # fmt: skip
 
 
 def test_without_the_profiler_the_error_names_it(monkeypatch) -> None:

@@ -5,11 +5,16 @@ import errno
 import importlib
 import itertools
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from affmae_engine.data import loading
@@ -120,6 +125,33 @@ def test_signals_for_the_group_do_not_end_workers(fakes: ModuleType, caplog: pyt
 def test_closing_leaves_no_process(fakes: ModuleType) -> None:
     take(fakes.Counting(), 1, workers=2)
     assert not multiprocessing.active_children()
+
+
+TRAINER = """
+import multiprocessing, os, signal, sys
+from loading_fakes import Counting
+from affmae_engine.data.loading import batches
+if __name__ == "__main__":
+    stream = batches(Counting(), first=0, batch_size=4, micro_batch=2, workers=2)
+    next(stream)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_trainer_leaves_no_process(tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    killed = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    workers = [int(pid) for pid in killed.stdout.split()]
+    assert killed.returncode == -signal.SIGKILL and len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if psutil.pid_exists(pid)]
 
 
 def test_automatic_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
