@@ -181,7 +181,8 @@ def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 
     raise AssertionError(process.communicate()[1])
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_tells_how_to_go_on(
     number: signal.Signals, workers: int, dataset: Path, tmp_path: Path
