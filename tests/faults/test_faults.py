@@ -74,7 +74,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
 
 @pytest.mark.parametrize(
     ("name", "stride"),
-    [("save", 6), ("prune", 3), ("fall-back", 8), ("new-run", 5), ("ingest", 61), ("predict-tiff", 47),
+    [("save", 9), ("prune", 5), ("fall-back", 13), ("new-run", 8), ("ingest", 61), ("predict-tiff", 47),
      ("predict-zarr", 83), ("overwrite", 97)],
 )  # fmt: skip
 def test_a_fault_at_a_call_leaves_the_old_or_the_new(tmp_path: Path, name: str, stride: int) -> None:
