@@ -114,6 +114,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(words: Sequence[str], code: in
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mistyped_name_is_told_before_torch_is_loaded() -> None:
+    code = "import sys\nfrom affmae_cli.main import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    words = ["pretrain", "missing.zarr", "--preset", "demo"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 3 and done.stdout.strip() == "False", done.stderr
+
+
 def test_init_from_takes_weights_only(finished: Path, dataset: Path, tmp_path: Path) -> None:
     result = run(dataset, *small("optim.lr=1e-9", "optim.min_lr=0"), "--steps", 1, "--init-from", finished, "-o", "b")
     assert result.exit_code == 0, result.output
