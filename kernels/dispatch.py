@@ -67,7 +67,7 @@ def choose_backend(backend: str, op: str, device: torch.device, unsupported: str
     return Choice("reference", reason)
 
 
-@torch.compiler.assume_constant_result
+@launch.constant_when_compiled
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)

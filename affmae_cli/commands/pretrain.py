@@ -107,16 +107,18 @@ def _begin(
 ) -> tuple[RunDir, Summary]:
     from affmae_cli.progress import watched_fit
     from affmae_engine.run_dir import create, free_name
-    from affmae_engine.train.device import pick_device
-    from affmae_engine.train.environment import command_line, write_environment
-    from affmae_engine.train.pretraining import pretrain_task
 
-    choice = pick_device(resolved.config.train)
     if out is not None and out.exists() and not overwrite:
         create(out)  # refuses now, not after the data was read
     if out is not None and init_from is not None and init_from.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
     store = _open_store(data)
+    # Only now, for loading torch takes seconds: a mistyped name is told at once.
+    from affmae_engine.train.device import pick_device
+    from affmae_engine.train.environment import command_line, write_environment
+    from affmae_engine.train.pretraining import pretrain_task
+
+    choice = pick_device(resolved.config.train)
     config, task = pretrain_task(resolved.config, store, init_from=init_from)
     run = create(out or free_name(Path("runs"), f"pretrain-{store.path.stem}"), overwrite=overwrite)
     command = {"line": command_line(), "preset": resolved.preset, "init_from": init_from and str(init_from.absolute())}

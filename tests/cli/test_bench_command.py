@@ -29,9 +29,9 @@ def run(*args: str) -> Result:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """Both families, all tasks, real processes."""
+    """Both families, training and prediction, real processes."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    works = ("--task", "pretrain,finetune,predict", "--ops", "token_merging,nearest_table")
+    works = ("--task", "pretrain,predict", "--ops", "token_merging,nearest_table")
     return run(*SMALL, *works, "--rounds", "1", "--steps", "1", "-o", str(out)), out
 
 
@@ -40,18 +40,18 @@ def test_the_whole_command_without_a_card(whole) -> None:
     assert result.exit_code == 0, result.output
     assert "No card" in result.stderr and "tiny network" in result.stderr
     assert "round 1 of 1: affmae tiny, pretrain, 64 px, batch 2" in result.stderr
-    assert "times as many images as ViT-MAE-tiny, finetuning at 64 px, 2 images at a time" in result.stdout
+    assert "times as many images as ViT-MAE-tiny, predicting at 64 px, 2 images at a time" in result.stdout
     values = json.loads((out / "results.json").read_text())
     assert (values["schema"], values["kind"]) == (2, "comparison")
     order = [(r["case"]["work"], r["case"]["model"]) for r in values["results"]]
-    assert order == [(w, m) for w in ("pretrain", "finetune", "predict") for m in ("affmae", "vit-mae")]
+    assert order == [(w, m) for w in ("pretrain", "predict") for m in ("affmae", "vit-mae")]
     for record in values["results"]:
         assert record["status"] == "ok" and len(record["rounds"]) == 1, record["note"]
         assert record["ms"] > 0 and record["forward_ms"] > 0 and record["first_step_s"] > 0
         assert record["images_per_s"] == pytest.approx(2e3 / record["ms"])
         assert record["forward_gflop"] == pytest.approx(sum(record["forward_gflop_parts"].values()))
         assert record["allocated_gib"] is record["max_batch"] is None
-    assert [ratio["work"] for ratio in values["ratios"]] == ["pretrain", "finetune", "predict"]
+    assert [ratio["work"] for ratio in values["ratios"]] == ["pretrain", "predict"]
     assert all(ratio["speed"] > 0 and ratio["flops"] > 1 for ratio in values["ratios"])
     assert values["gate"]["cases"] == 7 and values["gate"]["worst_error"] < 1e-4
     assert values["mask_ratio"] == 0.5 and values["merge_keep"] == 0.4 and "torch" in values["versions"]
@@ -62,7 +62,7 @@ def test_the_whole_command_without_a_card(whole) -> None:
 def test_the_report_says_it_in_words_first(whole) -> None:
     text = (whole[1] / "report.md").read_text()
     summary, tables = text.split("\n## ", 1)
-    assert summary.startswith("# AFFMAE against ViT-MAE") and summary.count("\n- AFFMAE-tiny") == 3
+    assert summary.startswith("# AFFMAE against ViT-MAE") and summary.count("\n- AFFMAE-tiny") == 2
     assert "No card" in summary
     for heading in ("Speed", "Memory, arithmetic", "Circumstances"):
         assert f"## {heading}" in f"## {tables}"
@@ -84,6 +84,20 @@ def test_json_alone_on_stdout() -> None:
     assert [r["case"]["model"] for r in values["results"]] == ["vit-mae"] and values["ratios"] == []
     assert len(values["results"][0]["rounds"]) == 2
     assert result.stderr == ""
+
+
+def test_all_tasks_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finetuning is measured for real in test_measure.py."""
+    said = {ms: Answer(measurement=Measurement(ms=ms, forward_ms=1.0, how="canned")).model_dump_json() for ms in (2, 5)}
+    code = f"import sys; print({said[5]!r} if 'vit-mae' in sys.stdin.read() else {said[2]!r})"
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-c", code))
+    works = ["pretrain", "finetune", "predict"]
+    result = run(*SMALL, "--task", ",".join(works), "--rounds", "1", "--ops", "nearest_table", "--json")
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    order = [(r["case"]["work"], r["case"]["model"]) for r in values["results"]]
+    assert order == [(work, model) for work in works for model in ("affmae", "vit-mae")]
+    assert [(ratio["work"], ratio["speed"]) for ratio in values["ratios"]] == [(work, 2.5) for work in works]
 
 
 def test_a_process_that_crashes_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -45,10 +45,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, *, budget: str = "1s", out: str = "out") -> list[object]:
+def command(folder: Path, *, budget: str = "0.5s", out: str = "out") -> list[object]:
     return [
         "--quality", "--images", folder / "images.tif", "--labels", folder / "labels.tif", "--budget", budget,
-        "--finetune-budget", "0.5s", "--seeds", 1, "--label-fractions", "", "--preset", "demo", "--device", "cpu",
+        "--finetune-budget", "0.25s", "--seeds", 1, "--label-fractions", "", "--preset", "demo", "--device", "cpu",
         "-o", folder / out,
     ]  # fmt: skip
 
@@ -65,7 +65,7 @@ def test_report_results_and_chart(finished: Path) -> None:
     for model in ("affmae", "vit-mae"):
         (taken,) = [record for record in values["times"] if record["model"] == model]
         (speed,) = [s for s in values["speeds"] if (s["model"], s["task"]) == (model, "pretrain")]
-        assert taken["steps"] == int(1 / speed["step_s"]), "the budget by the measured speed"
+        assert taken["steps"] == int(0.5 / speed["step_s"]), "the budget by the measured speed"
         assert taken["seconds"]["mean"] > 0
     assert values["data"]["test_sections"] == 2 and values["data"]["train_sections"] == 7
     with Image.open(finished / "out" / "label-efficiency-tiny.png") as chart:

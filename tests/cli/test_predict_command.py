@@ -235,7 +235,7 @@ def test_weights_that_do_not_fit_their_description_are_corrupt(here: Path, train
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: Path) -> None:
-    write(here / "long.tif", (40, 80, 70))
+    write(here / "long.tif", (24, 80, 70))
     command = [sys.executable, "-m", "affmae_cli", "predict", "long.tif", "-m", str(trained), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

@@ -114,6 +114,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(words: Sequence[str], code: in
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mistyped_name_is_told_before_torch_is_loaded() -> None:
+    code = "import sys\nfrom affmae_cli.main import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    words = ["pretrain", "missing.zarr", "--preset", "demo"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 3 and done.stdout.strip() == "False", done.stderr
+
+
 def test_init_from_takes_weights_only(finished: Path, dataset: Path, tmp_path: Path) -> None:
     result = run(dataset, *small("optim.lr=1e-9", "optim.min_lr=0"), "--steps", 1, "--init-from", finished, "-o", "b")
     assert result.exit_code == 0, result.output
@@ -181,7 +188,9 @@ def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 
     raise AssertionError(process.communicate()[1])
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_tells_how_to_go_on(
     number: signal.Signals, workers: int, dataset: Path, tmp_path: Path
 ) -> None:
@@ -199,7 +208,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(
 def test_a_second_interrupt_leaves_at_once(dataset: Path, tmp_path: Path) -> None:
     process = start(dataset, *small("train.batch_size=4000"), "--steps", 100_000, "-o", "a")
     wait_for(tmp_path / "a" / "metrics.jsonl", "run_started", process)
-    time.sleep(1.0)  # in the middle of a step that takes minutes
+    time.sleep(0.3)  # in the middle of a step that takes minutes
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)
     assert process.poll() is None

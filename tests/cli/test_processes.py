@@ -61,15 +61,15 @@ def losses(run: RunDir) -> list[float]:
 
 def test_two_processes_equal_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    process = start(folder, *new(), "--steps", 6, "-o", "two")
-    assert CliRunner().invoke(app, [*new(), "--steps", "6", "-o", "one"]).exit_code == 0
+    process = start(folder, *new(), "--steps", 4, "-o", "two")
+    assert CliRunner().invoke(app, [*new(), "--steps", "4", "-o", "one"]).exit_code == 0
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert out.count("two: 6 steps") == 1 == errors.count("2 x CPU") and "Warning" not in errors
+    assert out.count("two: 4 steps") == 1 == errors.count("2 x CPU") and "Warning" not in errors
     one, two = RunDir(folder / "one"), RunDir(folder / "two")
     assert losses(two)[:2] == pytest.approx(losses(one)[:2], rel=1e-6)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    a, b = (checkpoint.Checkpoint(run.checkpoint(6), 6).weights() for run in (one, two))
+    a, b = (checkpoint.Checkpoint(run.checkpoint(4), 4).weights() for run in (one, two))
     assert a.keys() == b.keys()
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
 

@@ -47,6 +47,7 @@ class CompileCase:
 class Resources:
     """What the machine code needs."""
 
+    module: str
     name: str
     arch: int
     hot: bool
@@ -59,8 +60,8 @@ class Resources:
     most_shuffles: int | None
 
 
-def compile_case(case: CompileCase, arch: int) -> Resources:
-    """Compiles one case for one architecture, say 90 for compute capability 9.0."""
+def compile_case(module: str, case: CompileCase, arch: int) -> Resources:
+    """Compiles one case of a module for one architecture, say 90 for compute capability 9.0."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -77,6 +78,7 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
     return Resources(
+        module=module,
         name=case.name,
         arch=arch,
         hot=case.hot,
@@ -107,7 +109,7 @@ def main(modules: list[str]) -> None:
     """Compiles the `CASES` of the named modules and prints their resources, a JSON object a line."""
     sys.path.insert(0, str(Path(__file__).parent))
     jobs: list[Callable[[], Resources]] = [
-        functools.partial(compile_case, case, arch)
+        functools.partial(compile_case, module, case, arch)
         for module in modules
         for case in importlib.import_module(module).CASES
         for arch in SHARED_MEMORY

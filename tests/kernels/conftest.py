@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._device
 from torch import Tensor
 
 Scatter = Callable[..., Tensor]

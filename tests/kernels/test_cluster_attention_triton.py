@@ -15,15 +15,16 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HALF = [pytest.param(dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16)]
 DTYPES = [torch.float32, *HALF]
 NAMES = ("qkv", "blank_key", "blank_value", "bias_weight", "bias")
+ON_CARD = DEVICE == "cuda"  # the interpreter takes a second for what a card does in no time
 # canvas, tokens, neighbours, batch, heads, head width
 SHAPES = {
     "one cluster": ((4, 4), 5, 64, 2, 2, 32),
     "one token": ((3, 3), 1, 64, 1, 1, 16),
-    "fewer tokens than neighbours": ((7, 6), 37, 64, 2, 4, 32),
+    "fewer tokens than neighbours": ((7, 6), 37, 64, 2, 4 if ON_CARD else 2, 32),
     "short tail, flat canvas": ((5, 23), 83, 16, 1, 3, 32),
     "wide heads": ((9, 8), 50, 24, 2, 2, 64),
-    "narrow heads": ((8, 9), 49, 32, 1, 5, 16),
-    "several groups": ((16, 9), 129, 64, 1, 4, 32),
+    "narrow heads": ((8, 9), 49, 32, 1, 5 if ON_CARD else 3, 16),
+    "several groups": ((16, 9), 129, 64, 1, 4, 32) if ON_CARD else ((12, 9), 97, 64, 1, 1, 32),
 }
 
 
@@ -82,7 +83,7 @@ def test_strided_features_and_gradients(scatter) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_in_every_run(scatter, dtype) -> None:
-    shape = SHAPES["several groups"]
+    shape = SHAPES["several groups" if ON_CARD else "one cluster"]  # the interpreter knows one order only
     runs = []
     for _ in range(2):
         args, near = inputs(shape, dtype), neighbourhoods(scatter, shape)
@@ -95,10 +96,10 @@ def test_same_bits_in_every_run(scatter, dtype) -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 14.0])
 def test_extreme_logits_are_finite_and_no_worse_than_sdpa(scatter, dtype, scale) -> None:
     """scale 14 gives logits of about +-1e3; the neighbourhood is full, so SDPA does the same."""
-    shape = ((9, 7), 61, 64, 2, 2, 32)
+    shape = ((9, 7), 61, 64, 1, 2, 32)
     args, near = inputs(shape, dtype, scale=scale), neighbourhoods(scatter, shape)
     args[3:] = [a.detach().clamp(-100, 100).requires_grad_() for a in args[3:]]
-    upstream = torch.randn(2, 61, 2, 32).to(DEVICE, dtype)
+    upstream = torch.randn(1, 61, 2, 32).to(DEVICE, dtype)
     found, exact = both(args, near, upstream)
     assert all(torch.isfinite(tensor).all() for tensor in found)
     theirs = sdpa(*(a.detach() for a in args), near)
@@ -109,7 +110,7 @@ def test_extreme_logits_are_finite_and_no_worse_than_sdpa(scatter, dtype, scale)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-30, 100.0, 1000.0])
 def test_no_scale_gives_nan_or_inf(scatter, dtype, scale) -> None:
-    shape = SHAPES["short tail, flat canvas"]
+    shape = ((3, 11), 19, 16, 1, 2, 32)  # a short tail
     args, near = inputs(shape, dtype, scale=scale), neighbourhoods(scatter, shape)
     out = cluster_attention(args[0], near, *args[1:], backend="triton")
     assert all(torch.isfinite(g).all() for g in (out, *torch.autograd.grad(out, args, torch.ones_like(out) * 1e-3)))
@@ -130,7 +131,7 @@ def sdpa(qkv, blank_key, blank_value, bias_weight, bias, near):
 
 
 def test_operator_is_one_node_of_a_compiled_graph(scatter) -> None:
-    shape = SHAPES["fewer tokens than neighbours"]
+    shape = SHAPES["one cluster"]
     args, near = inputs(shape, torch.float32), neighbourhoods(scatter, shape)
     plain = cluster_attention(args[0], near, *args[1:], backend="triton")
     compiled = torch.compile(

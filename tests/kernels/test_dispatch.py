@@ -1,5 +1,8 @@
 """The choice of an implementation, and the tiles that bound memory."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -67,3 +70,14 @@ def test_tiles_cover_all_rows_in_order(monkeypatch) -> None:
 def test_features_of_half_precision_are_computed_in_fp32() -> None:
     dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
     assert [precision.compute_dtype(torch.zeros(1, dtype=d)) for d in dtypes] == [torch.float32] * 3 + [torch.float64]
+
+
+def test_the_mark_of_constants_is_that_of_torch_but_does_not_load_the_compiler() -> None:
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    launch.constant_when_compiled(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+    code = "import sys, affmae_engine.predict.predictor; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -19,8 +19,8 @@ MEMBRANE, MITOCHONDRIA = CLASS_NAMES.index("membrane"), CLASS_NAMES.index("mitoc
 
 @pytest.fixture(scope="module")
 def block() -> Phantom:
-    """Twelve sections of 1.9 x 1.9 um, enough for every class."""
-    return generate((12, 320, 320), seed=3)
+    """Ten sections of 1.5 x 1.5 um, enough for every class."""
+    return generate((10, 256, 256), seed=3)
 
 
 def section_correlation(phantom: Phantom, apart: int) -> float:
@@ -30,7 +30,7 @@ def section_correlation(phantom: Phantom, apart: int) -> float:
 
 
 def test_shapes_types_and_classes(block: Phantom) -> None:
-    assert block.image_ZYX.shape == block.labels_ZYX.shape == block.instances_ZYX.shape == (12, 320, 320)
+    assert block.image_ZYX.shape == block.labels_ZYX.shape == block.instances_ZYX.shape == (10, 256, 256)
     assert (block.image_ZYX.dtype, block.labels_ZYX.dtype, block.instances_ZYX.dtype) == (np.uint8, np.uint8, np.uint32)
     share = np.bincount(block.labels_ZYX.ravel(), minlength=len(CLASS_NAMES)) / block.labels_ZYX.size
     assert len(share) == len(CLASS_NAMES)

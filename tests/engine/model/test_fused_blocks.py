@@ -64,7 +64,7 @@ def test_only_the_normalised_features_are_used() -> None:
 
 
 def test_stochastic_depth_drops_whole_branches_of_whole_images(monkeypatch) -> None:
-    blocks, norm, feat, near = stage(drop_path=0.5, batch=3)
+    blocks, norm, feat, near = stage(drop_path=0.5, batch=3, tokens=19)
     blocks.train()
     torch.manual_seed(5)
     scales = torch.stack(_branch_scales(list(blocks), feat))

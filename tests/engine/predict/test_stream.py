@@ -297,28 +297,25 @@ class Model(torch.nn.Module):
     def forward(self, image):
         return {"logits": torch.cat([image, -image, 0 * image], 1)}
 
-depth, height, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-info = SourceInfo(out, "", "ramp", (depth, height, 256), np.dtype("u1"), (40.0, 4.0, 4.0), "made up")
-weights = out.parent / "w"
+folder = Path(sys.argv[1])
+weights = folder / "w"
 weights.touch()
 about = WeightsMetadata(task="finetune", model={}, image_size=128, normalisation={}, class_names=("a", "b", "c"))
 choice = DeviceChoice(torch.device("cpu"), torch.float32, "fp32", "CPU")
 predictor = Predictor(weights, about, Model().eval(), choice, Normalisation("dataset", 100.0, 50.0), 1)
-predict(Ramp(info), predictor, Outputs(out.parent / f"{depth}-{height}.tif"), PredictOptions(batch_size=8))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+for depth, height in ((2, 1024), (32, 1024), (1, 32768)):
+    info = SourceInfo(folder / "none", "", "ramp", (depth, height, 256), np.dtype("u1"), (40.0, 4.0, 4.0), "made up")
+    predict(Ramp(info), predictor, Outputs(folder / f"{depth}-{height}.tif"), PredictOptions(batch_size=8))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
 def test_memory_grows_neither_with_sections_nor_with_height(tmp_path: Path) -> None:
-    """Peak resident memory, in a process of its own; a whole section of probabilities would take 100 MiB here."""
-
-    def peak(depth: int, height: int) -> int:
-        command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(depth), str(height), str(tmp_path / "none")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    small = peak(2, 1024)
-    assert peak(32, 1024) - small < 32
-    assert peak(1, 32768) - small < 32
+    """Peak resident memory so far, in a process that predicts a small stack, then a deep one, then a high one; a whole
+    section of probabilities would take 100 MiB in the last two."""
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    small, deep, high = map(int, done.stdout.split())
+    assert deep - small < 32 and high - small < 32
