@@ -1,4 +1,4 @@
-"""A long run is drawn before it is read: the sketch has its shape and its newest figures, and gives way to the whole."""
+"""A long run is drawn before it is read: the sketch has its shape and newest figures, and gives way to the whole."""
 
 import time
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_a_sketch_has_the_shape_and_the_newest_figures(long_run: Path) -> None:
     assert state.total_steps == STEPS and state.latest is not None and state.latest.step == STEPS
     assert state.ended is not None and state.ended.status == "finished"
     curve = state.steps.curve("losses.loss", points=2048)
-    assert curve.x_N[0] == 1 and curve.x_N[-1] == STEPS
+    assert curve.x_N[0] < 10 and curve.x_N[-1] > STEPS - 10
     assert max(curve.x_N[1:] - curve.x_N[:-1]) < STEPS / 200
     assert abs(curve.mean_N - (1 - curve.x_N / STEPS)).max() < 0.01
     assert state.system is not None
