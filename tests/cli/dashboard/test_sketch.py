@@ -1,5 +1,7 @@
 """A long run is drawn before it is read: the sketch has its shape and newest figures, and gives way to the whole."""
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from affmae_cli.dashboard import reader as reading
+from affmae_cli.dashboard.app import DashboardApp, settled
 from affmae_cli.dashboard.reader import RunReader
 from affmae_cli.dashboard.sketch import sketch
 from affmae_cli.dashboard.view import Viewer
+from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_engine import events
 from tests.cli.dashboard.conftest import Recorded
-from tests.cli.dashboard.driving import sampled, started, stepped
+from tests.cli.dashboard.driving import Driver, sampled, started, stepped
 
 STEPS = 100_000
 Record = Callable[..., Recorded]
@@ -63,6 +67,34 @@ def test_an_opened_run_is_sketched_until_it_is_read(long_run: Path, monkeypatch:
     whole = viewer.view(None, 0.0)
     assert not whole.opening and whole.drawable and whole.status.kind == "finished"
     assert len(reader.state.steps) == STEPS and reader.shown is reader.state
+
+
+def test_the_screen_draws_the_sketch_and_says_so(long_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "SKETCHED_FROM", 1 << 20)
+    go_on, poll = threading.Event(), RunReader.poll
+
+    def held(reader: RunReader, seconds: float = 0.1) -> bool:
+        if reader.shown is not None:  # the sketch is made: hold the rest back until it was seen
+            go_on.wait(20)
+        return poll(reader, seconds)
+
+    monkeypatch.setattr(RunReader, "poll", held)
+    app = DashboardApp(long_run)
+
+    async def look() -> None:
+        async with app.run_test(size=(120, 40)) as pilot:
+            driver = Driver(app, pilot)
+            try:
+                await driver.see("curves are a sketch until then", f"step {STEPS:,} of {STEPS:,}")
+                assert driver.screen.query_one("#pane-overview").query_one(Chart).traces
+                assert not driver.screen.read_whole
+            finally:
+                go_on.set()
+            await settled(pilot)
+            await driver.see("✔ finished")
+            assert "sketch" not in driver.text()
+
+    asyncio.run(look())
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_sketched_anew(
