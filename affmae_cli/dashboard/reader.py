@@ -15,6 +15,7 @@ from typing import Any
 
 from affmae_cli.dashboard.decode import decode
 from affmae_cli.dashboard.series import Series
+from affmae_cli.dashboard.sketch import sketch
 from affmae_cli.dashboard.state import RunState
 from affmae_cli.dashboard.status import Life, Status, status_of
 from affmae_cli.dashboard.tail import LineTail, last_lines
@@ -23,6 +24,8 @@ from affmae_engine.run_dir import Holder, RunDir
 
 LOCK_EVERY_S = 2.0
 """Seconds between two looks at the lock."""
+SKETCHED_FROM = 1 << 25
+"""Bytes of events from which on a run is sketched before it is read."""
 
 
 class RunReader:
@@ -52,6 +55,7 @@ class RunReader:
         self._tail = LineTail(self.run.metrics)
         self._exit_code, self._clock, self._now = exit_code, clock, now
         self._opening = True
+        self._sketch: RunState | None = None
         self._holder, self._holder_at = Holder("unknown"), -math.inf
         self._heard = self._progressed = (0.0, clock())
         self._config_of: object = None
@@ -60,6 +64,11 @@ class RunReader:
     def behind(self) -> bool:
         """Whether the run is still being opened: poll again at once."""
         return self._opening
+
+    @property
+    def shown(self) -> RunState | None:
+        """What is worth drawing: all that is known; a sketch while a long run is opened, None where there is none."""
+        return self._sketch if self._opening else self.state
 
     @property
     def share_read(self) -> float:
@@ -76,11 +85,14 @@ class RunReader:
         until = self._clock() + seconds
         before = self.state.last_time, self.state.last_progress
         restarted, found = False, False
+        if self._opening and self._sketch is None and self._is_long():
+            self._draw_sketch()
+            return True
         while True:
             lines = self._tail.read()
             if lines.restarted:
                 self.state.forget()
-                self._opening = restarted = True
+                self._opening, self._sketch, restarted = True, None, True
             if lines.data:
                 self.state.apply(decode(lines.data, lines.offset))
                 found = True
@@ -90,8 +102,9 @@ class RunReader:
         self._opening = self._opening and lines.more
         self._read_config()
         if self._opening:
-            self.status = Status("waiting", f"reading the run: {self.share_read:.0%}")
+            self.status = self._reading()
         else:
+            self._sketch = None
             self.status = status_of(self.state, self._life(holder, exit_code))
             self.state.left = self.status.kind == "gone"
         return found or restarted
@@ -132,6 +145,22 @@ class RunReader:
     def environment(self) -> dict[str, Any]:
         """environment.json; {} when it cannot be read."""
         return self.run.read_json(self.run.environment)
+
+    def _is_long(self) -> bool:
+        try:
+            return self.run.metrics.stat().st_size >= SKETCHED_FROM
+        except OSError:
+            return False
+
+    def _draw_sketch(self) -> None:
+        self._read_config()
+        self._sketch = sketch(self.run.root, self.run.metrics)
+        self._sketch.config = self.state.config
+        self.status = self._reading()
+
+    def _reading(self) -> Status:
+        text = f"reading the run: {self.share_read:.0%}"
+        return Status("waiting", f"{text}, curves are a sketch until then" if self._sketch is not None else text)
 
     def _look_at_lock(self) -> Holder:
         if self._clock() - self._holder_at >= LOCK_EVERY_S:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
+
 from affmae_cli.dashboard.runs import RunRow
 from affmae_cli.dashboard.signs import SIGNS
 from affmae_cli.output import printable
@@ -46,6 +48,10 @@ COLUMNS = (
     Column("age", lambda row: duration(row.age_s), lambda row: row.age_s, right=True),
 )
 
+NAME = next(number for number, column in enumerate(COLUMNS) if column.title == "run")
+"""The column that is cut where the room is too small."""
+_SHORTEST_NAME = 12
+
 
 def ordered(rows: Sequence[RunRow], column: int, *, reverse: bool = False) -> list[RunRow]:
     """Rows by a column; equal ones by their newest event."""
@@ -56,3 +62,17 @@ def ordered(rows: Sequence[RunRow], column: int, *, reverse: bool = False) -> li
 def cells(row: RunRow) -> tuple[str, ...]:
     """The text of every cell of a row."""
     return tuple(column.text(row) for column in COLUMNS)
+
+
+def widths(texts: Sequence[Sequence[str]], room: int, padding: int) -> list[int]:
+    """Cells that every column gets: what it holds; where the room is too small for that, the name gets less.
+
+    Args:
+        texts: of every cell, row by row.
+        room: cells for all columns with their padding.
+        padding: cells between two columns.
+    """
+    wanted = [max(map(cell_len, column)) for column in zip([column.title for column in COLUMNS], *texts, strict=True)]
+    missing = sum(wanted) + padding * len(wanted) - room
+    wanted[NAME] = max(min(wanted[NAME], _SHORTEST_NAME), wanted[NAME] - max(0, missing))
+    return wanted

@@ -7,13 +7,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from affmae_cli.dashboard.decode import Segment, decode
-from affmae_cli.dashboard.state import RunState
+from affmae_cli.dashboard.sketch import sketch
 from affmae_cli.dashboard.status import Life, Status, status_of
-from affmae_cli.dashboard.tail import tail_bytes
 from affmae_engine.run_dir import RunDir, list_runs
-
-_HEAD, _TAIL = 1 << 14, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,7 @@ def glance(root: Path) -> RunRow:
     """What can be said of a run at once."""
     run, now = RunDir(root), time.time()
     holder = run.holder()  # before reading: a trainer writes its last event before it lets the lock go
-    state = RunState(root)
-    state.apply(Segment(started=segment.started) for segment in decode(_head(run.metrics)))
-    state.apply(decode(tail_bytes(run.metrics, _TAIL)))
+    state = sketch(root, run.metrics, pieces=0)
     try:
         made = now - run.config.stat().st_mtime
     except OSError:
@@ -91,15 +85,6 @@ def glance(root: Path) -> RunRow:
         images_per_s=state.latest.images_per_s if state.latest is not None else math.nan,
         age_s=age,
     )
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_HEAD)
-    except OSError:
-        return b""
-    return data[: data.rfind(b"\n") + 1]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

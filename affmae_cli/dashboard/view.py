@@ -34,7 +34,8 @@ Curves = Mapping[str, Curve]
 class RunView:
     """One moment of a run. The events are the newest of their kind, None before there is one.
 
-    now: seconds since 1970. opening: there is more to be read at once. elapsed_s, eta_s: of the whole run; NaN when not
+    now: seconds since 1970. opening: there is more to be read at once. drawable: it is all that was read, or the sketch
+    of a long run that is being opened. elapsed_s, eta_s: of the whole run; NaN when not
     known. data_wait: share of the wall time. steps, held_out, systems: curves by the names that `RunState` gives them;
     revision: another one when they changed. detail: the steps of the part that is zoomed in on, empty when `steps`
     serves. recent: notable events, oldest first. requests: what the trainer was asked for and has not taken yet.
@@ -44,6 +45,7 @@ class RunView:
     status: Status
     now: float
     opening: bool = False
+    drawable: bool = True
     config: RunConfig | None = None
     started: RunStarted | None = None
     latest: StepLogged | None = None
@@ -104,9 +106,10 @@ class Viewer:
             window: steps that are zoomed in on; None for the whole run.
             now: seconds since 1970.
         """
-        state, opening = self._reader.state, self._reader.behind
+        shown, opening = self._reader.shown, self._reader.behind
+        state = shown or self._reader.state
         curves: dict[str, Any] = {}
-        if not opening:  # what is half read is not worth drawing
+        if shown is not None:  # what is half read is not worth drawing
             curves = {
                 "steps": self._curves("steps", state.steps),
                 "detail": self._detail(state.steps, window),
@@ -118,6 +121,7 @@ class Viewer:
             status=self._reader.status,
             now=now,
             opening=opening,
+            drawable=shown is not None,
             config=state.config,
             started=state.started,
             latest=state.latest,

@@ -18,7 +18,7 @@ from affmae_cli.dashboard.gather import COMPARISONS, comparison_traces
 from affmae_cli.dashboard.messages import RunChosen, RunsRead
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.reader import RunReader
-from affmae_cli.dashboard.run_table import COLUMNS, cells, ordered
+from affmae_cli.dashboard.run_table import COLUMNS, cells, ordered, widths
 from affmae_cli.dashboard.runs import RunRow, RunsFolder
 from affmae_cli.dashboard.view import Compared, RunView, Viewer
 from affmae_cli.dashboard.widgets.chart import Chart
@@ -26,6 +26,8 @@ from affmae_cli.dashboard.widgets.title import retitle
 
 SECONDS_BETWEEN_LOOKS = 1.0
 _NEWEST_FIRST = len(COLUMNS) - 1
+_MARK, _GAP = 1, 2
+"""Cells of the column of marks, and between two columns."""
 
 
 class RunsPane(Pane):
@@ -50,15 +52,12 @@ class RunsPane(Pane):
 
     def compose(self) -> ComposeResult:
         """Table above, chart below."""
-        yield DataTable(id="runs-table", cursor_type="row", zebra_stripes=True, cell_padding=1)
+        yield DataTable(id="runs-table", cursor_type="row", zebra_stripes=True, cell_padding=_GAP // 2)
         yield Chart("loss", empty="mark runs with the space bar to compare them here", id="runs-chart")
 
-    def on_mount(self) -> None:
-        """The table's head."""
-        table = self.query_one(DataTable)
-        table.add_column(Text(""), key="mark")
-        for number, column in enumerate(COLUMNS):
-            table.add_column(Text(column.title, justify="right" if column.right else "left"), key=str(number))
+    def on_resize(self) -> None:
+        """Columns are as wide as there is room for."""
+        self._draw_table()
 
     def show(self, view: RunView) -> None:
         """The run that is followed is written bold."""
@@ -140,19 +139,29 @@ class RunsPane(Pane):
         count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
         retitle(table, f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
         drawn = [(cells(row), row.root in self.marked, row.root == followed) for row in rows]
-        if drawn == self._drawn:
+        room = self.size.width - table.styles.scrollbar_size_vertical
+        if (drawn, room) == self._drawn:
             return
-        self._drawn = drawn
+        self._drawn = drawn, room
         at = table.cursor_row
-        table.clear()
+        self._draw_head(table, widths([texts for texts, _, _ in drawn], room - _MARK - _GAP, _GAP))
         for texts, marked, bold in drawn:
             style = "bold" if bold else ""
             line = [
-                Text(text, style, justify="right" if column.right else "left")
+                Text(text, style, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
                 for text, column in zip(texts, COLUMNS, strict=True)
             ]
             table.add_row(Text("◆" if marked else "·"), *line)
         table.move_cursor(row=min(at, max(len(rows) - 1, 0)))
+
+    def _draw_head(self, table: DataTable[Text], wide: list[int]) -> None:
+        # Widths are given: those that a table finds out by itself come too late for the first picture of a row, which
+        # it then keeps.
+        table.clear(columns=True)
+        table.add_column(Text(""), key="mark", width=_MARK)
+        for number, (column, width) in enumerate(zip(COLUMNS, wide, strict=True)):
+            title = Text(column.title, justify="right" if column.right else "left")
+            table.add_column(title, key=str(number), width=width)
 
     def _draw_chart(self) -> None:
         chart, comparison = self.query_one(Chart), COMPARISONS[self.shown]

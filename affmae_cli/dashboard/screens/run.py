@@ -39,6 +39,8 @@ from affmae_engine.errors import AffmaeError
 from affmae_engine.run_dir import CHECKPOINT, STOP
 
 SECONDS_BETWEEN_READS = 0.5
+SECONDS_OF_READING, SECONDS_OF_REST = 0.3, 0.1
+"""A long run is opened in turns: between them the interpreter is free to draw."""
 TABS: dict[str, type[Pane]] = {
     "overview": OverviewPane,
     "curves": CurvesPane,
@@ -142,7 +144,7 @@ class RunScreen(Screen[None]):
         viewer, shown = Viewer(reader), None
         while not worker.is_cancelled:
             try:
-                reader.poll(SECONDS_BETWEEN_READS)
+                reader.poll(SECONDS_OF_READING)
                 zoom = self.settings.zoom
                 window = None if zoom.whole else zoom.window(0.0, float(reader.state.step))
                 self.post_message(RunRead(viewer.view(window, time.time())))
@@ -152,7 +154,7 @@ class RunScreen(Screen[None]):
                 shown = text
             except Exception as error:  # whatever a run holds must not end the view of it
                 self.post_message(ReadingFailed(error))
-            self._wake.wait(0.0 if reader.behind else SECONDS_BETWEEN_READS)
+            self._wake.wait(SECONDS_OF_REST if reader.behind else SECONDS_BETWEEN_READS)
             self._wake.clear()
 
     def on_run_read(self, message: RunRead) -> None:
@@ -185,7 +187,7 @@ class RunScreen(Screen[None]):
         told = [(asked, asked.progress(view)) for asked in self._asked]
         self._asked = [asked for asked, text in told if text]
         status.asked = "; ".join(text for _, text in told if text)
-        if not view.opening:  # what is half read is not worth drawing
+        if view.drawable:
             self.pane.view = view
         if before is None or before.status.ended != view.status.ended:
             self.refresh_bindings()
