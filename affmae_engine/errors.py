@@ -90,3 +90,10 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     """The message of an exception on one line, without control characters, cut to `limit` characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """An exception for a table: the first line of its message, after the name of its type unless it is one of ours."""
+    lines = str(error).strip().splitlines()
+    text = lines[0][:limit] if lines else ""
+    return text if text and isinstance(error, AffmaeError) else f"{type(error).__name__}: {text}".rstrip(": ")

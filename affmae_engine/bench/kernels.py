@@ -19,6 +19,7 @@ from torch import Tensor
 from affmae_engine.bench.ceilings import Ceilings
 from affmae_engine.bench.kernel_cases import Case, Inputs, Setting, all_cases
 from affmae_engine.bench.timing import Call, Timing, measure
+from affmae_engine.errors import first_line
 from affmae_kernels.dispatch import choose_backend
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
@@ -92,9 +93,9 @@ def run_cases(
             if ceilings is not None and result.status == "ok":
                 _time(result, case, device, dtype, ceilings, seconds, reference)
         except torch.OutOfMemoryError as error:
-            result.status, result.note = "out of memory", _first_line(error)
+            result.status, result.note = "out of memory", first_line(error)
         except Exception as error:  # a kernel that does not compile must not end the others' measurement
-            result.status, result.note = "failed", f"{type(error).__name__}: {_first_line(error)}"
+            result.status, result.note = "failed", first_line(error)
         if device.type == "cuda":
             gc.collect()  # what cycles hold would stay on the card; on a large heap this takes a second
             torch.cuda.empty_cache()
@@ -192,8 +193,3 @@ def _relative(got: Tensor, expected: Tensor, flowing: Tensor | None = None) -> f
         size = torch.linalg.vector_norm(flowing.double())
         scale = torch.where(scale > ZERO * size, scale, size)
     return (torch.linalg.vector_norm(got.double() - expected) / scale.clamp(min=1e-300)).item()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

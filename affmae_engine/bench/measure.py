@@ -22,7 +22,7 @@ from affmae_engine.bench.profile import profile_step
 from affmae_engine.bench.step import Call, Network, make_forward, make_network, make_step, random_batches
 from affmae_engine.bench.timing import Timing, step_times
 from affmae_engine.config import TrainConfig
-from affmae_engine.errors import AffmaeError
+from affmae_engine.errors import first_line
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.step import EAGER_STEPS
@@ -149,15 +149,8 @@ def _problem(attempt: Callable[[], None]) -> tuple[bool, str] | None:
         attempt()
     except Exception as error:  # one side's failure must not hide the other's result
         out = out_of_memory(error)
-        return out is not None, _first_line(out or error)
+        return out is not None, first_line(out or error)
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    if lines and isinstance(error, AffmaeError):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _synchronize(device: torch.device) -> None:

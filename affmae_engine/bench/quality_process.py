@@ -59,6 +59,11 @@ class Process:
             yield message
         self._child.wait()
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether it ended in order, after some of its work: another process is to do the rest."""
+        return bool(self.ended) and self._child.wait() == 0
+
     def death(self) -> str:
         """Why it ended early, in a line."""
         code = self._child.wait()

@@ -203,7 +203,8 @@ class QualityRun:
             self._failure = self._failure or error
 
     def _attempt(self, work: list[Work], slot: Mapping[str, str]) -> list[Work]:
-        """One process for the work; returns what it left undone. A process that dies costs the part it was at."""
+        """One process for the work; returns what it left undone. One that dies costs the part it was at, one that gives
+        up costs nothing."""
         job = Job(str(self.store.path), str(self.runs), self.plan.test_fraction, tuple(work))
         log = self.folder / "logs" / f"{'calibration-' if work[0].calibrate_s else ''}{work[0].part.name}.log"
         process = Process(job, slot, log)
@@ -213,7 +214,7 @@ class QualityRun:
         if self._ending():
             return []
         left = [entry for entry in work if entry.part.name not in process.ended]
-        if left:
+        if left and not process.gave_up:
             victims = left if not process.ready else left[:1]
             for victim in victims:
                 self._record_death(victim, process.death())

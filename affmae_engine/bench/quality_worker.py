@@ -31,7 +31,7 @@ from affmae_engine.bench.quality_pace import WARMUP_STEPS, Pace
 from affmae_engine.config import RunConfig
 from affmae_engine.data.split import Split
 from affmae_engine.data.store import Store
-from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, ResourceError
+from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, ResourceError, first_line
 from affmae_engine.events import finite
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.checkpoint import STATE, WEIGHTS
@@ -99,7 +99,7 @@ def train_part(work: Work, store: Store, parts: Parts, runs: Path, tell: Tell) -
             run.checkpoint(config.train.steps).joinpath(WEIGHTS).replace(weights_of(part, runs))
     except Exception as error:  # one part's failure must not hide the results of the others
         traceback.print_exception(error, file=sys.stderr)
-        result.status, result.note = _status(error), _first_line(error)
+        result.status, result.note = _status(error), first_line(error)
     shutil.rmtree(run.checkpoints, ignore_errors=True)  # gigabytes that nobody asked for
     _take_times(result, pace)
     result.seconds = time.monotonic() - begun
@@ -132,7 +132,7 @@ def calibrate(work: Work, store: Store, parts: Parts, runs: Path) -> Speed:
         return Speed(pace.step_s, pace.startup_s, _used_micro_batch(run))
     except Exception as error:  # a model that cannot be trained here is a result
         traceback.print_exception(error, file=sys.stderr)
-        return Speed(None, status=_status(error), note=_first_line(error))
+        return Speed(None, status=_status(error), note=first_line(error))
     finally:
         shutil.rmtree(run.root, ignore_errors=True)
         _free()
@@ -213,14 +213,38 @@ def _status(error: BaseException) -> Status:
     return "diverged" if isinstance(error, DivergedError) else "failed"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0][:200] if lines else ""
-    return text if isinstance(error, AffmaeError) else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
 def _step(part: Part, step: int, total: int) -> dict[str, Any]:
     return {"event": "step", "name": part.name, "step": step, "total": total}
+
+
+def work_through(job: Job, tell: Tell) -> None:
+    """Do the job, or as much of it as this process can: a failure on a card may leave it unable to go on."""
+    store, runs = Store.open(Path(job.store)), Path(job.runs)
+    parts = parts_of(store, job.test_fraction)
+    tell({"event": "ready"})
+    for work in job.work:
+        tell({"event": "began", "name": work.part.name})
+        if work.calibrate_s is not None:
+            speed = calibrate(work, store, parts, runs)
+            status, outcome = speed.status, {"speed": asdict(speed)}
+        else:
+            result = train_part(work, store, parts, runs, tell)
+            status, outcome = result.status, {"result": result.as_dict()}
+        tell({"event": "ended", "name": work.part.name, **outcome})
+        if status != "ok" and not _card_answers():
+            return
+
+
+def _card_answers() -> bool:
+    """Whether this process can still compute: after some errors every further call fails, or every random number."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        torch.rand(1, device="cuda")
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -234,16 +258,7 @@ def main() -> None:
         channel.write(json.dumps(finite(message)) + "\n")
         channel.flush()
 
-    store, runs = Store.open(Path(job.store)), Path(job.runs)
-    parts = parts_of(store, job.test_fraction)
-    tell({"event": "ready"})
-    for work in job.work:
-        tell({"event": "began", "name": work.part.name})
-        if work.calibrate_s is not None:
-            tell({"event": "ended", "name": work.part.name, "speed": asdict(calibrate(work, store, parts, runs))})
-        else:
-            result = train_part(work, store, parts, runs, tell)
-            tell({"event": "ended", "name": work.part.name, "result": result.as_dict()})
+    work_through(job, tell)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,6 @@ def draw_warp(
     return warp
 
 
-def identity_warp(size: int) -> NDArray[np.float32]:
-    """Source coordinates of the unchanged square, relative to its centre."""
-    axis = np.arange(size, dtype=np.float32) - (size - 1) / 2
-    return np.stack(np.meshgrid(axis, axis, indexing="ij"))
-
-
 def fold(coordinate: NDArray[np.float32], length: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Mirror coordinates into [0, length - 1] about the outermost pixels, and say which ones lay outside the image."""
     outside = (coordinate < -0.5) | (coordinate > length - 0.5)

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from affmae_engine.doctor.selfcheck import first_line
+from affmae_engine.errors import first_line
 from affmae_engine.train.device import why_no_cuda
 
 _T = TypeVar("_T")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from affmae_engine.doctor import problems
 from affmae_engine.doctor.problems import Make, Problem, Shape, Tensors
+from affmae_engine.errors import first_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {"exact": 0.0, "fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
@@ -172,9 +173,3 @@ def solve(problem: Problem, device: torch.device, backend: str, *, exactly: bool
     gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), upstream)
     named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return {name: result.detach() for name, result in results.items()} | named
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one short line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

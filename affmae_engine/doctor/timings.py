@@ -17,7 +17,8 @@ import torch
 
 from affmae_engine.doctor import problems
 from affmae_engine.doctor.problems import Make, Problem, Shape
-from affmae_engine.doctor.selfcheck import DTYPES, first_line
+from affmae_engine.doctor.selfcheck import DTYPES
+from affmae_engine.errors import first_line
 
 TIMED: dict[str, tuple[str, Make]] = {
     "neighbourhoods": ("neighbourhoods", problems.neighbourhoods_problem),

@@ -272,7 +272,7 @@ def predict_plane(
     autocast: torch.dtype | None = None,
     prepare: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Tensor:
-    """Class probabilities of one whole plane by tiled inference; what `affmae predict` and validation both use.
+    """Class probabilities of one whole plane by tiled inference, in memory, for a plane that has room there.
 
     Args:
         model: on `device`; run in eval mode, its mode is restored.

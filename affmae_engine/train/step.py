@@ -214,7 +214,8 @@ class TrainStep:
         except RuntimeError as error:
             if out_of_memory(error) is not None:
                 raise
-            # PyTorch's generators stay in the state of a recording, so this process cannot go on without one.
+            # Unlike one that lacks memory, a recording that breaks does not end: PyTorch's generators stay in its
+            # state, so this process cannot go on without one.
             raise ResourceError(
                 f"the training step could not be recorded as CUDA graphs: {one_line(error)}",
                 "go on with --resume, or begin again, with --set kernels.cuda_graph=false; the result stays the same",

@@ -43,6 +43,7 @@ with open(os.path.join(job["runs"], "diary"), "a") as diary:
             open(os.path.join(job["runs"], name, "weights.safetensors"), "w")
         result = {**part, "stage": stage, "status": "ok", "steps": work["config"]["train"]["steps"], "seconds": 1.0}
         say(event="ended", name=name, result={**result, "miou": None if stage == "pretrain" else 0.5})
+        if os.environ.get("GIVE_UP") == name: sys.exit()
 """
 
 
@@ -108,6 +109,12 @@ def test_a_process_that_dies_costs_one_part(make_run, tmp_path) -> None:
     note = progress.results[Part("tiny", "vit-mae", 0, "pretrained", 1.0)].note
     assert note == "the process died (signal 11): it hurts"
     assert diary(tmp_path).count("tiny-vit-mae-seed0-pretrain") == 1, "the pretraining is not repeated"
+
+
+def test_a_process_that_gives_up_is_followed_by_another(make_run, tmp_path) -> None:
+    progress = make_run(slots=[{"GIVE_UP": "tiny-vit-mae-seed0-pretrain"}]).run()
+    assert set(statuses(progress).values()) == {"ok"}
+    assert sorted(diary(tmp_path)[4:]) == sorted(part.name for part in progress.results), "nothing is done twice"
 
 
 def test_a_process_that_never_gets_ready_fails_its_work_once(make_run) -> None:

@@ -7,7 +7,7 @@ from affmae_engine.bench import quality_worker
 from affmae_engine.bench.quality import Part, QualityPlan
 from affmae_engine.bench.quality_data import parts_of
 from affmae_engine.bench.quality_pace import Pace
-from affmae_engine.bench.quality_worker import Job, Work, calibrate, train_part, weights_of
+from affmae_engine.bench.quality_worker import Job, Work, calibrate, train_part, weights_of, work_through
 from affmae_engine.config import RunConfig
 from affmae_engine.data.phantom import CLASS_NAMES, generate
 from affmae_engine.events import RunStarted, StepLogged
@@ -89,6 +89,16 @@ def test_failures_are_results(raised, status, note, store, work, tmp_path, monke
     result = train_part(work(part), store, parts_of(store, 0.2), tmp_path, lambda message: None)
     assert result.status == status and note in result.note and "\n" not in result.note and result.miou is None
     assert "Traceback" in capsys.readouterr().err, "the log has it all"
+
+
+@pytest.mark.parametrize(("answers", "done"), [(True, 2), (False, 1)])
+def test_a_process_that_cannot_go_on_leaves_the_rest(answers, done, store, work, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(quality_worker, "_card_answers", lambda: answers)
+    told: list[dict] = []
+    impossible = tuple(work(Part("tiny", "affmae", seed, "pretrained", 1.0)) for seed in (0, 1))
+    work_through(Job(str(store.path), str(tmp_path), 0.2, impossible), told.append)
+    assert told[0] == {"event": "ready"}
+    assert [message["result"]["status"] for message in told if message["event"] == "ended"] == ["failed"] * done
 
 
 def test_divergence_is_a_result(store, config, tmp_path) -> None:
