@@ -90,8 +90,7 @@ def plan(
         raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
     folder = _folder(inputs, out, single=single, named_file=named_file)
     ending = "-labels" if single else ""
-    jobs: list[tuple[Source, Outputs]] = []
-    refused: list[Refused] = []
+    jobs, refused = [], []
     for file, relative in _found(inputs, folder):
         try:
             sources, problems = scan_sources(file)
@@ -103,13 +102,7 @@ def plan(
         refused += [Refused(file, problem.message) for problem in problems]
         if named_file and len(sources) > 1:
             raise ConfigError(f"{file} holds {len(sources)} images, which need a folder", "name one with -o/--out")
-        names: set[str] = set()
-        for source in sources:
-            name = outputs.stem(file)
-            if len(sources) > 1:
-                series = safe_name(source.info.series, names)
-                names.add(series.lower())
-                name = f"{name}-{series}"
+        for source, name in _named(file, sources):
             labels = out if named_file and out is not None else folder / relative / f"{name}{ending}.tif"
             jobs.append((source, Outputs(labels, probabilities, overlay)))
     if not jobs:
@@ -119,6 +112,18 @@ def plan(
     done = [targets.labels for source, targets in jobs if finished is not None and finished(source, targets)]
     jobs = [(source, targets) for source, targets in jobs if targets.labels not in done]
     return Plan(jobs, refused, where, tuple(done))
+
+
+def _named(file: Path, sources: Sequence[Source]) -> Iterator[tuple[Source, str]]:
+    """The images of a file and the stems of their outputs, which no two share whatever the case of letters."""
+    names: set[str] = set()
+    for source in sources:
+        name = outputs.stem(file)
+        if len(sources) > 1:
+            series = safe_name(source.info.series, names)
+            names.add(series.lower())
+            name = f"{name}-{series}"
+        yield source, name
 
 
 def run(

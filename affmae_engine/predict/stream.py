@@ -217,14 +217,19 @@ def predict(
         if run.picture is not None and targets.overlay is not None:
             run.picture.save(targets.overlay, source, run.statistics, about.class_names)
         journal.discard()
-    seconds = time.perf_counter() - started
+    return _report(run, about, dialect, time.perf_counter() - started)
+
+
+def _report(run: _Run, about: OutputInfo, dialect: str, seconds: float) -> PredictReport:
+    info, targets = run.source.info, run.targets
+    pixels = int(np.prod(info.shape_ZYX, dtype=np.int64))
     return PredictReport(
         source=info.path,
         series=info.series,
         labels=targets.labels,
         format=dialect,
         shape_ZYX=info.shape_ZYX,
-        dtype=str(dtype),
+        dtype=str(about.dtype),
         pixel_nm=about.pixel_nm,
         class_fractions=dict(zip(about.class_names, (run.counts / pixels).tolist(), strict=True)),
         seconds=seconds,
