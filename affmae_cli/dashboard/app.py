@@ -7,6 +7,7 @@ and writes requests; the training neither knows nor notices.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,10 +23,14 @@ from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
 from affmae_cli.dashboard.screens.help import HelpScreen
 from affmae_cli.dashboard.screens.question import Answer, Question
 from affmae_cli.dashboard.screens.run import RunScreen
-from affmae_cli.dashboard.terminal import signals_handled
+from affmae_cli.dashboard.terminal import gone, signals_handled
 from affmae_cli.output import printable
 from affmae_engine import atomic
 from affmae_engine.errors import AffmaeError
+
+_TERMINAL_EVERY_S = 2.0
+_HUNG_UP = 129
+"""Exit code of a process that SIGHUP ended."""
 
 
 class DashboardApp(App[DashboardResult]):
@@ -110,6 +115,13 @@ class DashboardApp(App[DashboardResult]):
         return bool(screens and screens[0].view is not None and screens[0].view.status.ended)
 
 
+async def _leave_with_terminal(app: DashboardApp) -> None:
+    """A terminal may go without a word, as for a process that ignores SIGHUP."""
+    while not gone():
+        await asyncio.sleep(_TERMINAL_EVERY_S)
+    app.exit(DashboardResult("detach"))
+
+
 def run_dashboard(root: Path, *, child: TrainerProcess | None = None) -> DashboardResult:
     """Open the dashboard on this terminal; returns when it was left. See `result` for what it returns when.
 
@@ -120,9 +132,15 @@ def run_dashboard(root: Path, *, child: TrainerProcess | None = None) -> Dashboa
 
     async def main() -> DashboardResult | None:
         with signals_handled(app.leave_by_signal):
-            return await app.run_async()
+            watch = asyncio.create_task(_leave_with_terminal(app))
+            try:
+                return await app.run_async()
+            finally:
+                watch.cancel()
 
     result = asyncio.run(main())
+    if gone():
+        os._exit(_HUNG_UP)  # Textual's reading thread never ends there, and nobody is left to tell anything
     if result is None:
         raise RuntimeError("the dashboard ended unexpectedly; the training is not affected")
     return result

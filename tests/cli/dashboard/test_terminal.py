@@ -96,15 +96,17 @@ def test_the_terminal_is_given_back(
             terminal.close()
 
 
-def test_a_terminal_that_is_gone_ends_the_dashboard(record: Callable[..., Recorded]) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["hangup", "silence"])
+def test_a_terminal_that_is_gone_ends_the_dashboard(record: Callable[..., Recorded], told: bool) -> None:
     run = record(started(), stepped(7))
     terminal = Terminal(str(run.root), "whole")
     try:
         terminal.read_until(lambda: b"812" in terminal.seen)
         os.close(terminal.slave)
         os.close(terminal.master)
-        terminal.process.send_signal(signal.SIGHUP)  # as the kernel does to the session's leader
-        terminal.process.wait(timeout=30)
+        if told:
+            terminal.process.send_signal(signal.SIGHUP)  # as the kernel does to the session's leader
+        assert terminal.process.wait(timeout=30) == 129
     finally:
         terminal.process.kill()
         terminal.process.wait()
