@@ -112,10 +112,11 @@ def _choose(live: list[RunRow]) -> Path:
         cells = (f"{index}", output.printable(str(row.root)), row.task, row.status.kind, step, number(row.loss))
         table.add_row(*map(Text, (*cells, f"{duration(row.age_s)} ago")))
     output.console().print(table)
-    chosen = 0
-    while not 1 <= chosen <= len(live):
+    while True:
         chosen = typer.prompt("Which one?", type=int, default=1)
-    return live[chosen - 1].root
+        if 1 <= chosen <= len(live):
+            return live[chosen - 1].root
+        output.say(f"there is no number {chosen}", label="error", style="bold red")
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -73,8 +73,12 @@ def _box(name: str, table: Mapping[str, Any]) -> Figures:
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested tables by their dotted names."""
+    """Leaves of nested tables by their dotted names; of the many fingerprints of images only their number."""
     found: list[tuple[str, Any]] = []
     for key, value in table.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        name = f"{prefix}{key}"
+        if name == "data.images":
+            found.append((name, len(value)))
+        else:
+            found += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
     return found

@@ -18,6 +18,7 @@ from textual.widget import Widget
 
 from affmae_cli.dashboard.halfblocks import UPPER_HALF, fitting_size, half_blocks
 from affmae_cli.dashboard.tiles import Tile, arrangement, read_tiles, tile_edge
+from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 
 SMALLEST = 8
@@ -42,6 +43,7 @@ class PreviewWall(Widget):
 
     def __init__(self, *, edge: int | None = None, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
+        retitle(self, "preview")
         self.tiles: list[Tile] = []
         self._sentence = "no preview yet"
         self.set_reactive(PreviewWall.edge, edge)
