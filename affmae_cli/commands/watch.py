@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from affmae_cli.dashboard.runs import RunRow
 
 DEFAULT_FOLDER = Path("runs")
+Pictures = Literal["auto", "blocks"]
 Screen = Literal["overview", "curves", "pictures", "system", "log", "config", "runs"]
 
 
@@ -35,6 +36,12 @@ def watch(
     ] = None,
     size: Annotated[str, typer.Option("--size", metavar="COLUMNSxROWS", help="Size of the saved screen.")] = "160x48",
     screen: Annotated[Screen, typer.Option("--screen", help="Which tab to save.")] = "overview",
+    pictures: Annotated[
+        Pictures,
+        typer.Option(
+            "--pictures", help='Pixels where the terminal has them (needs "affmae[pictures]"), or always half blocks.'
+        ),
+    ] = "auto",
     json: JsonOption = False,
 ) -> None:
     """Watch a run: losses, speed, card, pictures, events.
@@ -56,7 +63,7 @@ def watch(
     if not (once or export or json):
         from affmae_cli.dashboard.app import run_dashboard
 
-        run_dashboard(root)
+        run_dashboard(root, pictures=pictures)
 
 
 def _print(root: Path, *, as_json: bool) -> None:

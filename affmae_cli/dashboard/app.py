@@ -15,9 +15,11 @@ from textual import work
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.pilot import Pilot
+from textual.widget import Widget
 
 from affmae_cli.dashboard import theme
 from affmae_cli.dashboard.control import request_stop
+from affmae_cli.dashboard.pixels import Pictures, pixel_widget
 from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
 from affmae_cli.dashboard.screens.help import HelpScreen
 from affmae_cli.dashboard.screens.question import Answer, Question
@@ -35,6 +37,7 @@ class DashboardApp(App[DashboardResult]):
         root: run directory.
         child: the run's trainer, where the command that opened the dashboard started it.
         tab: which tab is seen first.
+        pixels: what draws pictures as pixels, see `pixels.pixel_widget`; None for half blocks.
     """
 
     CSS_PATH = "dashboard.tcss"
@@ -43,12 +46,19 @@ class DashboardApp(App[DashboardResult]):
         Binding("ctrl+c,ctrl+q", "leave", "Leave", id="app.leave", show=False, priority=True),
     ]
 
-    def __init__(self, root: Path, *, child: TrainerProcess | None = None, tab: str = "overview") -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        child: TrainerProcess | None = None,
+        tab: str = "overview",
+        pixels: type[Widget] | None = None,
+    ) -> None:
         super().__init__()
         self.register_theme(theme.DARK)
         self.register_theme(theme.LIGHT)
         self.theme = theme.DARK.name
-        self._root, self._child, self._first_tab = root, child, tab
+        self._root, self._child, self._first_tab, self._pixels = root, child, tab, pixels
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         """Colours of curves, for every theme."""
@@ -56,7 +66,7 @@ class DashboardApp(App[DashboardResult]):
 
     def on_mount(self) -> None:
         """Open the run."""
-        self.push_screen(RunScreen(self._root, self._exit_code, self._first_tab))
+        self.push_screen(RunScreen(self._root, self._exit_code, self._first_tab, self._pixels))
 
     def action_theme(self) -> None:
         """Dark or light."""
@@ -110,13 +120,13 @@ class DashboardApp(App[DashboardResult]):
         return bool(screens and screens[0].view is not None and screens[0].view.status.ended)
 
 
-def run_dashboard(root: Path, *, child: TrainerProcess | None = None) -> DashboardResult:
+def run_dashboard(root: Path, *, child: TrainerProcess | None = None, pictures: Pictures = "auto") -> DashboardResult:
     """Open the dashboard on this terminal; returns when it was left. See `result` for what it returns when.
 
     Raises:
         RuntimeError: a bug of the dashboard ended it; its traceback was printed after the terminal was restored.
     """
-    app = DashboardApp(root, child=child)
+    app = DashboardApp(root, child=child, pixels=pixel_widget(pictures))
 
     async def main() -> DashboardResult | None:
         with signals_handled(app.leave_by_signal):

@@ -14,6 +14,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.reactive import reactive
 from textual.screen import Screen
+from textual.widget import Widget
 from textual.widgets import Footer, TabbedContent, TabPane, Tabs
 from textual.worker import get_current_worker
 
@@ -60,6 +61,7 @@ class RunScreen(Screen[None]):
         root: of the run.
         exit_code: of its trainer when that is our child, by run; None while it works.
         tab: which one is seen first.
+        pixels: what draws pictures as pixels; None for half blocks.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -95,9 +97,15 @@ class RunScreen(Screen[None]):
     settings: reactive[ChartSettings] = reactive(ChartSettings(), repaint=False)
     paused: reactive[bool] = reactive(False, repaint=False)
 
-    def __init__(self, root: Path, exit_code: Callable[[Path], int | None], tab: str = "overview") -> None:
+    def __init__(
+        self,
+        root: Path,
+        exit_code: Callable[[Path], int | None],
+        tab: str = "overview",
+        pixels: type[Widget] | None = None,
+    ) -> None:
         super().__init__()
-        self.root, self._exit_code, self._first_tab = root, exit_code, tab
+        self.root, self._exit_code, self._first_tab, self._pixels = root, exit_code, tab, pixels
         self._newest: RunView | None = None
         self._asked: list[Asked] = []
         self._failures: set[str] = set()
@@ -115,6 +123,7 @@ class RunScreen(Screen[None]):
     def on_mount(self) -> None:
         """Begin to read."""
         self.query_one(Tabs).can_focus = False  # its arrow keys would take ours
+        self.query_one(PicturesPane).wall.pixels = self._pixels
         self._follow(self.root)
 
     def on_unmount(self) -> None:
