@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from affmae_cli import output
+from affmae_cli.dashboard.result import Pictures
 from affmae_cli.options import JsonOption
 from affmae_engine.errors import ConfigError, InputError
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from affmae_cli.dashboard.runs import RunRow
 
 DEFAULT_FOLDER = Path("runs")
-Pictures = Literal["auto", "blocks"]
 Screen = Literal["overview", "curves", "pictures", "system", "log", "config", "runs"]
 
 
@@ -39,7 +39,7 @@ def watch(
     pictures: Annotated[
         Pictures,
         typer.Option(
-            "--pictures", help='Pixels where the terminal has them (needs "affmae[pictures]"), or always half blocks.'
+            "--pictures", help="Pixels where the terminal has them (needs the extra `pictures`), or always half blocks."
         ),
     ] = "auto",
     json: JsonOption = False,

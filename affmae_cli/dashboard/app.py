@@ -19,8 +19,8 @@ from textual.widget import Widget
 
 from affmae_cli.dashboard import theme
 from affmae_cli.dashboard.control import request_stop
-from affmae_cli.dashboard.pixels import Pictures, pixel_widget
-from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
+from affmae_cli.dashboard.pixels import pixel_widget
+from affmae_cli.dashboard.result import DashboardResult, Pictures, TrainerProcess
 from affmae_cli.dashboard.screens.help import HelpScreen
 from affmae_cli.dashboard.screens.question import Answer, Question
 from affmae_cli.dashboard.screens.run import RunScreen

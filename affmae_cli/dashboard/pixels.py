@@ -16,12 +16,11 @@ import sys
 import termios
 import time
 import tty
-from typing import Literal
 
 from textual.widget import Widget
 
-Pictures = Literal["auto", "blocks"]
-"""How pictures are drawn: as pixels where the terminal can, or always as half blocks."""
+from affmae_cli.dashboard.result import Pictures
+
 _PACKAGE = "textual_image"
 _AT_ONCE_S, _PATIENCE_S = 0.05, 1.0
 _QUESTION = b"\x1b[>q\x1b[c"  # its name and version, which not every terminal tells; its attributes, which each does

@@ -29,6 +29,10 @@ class TrainerProcess(Protocol):
         """Its exit code (minus the signal's number when it was killed); None while it works."""
 
 
+Pictures = Literal["auto", "blocks"]
+"""How pictures are drawn: as pixels where the terminal can, or always as half blocks."""
+
+
 @dataclass(frozen=True)
 class DashboardResult:
     """How the dashboard was left. ended: the run had ended; stop: the trainer was asked to stop; detach: it goes on."""

@@ -29,7 +29,7 @@ from affmae_cli.dashboard.panes.pictures import PicturesPane
 from affmae_cli.dashboard.panes.runs import RunsPane
 from affmae_cli.dashboard.panes.system import SystemPane
 from affmae_cli.dashboard.reader import RunReader
-from affmae_cli.dashboard.requests import Asked
+from affmae_cli.dashboard.requests import Asked, under_way
 from affmae_cli.dashboard.screens.question import Answer, Question
 from affmae_cli.dashboard.view import RunView, Viewer
 from affmae_cli.dashboard.widgets.chart import Chart
@@ -193,9 +193,7 @@ class RunScreen(Screen[None]):
             return
         status = self.query_one(StatusLine)
         status.view = view
-        told = [(asked, asked.progress(view)) for asked in self._asked]
-        self._asked = [asked for asked, text in told if text]
-        status.asked = "; ".join(text for _, text in told if text)
+        self._asked, status.asked = under_way(self._asked, view)
         if view.drawable:
             self.pane.view = view
         if before is None or before.status.ended != view.status.ended:

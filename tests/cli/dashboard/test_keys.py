@@ -34,6 +34,17 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
+def test_what_was_requested_elsewhere_is_said(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        assert not driver.screen.query_one(StatusLine).asked
+        (live.run.control / "stop").touch()
+        await driver.see("stop requested, not yet seen by the trainer")
+        (live.run.control / "stop").unlink()
+        await driver.until(lambda: not driver.screen.query_one(StatusLine).asked)
+
+    drive(live.root, do)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_a_checkpoint_and_a_stop_are_asked_for_acknowledged_and_met(live: Recorded, size: tuple[int, int]) -> None:
     async def do(driver: Driver) -> None:
