@@ -81,20 +81,21 @@ class DashboardApp(App[DashboardResult]):
             ]
             self.push_screen(HelpScreen(keys))
 
-    @work(exclusive=True)
+    @work
     async def action_leave(self) -> None:
         """Leave; with a trainer of ours at work, ask what becomes of it. Asked for twice, it goes on."""
         if self._child is None or self._child.poll() is not None or self._run_ended():
             self.exit(DashboardResult("ended" if self._run_ended() else "detach"))
             return
-        if not isinstance(self.screen, RunScreen):
+        screen = self.screen
+        if not isinstance(screen, RunScreen):
             self.exit(DashboardResult("detach"))
             return
         answers = [
             Answer("detach", "d", "Detach", "training goes on; affmae watch shows it again", "primary"),
             Answer("stop", "s", "Stop after a checkpoint", "the trainer saves and ends; it can be resumed", "warning"),
         ]
-        match await self.push_screen_wait(Question(f"{printable(self._root.name)} is still training", answers)):
+        match await screen.ask(Question(f"{printable(self._root.name)} is still training", answers)):
             case "detach":
                 self.exit(DashboardResult("detach"))
             case "stop":

@@ -108,6 +108,7 @@ class RunScreen(Screen[None]):
         self.root, self._exit_code, self._first_tab, self._pixels = root, exit_code, tab, pixels
         self._newest: RunView | None = None
         self._asked: list[Asked] = []
+        self._asking = False
         self._failures: set[str] = set()
         self._wake = threading.Event()
 
@@ -262,8 +263,19 @@ class RunScreen(Screen[None]):
         """Ask whether to stop, then ask the trainer to."""
         answers = [Answer("stop", "s", "Stop after a checkpoint", "the trainer saves and ends; it can be resumed")]
         question = Question(f"Stop {printable(self.root.name)}?", answers)
-        if await self.app.push_screen_wait(question) == "stop":
+        if await self.ask(question) == "stop":
             self._request(STOP, request_stop)
+
+    async def ask(self, question: Question) -> str | None:
+        """The answer; None when it was cancelled, or when another question is about to appear, to which the key that
+        brought us here was meant as an answer. Call it in a worker."""
+        if self._asking:
+            return None
+        self._asking = True
+        try:
+            return await self.app.push_screen_wait(question)
+        finally:
+            self._asking = False
 
     def action_log_axis(self) -> None:
         """Logarithmic or linear height."""

@@ -212,3 +212,14 @@ def test_a_run_of_ones_own_that_ended_is_left_at_once(
         await driver.press("q")
 
     assert drive(run.root, do, child=child) == DashboardResult("ended")
+
+
+def test_keys_that_come_before_the_question_ask_no_second_one(live: Recorded, child: subprocess.Popen[bytes]) -> None:
+    async def do(driver: Driver) -> None:
+        driver.app.action_leave()  # as a slow terminal or a busy machine hands over `q` and `s` at once
+        driver.screen.action_stop()
+        await driver.see("Stop after a checkpoint", "Detach")
+        assert [type(screen) for screen in driver.app.screen_stack[-2:]] == [RunScreen, Question]
+        await driver.press("d")
+
+    assert drive(live.root, do, child=child) == DashboardResult("detach")
