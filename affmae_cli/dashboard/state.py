@@ -161,7 +161,7 @@ class RunState:
             (train.checkpoint_every, CheckpointSaved, "saving a checkpoint"),
         ):
             if due(every, step, train.steps) and kind not in done:
-                return f"{text} at step {step}"
+                return f"{text} at step {step:,}"
         return ""
 
     @property
