@@ -16,10 +16,12 @@ import sys
 import termios
 import time
 import tty
-
-from textual.widget import Widget
+from typing import TYPE_CHECKING
 
 from affmae_cli.dashboard.result import Pictures
+
+if TYPE_CHECKING:
+    from textual.widget import Widget
 
 _PACKAGE = "textual_image"
 _AT_ONCE_S, _PATIENCE_S = 0.05, 1.0

@@ -83,8 +83,10 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for key, value in table.items():
         name = f"{prefix}{key}"
-        if name == "data.images":
+        if not isinstance(value, dict):
+            found.append((name, value))
+        elif name == "data.images":
             found.append((name, len(value)))
         else:
-            found += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+            found += _flat(value, f"{name}.")
     return found
