@@ -51,9 +51,10 @@ def summary(reader: RunReader, *, width: int = 80) -> RenderableType:
         table.add_row("config", Text(output.printable(reader.problem), style="yellow"))
     for index, verdict in enumerate(state.verdicts() if state.latest is not None else []):
         table.add_row("verdict" if index == 0 else "", Text(verdict.text, style=_LEVEL_STYLES[verdict.level]))
-    events = [line(event, state.total_steps) for event in state.recent]
-    for index, event in enumerate([event for event in events if event][-_EVENTS:]):
-        table.add_row("events" if index == 0 else "", Text(output.printable(event)))
+    events = [(event.time, said) for event in state.recent if (said := line(event, state.total_steps))]
+    for index, (at, said) in enumerate(events[-_EVENTS:]):
+        text = Text(time.strftime("%H:%M:%S  ", time.localtime(at)), style="dim")
+        table.add_row("events" if index == 0 else "", text.append(output.printable(said), style="not dim"))
     parts.append(table)
     if status.kind in ("failed", "gone"):
         parts += [Text("the log's end:", style="dim")]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from affmae_cli import output
+from affmae_cli.dashboard.result import Pictures
 from affmae_cli.options import JsonOption
 from affmae_engine.errors import ConfigError, InputError
 
@@ -35,6 +36,12 @@ def watch(
     ] = None,
     size: Annotated[str, typer.Option("--size", metavar="COLUMNSxROWS", help="Size of the saved screen.")] = "160x48",
     screen: Annotated[Screen, typer.Option("--screen", help="Which tab to save.")] = "overview",
+    pictures: Annotated[
+        Pictures,
+        typer.Option(
+            "--pictures", help="Pixels where the terminal has them (needs the extra `pictures`), or always half blocks."
+        ),
+    ] = "auto",
     json: JsonOption = False,
 ) -> None:
     """Watch a run: losses, speed, card, pictures, events.
@@ -56,7 +63,7 @@ def watch(
     if not (once or export or json):
         from affmae_cli.dashboard.app import run_dashboard
 
-        run_dashboard(root)
+        run_dashboard(root, pictures=pictures)
 
 
 def _print(root: Path, *, as_json: bool) -> None:
@@ -112,10 +119,11 @@ def _choose(live: list[RunRow]) -> Path:
         cells = (f"{index}", output.printable(str(row.root)), row.task, row.status.kind, step, number(row.loss))
         table.add_row(*map(Text, (*cells, f"{duration(row.age_s)} ago")))
     output.console().print(table)
-    chosen = 0
-    while not 1 <= chosen <= len(live):
+    while True:
         chosen = typer.prompt("Which one?", type=int, default=1)
-    return live[chosen - 1].root
+        if 1 <= chosen <= len(live):
+            return live[chosen - 1].root
+        output.say(f"there is no number {chosen}", label="error", style="bold red")
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -16,10 +16,12 @@ from textual import work
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.pilot import Pilot
+from textual.widget import Widget
 
 from affmae_cli.dashboard import theme
 from affmae_cli.dashboard.control import request_stop
-from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
+from affmae_cli.dashboard.pixels import pixel_widget
+from affmae_cli.dashboard.result import DashboardResult, Pictures, TrainerProcess
 from affmae_cli.dashboard.screens.help import HelpScreen
 from affmae_cli.dashboard.screens.question import Answer, Question
 from affmae_cli.dashboard.screens.run import RunScreen
@@ -40,6 +42,7 @@ class DashboardApp(App[DashboardResult]):
         root: run directory.
         child: the run's trainer, where the command that opened the dashboard started it.
         tab: which tab is seen first.
+        pixels: what draws pictures as pixels, see `pixels.pixel_widget`; None for half blocks.
     """
 
     CSS_PATH = "dashboard.tcss"
@@ -48,12 +51,19 @@ class DashboardApp(App[DashboardResult]):
         Binding("ctrl+c,ctrl+q", "leave", "Leave", id="app.leave", show=False, priority=True),
     ]
 
-    def __init__(self, root: Path, *, child: TrainerProcess | None = None, tab: str = "overview") -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        child: TrainerProcess | None = None,
+        tab: str = "overview",
+        pixels: type[Widget] | None = None,
+    ) -> None:
         super().__init__()
         self.register_theme(theme.DARK)
         self.register_theme(theme.LIGHT)
         self.theme = theme.DARK.name
-        self._root, self._child, self._first_tab = root, child, tab
+        self._root, self._child, self._first_tab, self._pixels = root, child, tab, pixels
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         """Colours of curves, for every theme."""
@@ -61,7 +71,7 @@ class DashboardApp(App[DashboardResult]):
 
     def on_mount(self) -> None:
         """Open the run."""
-        self.push_screen(RunScreen(self._root, self._exit_code, self._first_tab))
+        self.push_screen(RunScreen(self._root, self._exit_code, self._first_tab, self._pixels))
 
     def action_theme(self) -> None:
         """Dark or light."""
@@ -76,20 +86,21 @@ class DashboardApp(App[DashboardResult]):
             ]
             self.push_screen(HelpScreen(keys))
 
-    @work(exclusive=True)
+    @work
     async def action_leave(self) -> None:
         """Leave; with a trainer of ours at work, ask what becomes of it. Asked for twice, it goes on."""
         if self._child is None or self._child.poll() is not None or self._run_ended():
             self.exit(DashboardResult("ended" if self._run_ended() else "detach"))
             return
-        if not isinstance(self.screen, RunScreen):
+        screen = self.screen
+        if not isinstance(screen, RunScreen):
             self.exit(DashboardResult("detach"))
             return
         answers = [
             Answer("detach", "d", "Detach", "training goes on; affmae watch shows it again", "primary"),
             Answer("stop", "s", "Stop after a checkpoint", "the trainer saves and ends; it can be resumed", "warning"),
         ]
-        match await self.push_screen_wait(Question(f"{printable(self._root.name)} is still training", answers)):
+        match await screen.ask(Question(f"{printable(self._root.name)} is still training", answers)):
             case "detach":
                 self.exit(DashboardResult("detach"))
             case "stop":
@@ -122,13 +133,13 @@ async def _leave_with_terminal(app: DashboardApp) -> None:
     app.exit(DashboardResult("detach"))
 
 
-def run_dashboard(root: Path, *, child: TrainerProcess | None = None) -> DashboardResult:
+def run_dashboard(root: Path, *, child: TrainerProcess | None = None, pictures: Pictures = "auto") -> DashboardResult:
     """Open the dashboard on this terminal; returns when it was left. See `result` for what it returns when.
 
     Raises:
         RuntimeError: a bug of the dashboard ended it; its traceback was printed after the terminal was restored.
     """
-    app = DashboardApp(root, child=child)
+    app = DashboardApp(root, child=child, pixels=pixel_widget(pictures))
 
     async def main() -> DashboardResult | None:
         with signals_handled(app.leave_by_signal):

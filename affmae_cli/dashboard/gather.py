@@ -73,7 +73,7 @@ def _losses(view: RunView, steps: Curves) -> tuple[Trace, ...]:
 
 SYSTEM_SPECS = (
     ChartSpec("memory", "VRAM over minutes, GiB", "no sample of a card yet", 0.0),
-    ChartSpec("busy", "utilisation over minutes, %", "no sample of the machine yet", 0.0),
+    ChartSpec("busy", "busy over minutes, %", "no sample of the machine yet", 0.0),
     ChartSpec("power", "power over minutes, W", "no sample of a card yet", 0.0),
     ChartSpec("heat", "temperature over minutes, °C", "no sample of a card yet", 0.0),
 )

@@ -91,12 +91,6 @@ def raw(trace: Trace) -> Trace:
     )
 
 
-def extent(traces: Sequence[Trace]) -> tuple[float, float] | None:
-    """From 0, where every run begins, to the last x of all traces; None when there is no point."""
-    ends = [float(trace.x[-1]) for trace in traces if len(trace.x)]
-    return (0.0, max(ends)) if ends else None
-
-
 def value_at(trace: Trace, x: float) -> float:
     """The trace's value at its point nearest to x; NaN without points."""
     if not len(trace.x):

@@ -80,9 +80,10 @@ def memory(view: RunView) -> tuple[Figure, ...]:
             Figure("VRAM", f"{system.gpu_memory_used:.1f} of {gib(total)}", "strong", bar),
             Figure("", f"this run {own:.1f}{peak_text(peak)}, others {gib(others)}"),
         )
+    whose = "process" if view.on_cpu else "this run"
     if step is None:
-        return (Figure("memory", NOT_AVAILABLE, "muted"),)
-    return (Figure("process" if view.on_cpu else "this run", f"{gib(step.memory_gib)}{peak_text(peak)}"),)
+        return (Figure(whose, NOT_AVAILABLE, "muted"),)
+    return (Figure(whose, f"{gib(step.memory_gib)}{peak_text(peak)}"),)
 
 
 def machine(view: RunView) -> tuple[Figure, ...]:

@@ -2,7 +2,7 @@
 
 `affmae_cli.dashboard.app` offers
 
-    run_dashboard(root: Path, *, child: TrainerProcess | None = None) -> DashboardResult
+    run_dashboard(root: Path, *, child: TrainerProcess | None = None, pictures: Pictures = "auto") -> DashboardResult
     export_screen(root: Path, out: Path, *, size: tuple[int, int], screen: str = "overview") -> None
 
 The first opens the application on a run and returns when it was left; it ends by itself only when the user leaves.
@@ -27,6 +27,10 @@ class TrainerProcess(Protocol):
 
     def poll(self) -> int | None:
         """Its exit code (minus the signal's number when it was killed); None while it works."""
+
+
+Pictures = Literal["auto", "blocks"]
+"""How pictures are drawn: as pixels where the terminal can, or always as half blocks."""
 
 
 @dataclass(frozen=True)

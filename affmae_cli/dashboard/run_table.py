@@ -11,6 +11,7 @@ from rich.cells import cell_len
 
 from affmae_cli.dashboard.runs import RunRow
 from affmae_cli.dashboard.signs import SIGNS
+from affmae_cli.dashboard.ticks import count_label
 from affmae_cli.output import printable
 from affmae_engine.train.report import duration, number, rate
 
@@ -27,6 +28,10 @@ class Column:
 
 def _steps(row: RunRow) -> str:
     return f"{row.step:,} of {row.total_steps:,}" if row.total_steps else f"{row.step:,}"
+
+
+def _short_steps(row: RunRow) -> str:
+    return f"{count_label(row.step)}/{count_label(row.total_steps)}" if row.total_steps else count_label(row.step)
 
 
 def _known(value: float, write: Callable[[float], str]) -> str:
@@ -48,8 +53,9 @@ COLUMNS = (
     Column("age", lambda row: duration(row.age_s), lambda row: row.age_s, right=True),
 )
 
-NAME = next(number for number, column in enumerate(COLUMNS) if column.title == "run")
-"""The column that is cut where the room is too small."""
+_TITLES = [column.title for column in COLUMNS]
+NAME, _STEP = _TITLES.index("run"), _TITLES.index("step")
+"""NAME: the column that is cut where the room is too small."""
 _SHORTEST_NAME = 12
 
 
@@ -59,9 +65,17 @@ def ordered(rows: Sequence[RunRow], column: int, *, reverse: bool = False) -> li
     return sorted(newest, key=COLUMNS[column].key, reverse=reverse)
 
 
-def cells(row: RunRow) -> tuple[str, ...]:
-    """The text of every cell of a row."""
-    return tuple(column.text(row) for column in COLUMNS)
+def fitted(rows: Sequence[RunRow], room: int, padding: int) -> tuple[list[tuple[str, ...]], list[int]]:
+    """The text of every cell, row by row, and the width of every column, see `widths`.
+
+    Where not everything fits, steps are written short, so that no column is out of sight even in 80 columns.
+    """
+    texts = [tuple(column.text(row) for column in COLUMNS) for row in rows]
+    wide = widths(texts, room, padding)
+    if sum(wide) + padding * len(wide) > room:
+        texts = [(*text[:_STEP], _short_steps(row), *text[_STEP + 1 :]) for row, text in zip(rows, texts, strict=True)]
+        wide = widths(texts, room, padding)
+    return texts, wide
 
 
 def widths(texts: Sequence[Sequence[str]], room: int, padding: int) -> list[int]:
@@ -72,7 +86,7 @@ def widths(texts: Sequence[Sequence[str]], room: int, padding: int) -> list[int]
         room: cells for all columns with their padding.
         padding: cells between two columns.
     """
-    wanted = [max(map(cell_len, column)) for column in zip([column.title for column in COLUMNS], *texts, strict=True)]
+    wanted = [max(map(cell_len, column)) for column in zip(_TITLES, *texts, strict=True)]
     missing = sum(wanted) + padding * len(wanted) - room
     wanted[NAME] = max(min(wanted[NAME], _SHORTEST_NAME), wanted[NAME] - max(0, missing))
     return wanted

@@ -70,6 +70,7 @@ class RunState:
         self._before_s = 0.0
         self._intervals: deque[float] = deque(maxlen=9)
         self._waits: deque[float] = deque(maxlen=5)
+        self._lines = 0
 
     def apply(self, segments: Iterable[Segment]) -> None:
         """Take in what was read, in order."""
@@ -160,7 +161,7 @@ class RunState:
             (train.checkpoint_every, CheckpointSaved, "saving a checkpoint"),
         ):
             if due(every, step, train.steps) and kind not in done:
-                return f"{text} at step {step}"
+                return f"{text} at step {step:,}"
         return ""
 
     @property
@@ -170,7 +171,8 @@ class RunState:
 
     def verdicts(self) -> list[Verdict]:
         """What the figures mean, the speed first."""
-        found = [speed_verdict(self.data_wait, self.system, on_cpu=self.on_cpu), *system_verdicts(self.system)]
+        wait = self.data_wait if self._lines > 1 else math.nan
+        found = [speed_verdict(wait, self.system, on_cpu=self.on_cpu), *system_verdicts(self.system)]
         ranks = self.evaluated.effective_rank if self.evaluated else []
         possible = possible_ranks(self.config) if self.config is not None else [0.0] * len(ranks)
         collapse = collapse_verdict(ranks, self.highest_ranks, possible)
@@ -182,7 +184,11 @@ class RunState:
 
     def _steps(self, batch: StepBatch) -> None:
         self.steps.add(batch.step_N, batch.columns, batch.offset_N)
-        self._waits = deque([*self._waits, *batch.columns["data_wait"][-5:].tolist()], 5)
+        if self._lines == 1:  # the first line has the start of the data workers in it
+            self._waits.clear()
+        waits = batch.columns["data_wait"][1 if self._lines == 0 and len(batch.step_N) > 1 else 0 :]
+        self._waits = deque([*self._waits, *waits[-5:].tolist()], 5)
+        self._lines += len(batch.step_N)
         if self.latest is not None and self._current() and batch.last.time > self.latest.time:
             self._intervals.append((batch.last.time - self.latest.time) / len(batch.step_N))
         self.latest = batch.last
@@ -213,6 +219,7 @@ class RunState:
         self.started, self.ended = event, None
         self._intervals.clear()
         self._waits.clear()
+        self._lines = 0
         # What a killed process did after its last checkpoint is done again.
         self.steps.cut(event.step + 0.5)
         self.held_out.cut(event.step + 0.5)

@@ -79,9 +79,9 @@ def _ended(state: RunState) -> Status:
     ended = state.ended
     assert ended is not None
     tail = f": {ended.message}" if ended.message else ""
-    text = f"{ended.status} at step {ended.step}{tail}"
+    text = f"{ended.status} at step {ended.step:,}{tail}"
     if ended.status == "finished":
-        return Status("finished", f"finished: {ended.step} steps in {duration(ended.seconds)}")
+        return Status("finished", f"finished: {ended.step:,} steps in {duration(ended.seconds)}")
     resume = f"continue with: affmae {state.task or 'pretrain'} --resume {state.root}"
     if ended.status == "stopped":
         return Status("stopped", text, resume)
@@ -94,7 +94,9 @@ def _gone(state: RunState, life: Life) -> Status:
     how = f"; exit code {code}" if code is not None and code >= 0 else f"; killed by signal {-code}" if code else ""
     if state.started is None:
         return Status("gone", f"no trainer works here{who}, and nothing was trained{how}")
-    text = f"the trainer is gone{who} without a word, after step {state.step}{how}: killed, out of memory, or a reboot"
+    text = (
+        f"the trainer is gone{who} without a word, after step {state.step:,}{how}: killed, out of memory, or a reboot"
+    )
     hint = f"continue with: affmae {state.task or 'pretrain'} --resume {state.root}" if state.checkpoints else ""
     return Status("gone", text, hint)
 

@@ -6,15 +6,22 @@ import math
 
 
 def linear_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) within [low, high], with at most `most` gaps between."""
+    """Round values (1, 2 or 5 times a power of ten apart) within [low, high], with at most `most` gaps between; where
+    fewer than two of them lie within, closer ones with up to twice as many gaps."""
     if not (math.isfinite(low) and math.isfinite(high)) or high <= low or most < 1:
         return []
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10, 20) if (high - low) / (power * m) <= most)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
+    steps = [power * factor for factor in (1, 2, 5, 10, 20)]
+    chosen = next(index for index, step in enumerate(steps) if (high - low) / step <= most)
+    found = _multiples(steps[chosen], low, high)
+    closer = _multiples(steps[chosen - 1], low, high) if len(found) < 2 and chosen > 0 else []
+    return closer if len(found) < len(closer) <= 2 * most + 1 else found
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
+    """Of `step` within [low, high]."""
+    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:

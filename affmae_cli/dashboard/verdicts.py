@@ -39,11 +39,11 @@ def speed_verdict(data_wait: float, system: SystemSampled | None, *, on_cpu: boo
         system: the newest sample of the machine, if there is one.
         on_cpu: the run computes on the CPU.
     """
-    if math.isnan(data_wait):
-        return Verdict("note", "no steps yet")
     hot = _thermal(system)
     if hot is not None:
         return hot
+    if math.isnan(data_wait):
+        return Verdict("note", "too few steps yet to tell what limits the speed")
     if data_wait >= DATA_BOUND:
         return Verdict("bad", "data-bound: raise data.workers or move the store to a local disk")
     if on_cpu:

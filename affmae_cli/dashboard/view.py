@@ -16,7 +16,7 @@ from affmae_cli.dashboard.series import CAPACITY, Curve, Series
 from affmae_cli.dashboard.status import Status
 from affmae_cli.dashboard.verdicts import Verdict
 from affmae_engine.config import RunConfig
-from affmae_engine.events import Evaluated, Event, PreviewSaved, RunEnded, RunStarted, StepLogged, SystemSampled
+from affmae_engine.events import Evaluated, Event, PreviewSaved, RunStarted, StepLogged, SystemSampled
 
 POINTS = 2048
 """Points of a curve that are handed over: several for every column of a wide terminal."""
@@ -52,7 +52,6 @@ class RunView:
     evaluated: Evaluated | None = None
     best: Evaluated | None = None
     system: SystemSampled | None = None
-    ended: RunEnded | None = None
     task: str = ""
     step: int = 0
     total_steps: int = 0
@@ -128,7 +127,6 @@ class Viewer:
             evaluated=state.evaluated,
             best=state.best,
             system=state.system,
-            ended=state.ended,
             task=state.task,
             step=state.step,
             total_steps=state.total_steps,

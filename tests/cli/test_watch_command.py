@@ -98,7 +98,7 @@ def test_which_run_is_meant() -> None:
             assert "runs/first" in several.stderr and "runs/second" in several.stderr
 
 
-def test_choosing_among_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choosing_among_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from affmae_cli.commands.watch import _choose
     from affmae_cli.dashboard.runs import RunsFolder
 
@@ -108,6 +108,8 @@ def test_choosing_among_several(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([7, 0, 2])
     monkeypatch.setattr("affmae_cli.commands.watch.typer.prompt", lambda *args, **options: next(answers))
     assert _choose(rows) == rows[1].root
+    said = capsys.readouterr().err
+    assert "there is no number 7" in said and "there is no number 0" in said
 
 
 def test_what_is_refused() -> None:

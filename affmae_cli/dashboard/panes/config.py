@@ -1,4 +1,4 @@
-"""Config: the resolved configuration, a box for each section, and what the run was made with."""
+"""Config: the resolved configuration, a box for each section; below, what the run was made with."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class ConfigPane(Pane):
             with Container(id="config-columns"):
                 for _ in range(COLUMNS):
                     yield Vertical(classes="config-column")
+            yield Figures("environment", id="config-environment")
 
     def show(self, view: RunView) -> None:
         """The text comes by itself, see `take`."""
@@ -49,7 +50,8 @@ class ConfigPane(Pane):
         said = self.query_one("#config-problem", Static)
         said.update(text)
         said.display = bool(text)
-        boxes = [_box(name, table) for name, table in {**tables, "environment": environment}.items()]
+        boxes = [_box(name, table) for name, table in tables.items()]
+        self.query_one("#config-environment", Figures).rows = _rows(environment)
         for column, dealt in zip(self.query(".config-column"), deal(boxes), strict=True):
             await column.remove_children()
             await column.mount_all(dealt)
@@ -68,13 +70,23 @@ def deal(boxes: list[Figures]) -> list[list[Figures]]:
 
 def _box(name: str, table: Mapping[str, Any]) -> Figures:
     box = Figures(name, classes="config-box")
-    box.rows = tuple(Figure(printable(key), printable(toml_value(value))) for key, value in _flat(table))
+    box.rows = _rows(table)
     return box
 
 
+def _rows(table: Mapping[str, Any]) -> tuple[Figure, ...]:
+    return tuple(Figure(printable(key), printable(toml_value(value))) for key, value in _flat(table))
+
+
 def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested tables by their dotted names."""
+    """Leaves of nested tables by their dotted names; of the many fingerprints of images only their number."""
     found: list[tuple[str, Any]] = []
     for key, value in table.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        name = f"{prefix}{key}"
+        if not isinstance(value, dict):
+            found.append((name, value))
+        elif name == "data.images":
+            found.append((name, len(value)))
+        else:
+            found += _flat(value, f"{name}.")
     return found

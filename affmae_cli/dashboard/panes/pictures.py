@@ -31,9 +31,14 @@ class PicturesPane(Pane):
         yield PreviewWall(id="pictures-wall")
         yield Figures("classes", id="pictures-classes")
 
+    @property
+    def wall(self) -> PreviewWall:
+        """Where the tiles are."""
+        return self.query_one(PreviewWall)
+
     def show(self, view: RunView) -> None:
         """Draw the view."""
-        wall, classes = self.query_one(PreviewWall), self.query_one(Figures)
+        wall, classes = self.wall, self.query_one(Figures)
         classes.rows = present.classes(view)
         classes.display = bool(classes.rows)
         if not view.previews:
@@ -52,12 +57,12 @@ class PicturesPane(Pane):
 
     def zoom(self, direction: int) -> bool:
         """Larger or smaller tiles."""
-        self.query_one(PreviewWall).resize_tiles({1: _GROWTH, -1: 1 / _GROWTH}.get(direction))
+        self.wall.resize_tiles({1: _GROWTH, -1: 1 / _GROWTH}.get(direction))
         return True
 
     def pan(self, across: int, down: int) -> bool:
         """Earlier and later previews, further tiles."""
-        wall = self.query_one(PreviewWall)
+        wall = self.wall
         count = len(self.view.previews) if self.view else 0
         self.back = min(max(self.back - across, 0), max(count - 1, 0))
         if down:

@@ -18,7 +18,7 @@ from affmae_cli.dashboard.gather import COMPARISONS, comparison_traces
 from affmae_cli.dashboard.messages import RunChosen, RunsRead
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.reader import RunReader
-from affmae_cli.dashboard.run_table import COLUMNS, cells, ordered, widths
+from affmae_cli.dashboard.run_table import COLUMNS, fitted, ordered
 from affmae_cli.dashboard.runs import RunRow, RunsFolder
 from affmae_cli.dashboard.view import Compared, RunView, Viewer
 from affmae_cli.dashboard.widgets.chart import Chart
@@ -138,14 +138,15 @@ class RunsPane(Pane):
         order = f"{COLUMNS[self.order].title}{', reversed' if self.reverse else ''}"
         count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
         retitle(table, f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
-        drawn = [(cells(row), row.root in self.marked, row.root == followed) for row in rows]
         room = self.size.width - table.styles.scrollbar_size_vertical
-        if (drawn, room) == self._drawn:
+        texts_of_rows, wide = fitted(rows, room - _MARK - _GAP, _GAP)
+        marks = [(row.root in self.marked, row.root == followed) for row in rows]
+        if (texts_of_rows, wide, marks) == self._drawn:
             return
-        self._drawn = drawn, room
+        self._drawn = texts_of_rows, wide, marks
         at = table.cursor_row
-        self._draw_head(table, widths([texts for texts, _, _ in drawn], room - _MARK - _GAP, _GAP))
-        for texts, marked, bold in drawn:
+        self._draw_head(table, wide)
+        for texts, (marked, bold) in zip(texts_of_rows, marks, strict=True):
             style = "bold" if bold else ""
             line = [
                 Text(text, style, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")

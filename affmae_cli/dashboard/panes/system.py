@@ -38,6 +38,7 @@ class SystemPane(Pane):
 
     def show(self, view: RunView) -> None:
         """Draw the view."""
+        self.set_class(view.on_cpu, "-no-card")
         self.query_one("#system-verdicts", Figures).rows = present.verdicts(view)
         self.query_one("#system-card", Figures).rows = present.card(view)
         self.query_one("#system-memory", Figures).rows = (*present.memory(view), *present.host(view))

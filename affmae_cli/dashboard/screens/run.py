@@ -14,6 +14,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.reactive import reactive
 from textual.screen import Screen
+from textual.widget import Widget
 from textual.widgets import Footer, TabbedContent, TabPane, Tabs
 from textual.worker import get_current_worker
 
@@ -28,7 +29,7 @@ from affmae_cli.dashboard.panes.pictures import PicturesPane
 from affmae_cli.dashboard.panes.runs import RunsPane
 from affmae_cli.dashboard.panes.system import SystemPane
 from affmae_cli.dashboard.reader import RunReader
-from affmae_cli.dashboard.requests import Asked
+from affmae_cli.dashboard.requests import Asked, under_way
 from affmae_cli.dashboard.screens.question import Answer, Question
 from affmae_cli.dashboard.view import RunView, Viewer
 from affmae_cli.dashboard.widgets.chart import Chart
@@ -60,6 +61,7 @@ class RunScreen(Screen[None]):
         root: of the run.
         exit_code: of its trainer when that is our child, by run; None while it works.
         tab: which one is seen first.
+        pixels: what draws pictures as pixels; None for half blocks.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -95,11 +97,18 @@ class RunScreen(Screen[None]):
     settings: reactive[ChartSettings] = reactive(ChartSettings(), repaint=False)
     paused: reactive[bool] = reactive(False, repaint=False)
 
-    def __init__(self, root: Path, exit_code: Callable[[Path], int | None], tab: str = "overview") -> None:
+    def __init__(
+        self,
+        root: Path,
+        exit_code: Callable[[Path], int | None],
+        tab: str = "overview",
+        pixels: type[Widget] | None = None,
+    ) -> None:
         super().__init__()
-        self.root, self._exit_code, self._first_tab = root, exit_code, tab
+        self.root, self._exit_code, self._first_tab, self._pixels = root, exit_code, tab, pixels
         self._newest: RunView | None = None
         self._asked: list[Asked] = []
+        self._asking = False
         self._failures: set[str] = set()
         self._wake = threading.Event()
 
@@ -115,6 +124,7 @@ class RunScreen(Screen[None]):
     def on_mount(self) -> None:
         """Begin to read."""
         self.query_one(Tabs).can_focus = False  # its arrow keys would take ours
+        self.query_one(PicturesPane).wall.pixels = self._pixels
         self._follow(self.root)
 
     def on_unmount(self) -> None:
@@ -184,9 +194,7 @@ class RunScreen(Screen[None]):
             return
         status = self.query_one(StatusLine)
         status.view = view
-        told = [(asked, asked.progress(view)) for asked in self._asked]
-        self._asked = [asked for asked, text in told if text]
-        status.asked = "; ".join(text for _, text in told if text)
+        self._asked, status.asked = under_way(self._asked, view)
         if view.drawable:
             self.pane.view = view
         if before is None or before.status.ended != view.status.ended:
@@ -255,8 +263,19 @@ class RunScreen(Screen[None]):
         """Ask whether to stop, then ask the trainer to."""
         answers = [Answer("stop", "s", "Stop after a checkpoint", "the trainer saves and ends; it can be resumed")]
         question = Question(f"Stop {printable(self.root.name)}?", answers)
-        if await self.app.push_screen_wait(question) == "stop":
+        if await self.ask(question) == "stop":
             self._request(STOP, request_stop)
+
+    async def ask(self, question: Question) -> str | None:
+        """The answer; None when it was cancelled, or when another question is about to appear, to which the key that
+        brought us here was meant as an answer. Call it in a worker."""
+        if self._asking:
+            return None
+        self._asking = True
+        try:
+            return await self.app.push_screen_wait(question)
+        finally:
+            self._asking = False
 
     def action_log_axis(self) -> None:
         """Logarithmic or linear height."""

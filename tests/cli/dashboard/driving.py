@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from textual.pilot import Pilot
+from textual.widget import Widget
 
 from affmae_cli.dashboard.app import DashboardApp, settled
 from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
@@ -70,9 +71,10 @@ def drive(
     size: tuple[int, int] = (120, 40),
     tab: str = "overview",
     child: TrainerProcess | None = None,
+    pixels: type[Widget] | None = None,
 ) -> DashboardResult | None:
     """Open the dashboard on a run, wait until it is drawn, do something, and return what it returned."""
-    app = DashboardApp(root, child=child, tab=tab)
+    app = DashboardApp(root, child=child, tab=tab, pixels=pixels)
 
     async def go() -> None:
         async with app.run_test(size=size, notifications=True) as pilot:

@@ -34,6 +34,17 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
+def test_what_was_requested_elsewhere_is_said(live: Recorded) -> None:
+    async def do(driver: Driver) -> None:
+        assert not driver.screen.query_one(StatusLine).asked
+        (live.run.control / "stop").touch()
+        await driver.see("stop requested, not yet seen by the trainer")
+        (live.run.control / "stop").unlink()
+        await driver.until(lambda: not driver.screen.query_one(StatusLine).asked)
+
+    drive(live.root, do)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_a_checkpoint_and_a_stop_are_asked_for_acknowledged_and_met(live: Recorded, size: tuple[int, int]) -> None:
     async def do(driver: Driver) -> None:
@@ -201,3 +212,14 @@ def test_a_run_of_ones_own_that_ended_is_left_at_once(
         await driver.press("q")
 
     assert drive(run.root, do, child=child) == DashboardResult("ended")
+
+
+def test_keys_that_come_before_the_question_ask_no_second_one(live: Recorded, child: subprocess.Popen[bytes]) -> None:
+    async def do(driver: Driver) -> None:
+        driver.app.action_leave()  # as a slow terminal or a busy machine hands over `q` and `s` at once
+        driver.screen.action_stop()
+        await driver.see("Stop after a checkpoint", "Detach")
+        assert [type(screen) for screen in driver.app.screen_stack[-2:]] == [RunScreen, Question]
+        await driver.press("d")
+
+    assert drive(live.root, do, child=child) == DashboardResult("detach")

@@ -92,7 +92,14 @@ def test_too_small_a_frame_is_blank() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "most", "ticks"),
-    [(0, 1, 5, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, 1e6, 4, [0, 5e5, 1e6]), (1, 1, 5, []), (0, math.inf, 5, [])],
+    [
+        (0, 1, 5, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0, 1e6, 4, [0, 5e5, 1e6]),
+        (1, 1, 5, []),
+        (0, math.inf, 5, []),
+        (0.55, 1.25, 2, [0.6, 0.8, 1.0, 1.2]),
+        (0.99, 1.01, 2, [0.99, 1.0, 1.01]),
+    ],
 )
 def test_linear_ticks(low: float, high: float, most: int, ticks: list[float]) -> None:
     assert linear_ticks(low, high, most) == pytest.approx(ticks)

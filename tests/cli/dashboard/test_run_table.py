@@ -1,8 +1,12 @@
 """The table of runs: columns hold what they must, and a long name gives way where the room is small."""
 
+from pathlib import Path
+
 import pytest
 
-from affmae_cli.dashboard.run_table import COLUMNS, NAME, widths
+from affmae_cli.dashboard.run_table import COLUMNS, NAME, fitted, widths
+from affmae_cli.dashboard.runs import RunRow
+from affmae_cli.dashboard.status import Status
 
 ROWS = [
     ("✔ finished", "mito-" * 12, "pretrain", "1,000,000 of 1,000,000", "0.1234", "0.1111", "812", "3d04h"),
@@ -21,3 +25,13 @@ def test_the_columns_fit_the_room_and_hold_their_text(room: int) -> None:
 
 def test_without_rows_the_titles_fit() -> None:
     assert widths([], 100, 2) == [len(column.title) for column in COLUMNS]
+
+
+@pytest.mark.parametrize(("room", "step"), [(77, "1M/1M"), (117, "1,000,000 of 1,000,000")])
+def test_steps_are_written_short_only_where_the_room_is_small(room: int, step: str) -> None:
+    status = Status("finished", "")
+    row = RunRow(Path("runs/pretrain-base"), "pretrain", status, 1_000_000, 1_000_000, 0.1234, 0.1111, 812.0, 275_000.0)
+    (texts,), wide = fitted([row], room, 2)
+    assert texts[3] == step and texts[-1] == "3d04h"
+    assert sum(wide) + 2 * len(wide) <= room
+    assert all(len(text) <= width for text, width in zip(texts, wide, strict=True))

@@ -1,5 +1,6 @@
 """What the dashboard shows: every state and tab at three sizes, real pictures, odd input, a growing run."""
 
+import json
 import re
 import shutil
 import time
@@ -224,6 +225,18 @@ def test_a_configuration_that_cannot_be_read_is_shown_as_it_is(record: Record) -
         await driver.see("is not valid TOML", "steps = [b]5[/b]")
 
     drive(run.root, look, tab="config")
+
+
+@pytest.mark.parametrize(("images", "shown"), [({"a": "01", "b": "02"}, "data.images  2"), (7, "data.images  7")])
+def test_fingerprints_of_images_are_counted(record: Record, images: object, shown: str) -> None:
+    run = record(started(), stepped(1))
+    run.run.environment.write_text(json.dumps({"data": {"images": images}}))
+
+    async def look(driver: Driver) -> None:
+        driver.screen.query_one("#config-scroll").scroll_end(animate=False)
+        await driver.see(shown)
+
+    drive(run.root, look, tab="config", size=(200, 60))
 
 
 def test_runs_are_listed_ordered_compared_and_switched(trained: Trained) -> None:

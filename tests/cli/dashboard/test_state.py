@@ -133,7 +133,7 @@ def test_nothing_is_known_of_an_empty_run() -> None:
     state = run(config=None)
     assert (state.step, state.progress, state.elapsed_s(1.0)) == (0, 0.0, 0.0)
     assert math.isnan(state.eta_s(1.0)) and math.isnan(state.data_wait) and math.isnan(state.megapixels_per_s)
-    assert state.verdicts()[0].text == "no steps yet" and state.preview is None
+    assert state.verdicts()[0].text == "too few steps yet to tell what limits the speed" and state.preview is None
 
 
 def machine(**fields: object) -> events.SystemSampled:
@@ -152,7 +152,7 @@ def machine(**fields: object) -> events.SystemSampled:
         (0.38, machine(throttled=["thermal"], temperature=88.0, sm_clock=900.0, sm_clock_max=2400.0), False, "bad",
          "thermal throttling at 88 °C (900 of 2400 MHz)"),
         (0.01, None, True, "note", "no GPU"),
-        (math.nan, None, False, "note", "no steps yet"),
+        (math.nan, None, False, "note", "too few steps yet to tell what limits the speed"),
     ],
 )  # fmt: skip
 def test_speed_in_words(wait: float, system, on_cpu: bool, level: str, words: str) -> None:
@@ -177,3 +177,13 @@ def test_collapse_is_told_from_a_stage_with_few_tokens() -> None:
     assert "stage 2 collapses" in collapse_verdict([40.0, 3.0], [50.0, 30.0], possible).text
     assert "stage 4 collapses" in collapse_verdict([40.0, 30, 20, 1.0], [40.0, 30, 20, 1.0], possible).text
     assert collapse_verdict([1.0], [1.0], [1.5]).level == "good"
+
+
+def test_the_start_of_the_data_workers_is_no_verdict() -> None:
+    state = run(started(), step(1, time=1010.0, wait=0.9))
+    assert state.data_wait == pytest.approx(0.9) and "too few steps" in state.verdicts()[0].text
+    state.apply(decode(events.to_line(step(2, time=1011.0, wait=0.01)).encode() + b"\n"))
+    assert state.data_wait == pytest.approx(0.01) and "GPU-bound" in state.verdicts()[0].text
+    both = b"".join(events.to_line(step(n, time=2000.0 + n, wait=1.0 / n)).encode() + b"\n" for n in (1, 100))
+    state.apply(decode(events.to_line(started(time=2000.0)).encode() + b"\n" + both))
+    assert state.data_wait == pytest.approx(0.01)
