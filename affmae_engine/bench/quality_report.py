@@ -174,7 +174,7 @@ def _equal_time(document: Record, size: str, label: str) -> Iterator[str]:
     ratio = mine / other
     yield (
         f"In equal time{label} AFFMAE trained on {ours['images']:,} crops and ViT-MAE on {theirs['images']:,}: "
-        f"{ours['images'] / theirs['images']:.2g} times as many. Taken were {mine:.1f} s and {other:.1f} s of the "
+        f"{ours['images'] / theirs['images']:.1f} times as many. Taken were {mine:.1f} s and {other:.1f} s of the "
         f"planned {document['budget_s']:g} s, a ratio of {ratio:.2f}."
     )
     if abs(ratio - 1) > TIME_TOLERANCE:
