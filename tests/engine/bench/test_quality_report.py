@@ -34,7 +34,7 @@ def test_a_lead_in_every_seed_is_said_with_its_luck(quality_document) -> None:
     assert "With all labels (14 sections), pretrained: AFFMAE 0.660 ± 0.010, ViT-MAE 0.610 ± 0.010" in text
     assert "AFFMAE is ahead by 0.050, in every one of 3 seeds (with equal models that happens 1 time in 4)" in text
     assert "With 10% of the labels (1 section)" in text
-    assert "800 crops and ViT-MAE on 200: 4 times as many. Taken were 10.0 s and 10.0 s" in text
+    assert "800 crops and ViT-MAE on 200: 4.0 times as many. Taken were 10.0 s and 10.0 s" in text
     assert "These times" not in text
     assert "nothing was trained on, not even without labels: stack 16-19" in text
     assert "by `affmae bench --quality`" in text and "Python 3.12; 16 processors" in text
