@@ -7,7 +7,6 @@ for the package, which waits for 0.1 s, would be taken for pressed keys.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import re
@@ -16,7 +15,7 @@ import sys
 import termios
 import time
 import tty
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from affmae_cli.dashboard.result import Pictures
 
@@ -39,8 +38,7 @@ def pixel_widget(wanted: Pictures) -> type[Widget] | None:
         answer = _answer()
         if answer is None:
             return None
-        found = importlib.import_module(f"{_PACKAGE}.renderable")
-        widgets = importlib.import_module(f"{_PACKAGE}.widget")
+        found, widgets = _modules()
         if found.Image is found.SixelImage:
             return widgets.SixelImage
         if found.Image is found.TGPImage and _PLACEHOLDERS.search(answer):
@@ -48,6 +46,13 @@ def pixel_widget(wanted: Pictures) -> type[Widget] | None:
     except Exception:  # whatever the package or the terminal does: half blocks show in any
         return None
     return None
+
+
+def _modules() -> tuple[Any, Any]:
+    """What the package draws with, of which `Image` is what it takes this terminal to understand, and its widgets."""
+    from textual_image import renderable, widget
+
+    return renderable, widget
 
 
 def _answer() -> bytes | None:

@@ -1,6 +1,5 @@
 """Pictures as pixels: when the optional package is used, on a real pseudo-terminal, and where its widgets are put."""
 
-import importlib
 import importlib.util
 import os
 import pty
@@ -68,14 +67,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
 
 
 def package(monkeypatch: pytest.MonkeyPatch, found: str) -> list[str]:
-    """What the package would find out of the terminal; returns the names of modules that get imported."""
+    """What the package would find out of the terminal; returns a list that grows when it is imported."""
     renderables, asked = SimpleNamespace(**vars(RENDERABLES), Image=found), []
 
-    def load(name: str) -> SimpleNamespace:
-        asked.append(name)
-        return {"textual_image.renderable": renderables, "textual_image.widget": WIDGETS}[name]
+    def load() -> tuple[SimpleNamespace, SimpleNamespace]:
+        asked.append("imported")
+        return renderables, WIDGETS
 
-    monkeypatch.setattr(importlib, "import_module", load)
+    monkeypatch.setattr(pixels, "_modules", load)
     return asked
 
 
@@ -124,10 +123,10 @@ def test_blocks_a_missing_package_and_no_terminal_ask_nothing(
 
 
 def test_an_error_of_the_package_means_half_blocks(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise RuntimeError(name)
+    def fail() -> None:
+        raise RuntimeError("the terminal said something else")
 
-    monkeypatch.setattr(importlib, "import_module", fail)
+    monkeypatch.setattr(pixels, "_modules", fail)
     os.write(terminal[0], SIXEL)
     assert pixel_widget("auto") is None
 
