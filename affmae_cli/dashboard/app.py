@@ -108,6 +108,8 @@ class DashboardApp(App[DashboardResult]):
 
     def leave_by_signal(self, _number: int) -> None:
         """The terminal or the session ends: give it back in order. Training goes on."""
+        if gone():
+            _end_at_once()
         self.exit(DashboardResult("detach"))
 
     def _stop(self) -> None:
@@ -126,11 +128,17 @@ class DashboardApp(App[DashboardResult]):
         return bool(screens and screens[0].view is not None and screens[0].view.status.ended)
 
 
-async def _leave_with_terminal(app: DashboardApp) -> None:
+async def _leave_with_terminal() -> None:
     """A terminal may go without a word, as for a process that ignores SIGHUP."""
     while not gone():
         await asyncio.sleep(_TERMINAL_EVERY_S)
-    app.exit(DashboardResult("detach"))
+    _end_at_once()
+
+
+def _end_at_once() -> None:
+    """Without a terminal Textual's writing thread is dead and its queue full, its reading thread never ends, and nobody
+    is left to tell anything."""
+    os._exit(_HUNG_UP)
 
 
 def run_dashboard(root: Path, *, child: TrainerProcess | None = None, pictures: Pictures = "auto") -> DashboardResult:
@@ -143,7 +151,7 @@ def run_dashboard(root: Path, *, child: TrainerProcess | None = None, pictures: 
 
     async def main() -> DashboardResult | None:
         with signals_handled(app.leave_by_signal):
-            watch = asyncio.create_task(_leave_with_terminal(app))
+            watch = asyncio.create_task(_leave_with_terminal())
             try:
                 return await app.run_async()
             finally:
@@ -151,7 +159,7 @@ def run_dashboard(root: Path, *, child: TrainerProcess | None = None, pictures: 
 
     result = asyncio.run(main())
     if gone():
-        os._exit(_HUNG_UP)  # Textual's reading thread never ends there, and nobody is left to tell anything
+        _end_at_once()
     if result is None:
         raise RuntimeError("the dashboard ended unexpectedly; the training is not affected")
     return result
