@@ -50,7 +50,7 @@ COLUMNS = (
     Column("loss", lambda row: _known(row.loss, number), lambda row: _last(row.loss), right=True),
     Column("best", lambda row: _known(row.best, number), lambda row: _last(row.best), right=True),
     Column("img/s", lambda row: _known(row.images_per_s, rate), lambda row: -_last(-row.images_per_s), right=True),
-    Column("age", lambda row: duration(row.age_s), lambda row: row.age_s, right=True),
+    Column("age", lambda row: duration(row.age_s), lambda row: -row.last_time, right=True),
 )
 
 _TITLES = [column.title for column in COLUMNS]
@@ -61,7 +61,7 @@ _SHORTEST_NAME = 12
 
 def ordered(rows: Sequence[RunRow], column: int, *, reverse: bool = False) -> list[RunRow]:
     """Rows by a column; equal ones by their newest event."""
-    newest = sorted(rows, key=lambda row: row.age_s)
+    newest = sorted(rows, key=lambda row: -row.last_time)
     return sorted(newest, key=COLUMNS[column].key, reverse=reverse)
 
 

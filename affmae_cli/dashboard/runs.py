@@ -14,8 +14,9 @@ from affmae_engine.run_dir import RunDir, list_runs
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run in a table. age_s: seconds since its last event, or since it was made. best: held-out score of the best
-    checkpoint as people read it: the loss of a pretraining (lower is better), else the score. NaN: not known."""
+    """One run in a table. last_time: of its last event, or when it was made, seconds since the epoch. best: held-out
+    score of the best checkpoint as people read it: the loss of a pretraining (lower is better), else the score. NaN:
+    not known."""
 
     root: Path
     task: str
@@ -25,12 +26,17 @@ class RunRow:
     loss: float
     best: float
     images_per_s: float
-    age_s: float
+    last_time: float
 
     @property
     def name(self) -> str:
         """Of the run."""
         return self.root.name
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its last event by now: the row of a run that ended is kept, and grows old all the same."""
+        return max(0.0, time.time() - self.last_time)
 
     @property
     def live(self) -> bool:
@@ -54,7 +60,7 @@ class RunsFolder:
             fresh = before is None or before[0] != stamp or before[1].live
             known[run.root] = (stamp, glance(run.root)) if fresh or before is None else before
         self._known = known
-        return sorted((row for _, row in known.values()), key=lambda row: row.age_s)
+        return sorted((row for _, row in known.values()), key=lambda row: -row.last_time)
 
 
 def glance(root: Path) -> RunRow:
@@ -63,13 +69,13 @@ def glance(root: Path) -> RunRow:
     holder = run.holder()  # before reading: a trainer writes its last event before it lets the lock go
     state = sketch(root, run.metrics, pieces=0)
     try:
-        made = now - run.config.stat().st_mtime
+        made = run.config.stat().st_mtime
     except OSError:
-        made = 0.0
-    age, progress = (
-        max(0.0, now - last) if math.isfinite(last) else made for last in (state.last_time, state.last_progress)
-    )
+        made = now
+    last, progress = (heard if math.isfinite(heard) else made for heard in (state.last_time, state.last_progress))
+    silent_s, progress_s, age_s = (max(0.0, now - each) for each in (last, progress, made))
     where = f"process {holder.process} on {holder.host}" if holder.process is not None else ""
+    life = Life(holder.state, silent_s, progress_s, age_s, where)
     environment, best = run.read_json(run.environment), run.read_json(run.best)
     task = state.task or str(environment.get("task", ""))
     value = best.get("value")
@@ -77,13 +83,13 @@ def glance(root: Path) -> RunRow:
     return RunRow(
         root=root,
         task=task,
-        status=status_of(state, Life(holder.state, age, progress, made, where)),
+        status=status_of(state, life),
         step=state.step,
         total_steps=state.total_steps,
         loss=state.latest.losses.get("loss", math.nan) if state.latest is not None else math.nan,
         best=-score if task == "pretrain" else score,
         images_per_s=state.latest.images_per_s if state.latest is not None else math.nan,
-        age_s=age,
+        last_time=last,
     )
 
 

@@ -3,6 +3,9 @@
 import fcntl
 import os
 import threading
+import time
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,23 @@ def test_all_runs_of_a_folder(run: RunDir, tmp_path: Path) -> None:
     assert {row.name: row for row in folder.rows()}["a"].status.kind == "gone"
     assert glance(tmp_path / "runs" / "missing").status.kind == "waiting"
     assert RunsFolder(tmp_path / "elsewhere").rows() == []
+
+
+def test_runs_are_ordered_by_their_events_however_slow_the_looking_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    for name, age in (("older", 100.0), ("newer", 99.9)):
+        run = create(tmp_path / "runs" / name)
+        run.write_config(RunConfig(), "pretrain")
+        ended = events.RunEnded(step=1, status="finished", seconds=1.0, time=now - age)
+        append(run, replace(started(), time=now - age), ended)
+        os.utime(run.config, (now - age, now - age))
+    clock = count(now, 10.0)
+    monkeypatch.setattr("affmae_cli.dashboard.runs.time.time", lambda: next(clock))
+    folder = RunsFolder(tmp_path / "runs")
+    (newer, older) = folder.rows()
+    assert (newer.name, older.name) == ("newer", "older")
+    assert folder.rows() == [newer, older]
+    first = newer.age_s
+    assert newer.age_s == pytest.approx(first + 10)  # a row that is kept grows old

@@ -1,5 +1,6 @@
 """The table of runs: columns hold what they must, and a long name gives way where the room is small."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_without_rows_the_titles_fit() -> None:
 @pytest.mark.parametrize(("room", "step"), [(77, "1M/1M"), (117, "1,000,000 of 1,000,000")])
 def test_steps_are_written_short_only_where_the_room_is_small(room: int, step: str) -> None:
     status = Status("finished", "")
-    row = RunRow(Path("runs/pretrain-base"), "pretrain", status, 1_000_000, 1_000_000, 0.1234, 0.1111, 812.0, 275_000.0)
+    last = time.time() - 275_000
+    row = RunRow(Path("runs/pretrain-base"), "pretrain", status, 1_000_000, 1_000_000, 0.1234, 0.1111, 812.0, last)
     (texts,), wide = fitted([row], room, 2)
     assert texts[3] == step and texts[-1] == "3d04h"
     assert sum(wide) + 2 * len(wide) <= room
