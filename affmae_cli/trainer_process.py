@@ -115,7 +115,7 @@ class Trainer:
             os.fdopen(self._pipe, "rb") as pipe,
         ):
             while not select.select([pipe], [], [], 0.1)[0]:
-                self._relay()
+                self._relay(begun=False)
             said = pipe.readline()  # one short line, or the end
             if not said:
                 self._process.wait()
@@ -144,9 +144,12 @@ class Trainer:
         code = self._process.wait()
         return code if code >= 0 else 128 - code
 
-    def _relay(self) -> None:
+    def _relay(self, *, begun: bool = True) -> None:
+        """Pass on what was written since; begun: lines that were only begun as well, because nothing follows."""
         # The trainer writes through the same description of the file, so its position is not ours to move.
         data = os.pread(self._words.fileno(), 1 << 20, self._passed_on)
+        if not begun:
+            data = data[: data.rfind(b"\n") + 1]
         self._passed_on += len(data)
         for line in data.decode("utf-8", "replace").splitlines():
             match = _LABEL.fullmatch(line)

@@ -11,7 +11,9 @@ import pty
 import select
 import signal
 import struct
+import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ import tifffile
 from typer.testing import CliRunner
 
 from affmae_cli.main import app
-from affmae_cli.trainer_process import dashboard_wanted
+from affmae_cli.trainer_process import Trainer, dashboard_wanted
 from affmae_engine.data.ingest import ingest
 from affmae_engine.events import from_line
 from affmae_engine.run_dir import RunDir
@@ -214,3 +216,15 @@ def test_the_dashboard_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("TERM", "dumb")
     assert not dashboard_wanted(no_tui=False, quiet=False, as_json=False)
+
+
+def test_a_line_that_a_trainer_writes_in_pieces_is_passed_on_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import os, time; os.write(2, b'error: the da'); time.sleep(0.5); os.write(2, b'ta\\nhint: no end')"
+    with tempfile.TemporaryFile() as words:
+        ours, theirs = os.pipe()
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=words, pass_fds=(theirs,))
+        os.close(theirs)
+        trainer = Trainer(process, ours, words)
+        assert trainer.wait_for_run() is None and trainer.exit_code() == 0
+    said = capsys.readouterr().err
+    assert "error: the data\n" in said and "hint: no end\n" in said
