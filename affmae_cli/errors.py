@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from affmae_cli import output
-from affmae_engine.errors import AffmaeError, Interrupted
+from affmae_engine.errors import AffmaeError, Interrupted, of_system
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -40,6 +40,13 @@ class ErrorGroup(TyperGroup):
             raise typer.Exit(_INTERRUPTED) from error
         except BrokenPipeError as error:
             raise typer.Exit(_BROKEN_PIPE) from error
+        except OSError as error:
+            refused = of_system(error)
+            if refused is None:
+                raise
+            refused.__cause__ = error
+            report(refused)
+            raise typer.Exit(refused.exit_code) from error
         return result
 
 

@@ -24,23 +24,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from affmae_engine.errors import ResourceError, human_bytes
+from affmae_engine.errors import REASONS, ResourceError, human_bytes
 
 PARTIAL_SUFFIX = ".partial"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than this system allows",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission was denied",
-    errno.EPERM: "permission was denied",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EISDIR: "a folder of that name exists",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.EIO: "the device reported an input/output error",
-}
 
 
 def commit_file(path: Path, writer: Callable[[Path], None]) -> None:
@@ -133,7 +120,7 @@ def translated_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0)
+        reason = REASONS.get(error.errno or 0)
         if error.errno == errno.ENOENT and not path.parent.is_dir():
             reason = "its folder does not exist"
         if reason is None:
@@ -149,7 +136,7 @@ def translated_write_errors(path: Path) -> Iterator[None]:
             raise
         found = re.search(r"os error (\d+)", str(error))  # Rust's way to give the number
         code = int(found[1]) if found else errno.ENOSPC
-        raise ResourceError(f"cannot write {path}: {_REASONS.get(code, error)}", _hint(path, code)) from error
+        raise ResourceError(f"cannot write {path}: {REASONS.get(code, error)}", _hint(path, code)) from error
 
 
 def ensure_folder(path: Path) -> Path:

@@ -7,6 +7,9 @@ a traceback only under `AFFMAE_DEBUG=1`; any other exception type that reaches a
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class AffmaeError(Exception):
     """Base of all errors that are shown to a user without a traceback.
@@ -75,6 +78,42 @@ class Interrupted(AffmaeError):
         super().__init__(message, hint)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission was denied",
+    errno.EPERM: "permission was denied",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "a folder of that name exists",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EIO: "the device reported an input/output error",
+    errno.ELOOP: "its links lead in a circle",
+    errno.ESTALE: "the network file system has lost it",
+}
+"""What the system says of a file that cannot be used, in words."""
+_OF_THE_USER = {
+    errno.EACCES: "check who may use it",
+    errno.EPERM: "check who may use it",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.ENAMETOOLONG: "check the path",
+    errno.ELOOP: "check the path",
+}
+
+
+def of_system(error: OSError) -> AffmaeError | None:
+    """The error that a user is shown when the system refused a file; None for what only a bug of ours explains."""
+    reason = REASONS.get(error.errno or 0)
+    if reason is None or not isinstance(error.filename, (str, bytes)):
+        return None
+    message = f"cannot use {os.fsdecode(error.filename)}: {reason}"
+    if error.errno in _OF_THE_USER:
+        return InputError(message, _OF_THE_USER[error.errno])
+    return ResourceError(message, "see to the disk, then run the same command again")
 
 
 def human_bytes(count: float) -> str:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import tomllib
 from collections.abc import Iterator
@@ -135,6 +136,10 @@ class RunDir:
         """Whether this is a run directory (it has a resolved config)."""
         return self.config.is_file()
 
+    def holds(self, path: Path) -> bool:
+        """Whether a path is the run's folder or lies in it, links followed."""
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
+
     def write_config(self, config: RunConfig, task: str) -> None:
         """Write the resolved config as TOML with the task it belongs to."""
         body = tomli_w.dumps(_without_none(config.model_dump(mode="json")))
@@ -147,10 +152,12 @@ class RunDir:
             InputError: this is not a run directory.
             CorruptError: config.toml cannot be read or has fields of another version.
         """
-        if not self.exists():
-            raise InputError(f"{self.root} is not a run directory: it has no config.toml", _nearest_runs(self.root))
         try:
             return RunConfig.model_validate(tomllib.loads(self.config.read_text("utf-8")))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise InputError(
+                f"{self.root} is not a run directory: it has no config.toml", _nearest_runs(self.root)
+            ) from error
         except OSError as error:
             raise InputError(f"cannot read {self.config}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -256,11 +263,19 @@ def open_run(root: Path) -> RunDir:
 
 
 def list_runs(folder: Path) -> list[RunDir]:
-    """All runs directly under `folder`, newest last by their config's modification time."""
-    if not folder.is_dir():
-        return []
-    runs = [RunDir(entry) for entry in folder.iterdir() if (entry / "config.toml").is_file()]
-    return sorted(runs, key=lambda run: (run.config.stat().st_mtime, run.root.name))
+    """All runs directly under `folder` that can be read, newest last by their config's modification time.
+
+    There are none in a folder that is missing or may not be listed. Runs may come and go meanwhile.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in folder.iterdir():
+            run = RunDir(entry)
+            with contextlib.suppress(OSError):
+                status = run.config.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append((status.st_mtime_ns, entry.name, run))
+    return [run for _, _, run in sorted(found, key=lambda each: each[:2])]
 
 
 def free_name(folder: Path, stem: str) -> Path:

@@ -69,7 +69,7 @@ def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findi
         return Findings(path, "prediction", problems=[f"{path} is unfinished: run the same `affmae predict` again"])
     if not path.exists():
         raise InputError(f"no such dataset, run or prediction: {path}", "check the path")
-    if path.is_file() and recorded_fingerprint(path) is None:
+    if not path.is_dir() and (not path.is_file() or recorded_fingerprint(path) is None):
         raise InputError(f"{path} was not written by affmae", "name a dataset, a run or the labels of a prediction")
     if path.is_dir() and not is_ours(path):
         raise InputError(f"{path} is neither a dataset, a run nor a prediction", "name one that affmae wrote")

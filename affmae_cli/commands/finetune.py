@@ -182,14 +182,14 @@ def _begin(
     tensorboard: bool,
 ) -> tuple[RunDir, Summary, TransferReport | None]:
     from affmae_cli.progress import watched_fit
-    from affmae_engine.run_dir import create, free_name
+    from affmae_engine.run_dir import RunDir, create, free_name
     from affmae_engine.train.device import pick_device
     from affmae_engine.train.environment import command_line, write_environment
 
     choice = pick_device(resolved.config.train)
     if out is not None and out.exists() and not overwrite:
         create(out)  # refuses now, not after the labels were read
-    if out is not None and init_from is not None and init_from.resolve().is_relative_to(out.resolve()):
+    if out is not None and init_from is not None and RunDir(out).holds(init_from):
         raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
     labelled = sources.gather(resolved.config)
     if not quiet:

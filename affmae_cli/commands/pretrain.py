@@ -106,11 +106,11 @@ def _begin(
     tensorboard: bool,
 ) -> tuple[RunDir, Summary]:
     from affmae_cli.progress import watched_fit
-    from affmae_engine.run_dir import create, free_name
+    from affmae_engine.run_dir import RunDir, create, free_name
 
     if out is not None and out.exists() and not overwrite:
         create(out)  # refuses now, not after the data was read
-    if out is not None and init_from is not None and init_from.resolve().is_relative_to(out.resolve()):
+    if out is not None and init_from is not None and RunDir(out).holds(init_from):
         raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
     store = _open_store(data)
     # Only now, for loading torch takes seconds: a mistyped name is told at once.

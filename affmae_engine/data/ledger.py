@@ -48,7 +48,7 @@ def replay(path: Path) -> LedgerState:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path.parent.parent} is not a dataset: it has no ledger", "make one with `affmae ingest`"
         ) from error

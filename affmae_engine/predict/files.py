@@ -174,7 +174,7 @@ def _found(inputs: Sequence[Path], folder: Path) -> Iterator[tuple[Path, Path]]:
     """Files with their folder relative to the input they came from; earlier results in `folder` are passed over."""
     seen: set[str] = set()
     found_any = False
-    results = folder.resolve()
+    results = Path(os.path.realpath(folder))
     for source in inputs:
         base = Path(source).expanduser()
         files = find_files([source])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,13 +109,17 @@ def check_space(outputs: Outputs, label_bytes: int, classes: int, pixels: int) -
 
 
 def _check_apart(path: Path, inputs: Sequence[Path]) -> None:
-    target = path.resolve()
+    target = _real(path)
     for source in inputs:
-        origin = source.resolve()
+        origin = _real(source)
         if target == origin or target in origin.parents:
             raise ConfigError(f"the output {path} would replace the input {source}", "choose another -o/--out")
         if origin in target.parents:
             raise ConfigError(f"the output {path} would lie inside the input {source}", "choose another -o/--out")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve it does not raise for links in a circle
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:

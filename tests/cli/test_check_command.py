@@ -1,6 +1,7 @@
 """`affmae check`: whole things pass, damage is named and exits with 6, and nothing is changed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,11 @@ def test_unfinished_and_foreign_things(tmp_path: Path) -> None:
     assert unfinished.exit_code == 6 and "unfinished" in unfinished.stdout
     tifffile.imwrite(tmp_path / "foreign.tif", LABELS, photometric="minisblack")
     (tmp_path / "folder").mkdir()
-    for name, text in (("foreign.tif", "was not written by"), ("folder", "is neither"), ("absent", "no such")):
+    os.mkfifo(tmp_path / "pipe")
+    for name, text in (
+        ("foreign.tif", "was not written by"), ("pipe", "was not written by"), ("folder", "is neither"),
+        ("absent", "no such"),
+    ):  # fmt: skip
         result = check(tmp_path / name)
         assert result.exit_code == 3 and text in " ".join(result.stderr.split())
     several = check(dataset(tmp_path), tiff(tmp_path), "-q")

@@ -1,5 +1,6 @@
 """What failures show: text, stream, exit code; of known errors, interruptions, closed and full outputs, and bugs."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from affmae_cli import output
 from affmae_cli.errors import ErrorGroup
+from affmae_cli.main import app as affmae
 from affmae_engine import errors
 
 
@@ -52,6 +54,32 @@ def test_known_errors(kind, code):
     assert result.exit_code == code
     assert result.stdout == "a result\n"
     assert result.stderr == "error: it broke\nhint: mend it\n"
+
+
+def test_a_file_that_the_system_refuses():
+    result = run(PermissionError(errno.EACCES, "Permission denied", "theirs/a.tif"))
+    assert result.exit_code == 3
+    assert result.stderr == "error: cannot use theirs/a.tif: permission was denied\nhint: check who may use it\n"
+
+
+@pytest.mark.usefixtures("permissions_count")
+def test_commands_where_nothing_may_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs" / "runs").mkdir(parents=True)
+    (tmp_path / "theirs").chmod(0)
+    try:
+        for words in (
+            ["watch", "theirs/runs", "--once"],
+            ["check", "theirs/store"],
+            ["ingest", "theirs/a.tif", "-o", "out"],
+            ["ingest", "x" * 300, "-o", "out"],
+            ["ingest", "theirs", "-o", "out"],
+        ):
+            result = CliRunner().invoke(affmae, words)
+            assert result.exit_code == 3 and "error: " in result.stderr, words
+            assert any(why in result.output for why in ("permission was denied", "the name is too long")), words
+    finally:
+        (tmp_path / "theirs").chmod(0o700)
 
 
 def test_no_hint_no_line():

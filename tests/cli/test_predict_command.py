@@ -182,6 +182,7 @@ def test_a_mismatch_of_pixel_sizes_is_warned_about(here: Path, trained: Path) ->
         (["a.tif", "-o", "out.png"], 2, "out.png: labels are written as .tif, .tiff or .zarr"),
         (["a.tif", "-o", "a.tif", "--overwrite"], 2, "would replace the input"),
         (["a.tif", "-o", "notes.txt/out.tif"], 4, "notes.txt"),
+        (["a.tif", "-o", "loop/out.tif"], 4, "loop"),
         (["a.tif", "b.tif", "-o", "out.tif"], 2, "several inputs cannot go into the one file"),
         (["a.tif", "--pixel-size", "1,2,3,4"], 2, "--pixel-size '1,2,3,4' is not a voxel size"),
         (["a.tif", "--pixel-size", "0,4,4"], 2, "is not a voxel size"),
@@ -194,6 +195,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     write(here / "b.tif")
     (here / "empty").mkdir()
     (here / "notes.txt").write_text("no image")
+    (here / "loop").symlink_to("loop")
     cut = write(here / "cut.tif")
     cut.write_bytes(cut.read_bytes()[:4000])
     result = affmae(*arguments, "-m", trained)

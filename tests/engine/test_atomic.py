@@ -130,7 +130,7 @@ class TestFile:
         assert "cannot write" in text and "larger than this system allows" in text
         assert names(tmp_path) == []
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    @pytest.mark.usefixtures("permissions_count")
     def test_a_read_only_folder(self, tmp_path):
         tmp_path.chmod(0o500)
         try:

@@ -1,4 +1,6 @@
-"""The error classes: distinct exit codes, message and hint."""
+"""The error classes: distinct exit codes, message and hint; what the system refuses."""
+
+import errno
 
 import pytest
 
@@ -27,3 +29,24 @@ def test_message_and_hint():
     error = errors.InputError("it broke", "mend it")
     assert (str(error), error.message, error.hint) == ("it broke", "it broke", "mend it")
     assert errors.InputError("it broke").hint == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "reason"),
+    [
+        (errno.EACCES, errors.InputError, "permission was denied"),
+        (errno.ENAMETOOLONG, errors.InputError, "the name is too long"),
+        (errno.ELOOP, errors.InputError, "its links lead in a circle"),
+        (errno.ENOSPC, errors.ResourceError, "the disk is full"),
+        (errno.EIO, errors.ResourceError, "the device reported an input/output error"),
+        (errno.ESTALE, errors.ResourceError, "the network file system has lost it"),
+    ],
+)
+def test_what_the_system_refuses(code, kind, reason):
+    refused = errors.of_system(OSError(code, "in the system's words", "a/b"))
+    assert type(refused) is kind and refused.message == f"cannot use a/b: {reason}" and refused.hint
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "no such file", "a"), OSError(errno.EACCES, "no file named")])
+def test_what_only_a_bug_explains(error):
+    assert errors.of_system(error) is None

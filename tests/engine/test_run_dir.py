@@ -138,6 +138,28 @@ class TestFind:
         assert [run.root.name for run in run_dir.list_runs(tmp_path)] == ["c", "a", "b"]
         assert run_dir.list_runs(tmp_path / "gone") == []
 
+    @pytest.mark.usefixtures("permissions_count")
+    def test_runs_of_others_are_passed_over(self, tmp_path):
+        theirs, mine = make(tmp_path / "theirs"), make(tmp_path / "mine")
+        theirs.root.chmod(0)
+        try:
+            assert [run.root for run in run_dir.list_runs(tmp_path)] == [mine.root]
+            with pytest.raises(InputError, match="Permission denied"):
+                theirs.read_config()
+        finally:
+            theirs.root.chmod(0o700)
+        tmp_path.chmod(0)
+        try:
+            assert run_dir.list_runs(tmp_path) == []
+        finally:
+            tmp_path.chmod(0o700)
+
+    def test_what_a_run_holds(self, tmp_path):
+        run = make(tmp_path / "a")
+        (tmp_path / "link").symlink_to(run.root)
+        assert run.holds(run.root) and run.holds(tmp_path / "link" / "checkpoints" / "step-000005")
+        assert not run.holds(tmp_path) and not run.holds(tmp_path / "ab")
+
     def test_free_name(self, tmp_path):
         assert run_dir.free_name(tmp_path, "a") == tmp_path / "a"
         (tmp_path / "a").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -17,8 +18,9 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
     """Every image file that the sources name, each once, sources in the order given, folders in natural order.
 
     A file named outright is always returned, whatever it is, so that a refusal can name it. Folders are searched
-    recursively for images; hidden entries and sidecars (text, tables, metadata) are passed over, and a Zarr folder is
-    one entry. Names with `*`, `?` or `[...]` that do not exist as such are expanded, `**` included.
+    recursively for images; hidden entries and sidecars (text, tables, metadata) are passed over, a Zarr folder is one
+    entry, and so is a folder that may not be read. Names with `*`, `?` or `[...]` that do not exist as such are
+    expanded, `**` included.
 
     Raises:
         InputError: a source does not exist, or nothing was found at all.
@@ -59,7 +61,8 @@ def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
 
 def _expand(source: str | Path) -> list[Path]:
     path = Path(source).expanduser()
-    if os.path.lexists(path):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        os.lstat(path)  # unlike lexists it tells a file that is not there from one that may not be seen
         return [path]
     if glob.has_magic(str(source)):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob cannot start at an absolute pattern)
@@ -81,21 +84,21 @@ def _search(folder: Path, seen: set[str]) -> Iterator[Path]:
     if real in seen:  # a link that leads back up
         return
     seen.add(real)
-    try:
-        entries = sorted(folder.iterdir(), key=lambda p: natural_key(p.name))
-    except PermissionError as error:
-        raise InputError(f"cannot list {folder}: permission was denied", "check who may read it") from error
-    for entry in entries:
+    for entry in sorted(folder.iterdir(), key=lambda p: natural_key(p.name)):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry):  # noqa: PTH112 (Path.is_dir raises for a link to what may not be seen)
             if _is_one(entry):
                 yield entry
             else:
                 yield from _search(entry, seen)
-        elif entry.is_file() and looks_like_image(entry):
+        elif os.path.isfile(entry) and looks_like_image(entry):  # noqa: PTH113 (likewise)
             yield entry
 
 
 def _is_one(folder: Path) -> bool:
-    return is_zarr(folder) or folder.suffix == ".zarr" or is_n5(folder) or folder.suffix == ".n5"
+    try:
+        next(folder.iterdir(), None)
+        return is_zarr(folder) or folder.suffix == ".zarr" or is_n5(folder) or folder.suffix == ".n5"
+    except PermissionError:  # whoever opens it says so, and the other folders are read
+        return True

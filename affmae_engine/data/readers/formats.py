@@ -41,7 +41,8 @@ def recognise(path: Path) -> Kind:
     """
     with reading(path):
         if path.is_dir():
-            if is_zarr(path) or (path.suffix == ".zarr" and any(path.iterdir())):
+            filled = any(path.iterdir())  # raises where it may not be listed
+            if is_zarr(path) or (path.suffix == ".zarr" and filled):
                 return "zarr"
             if is_n5(path):
                 raise _unsupported(path, "N5")

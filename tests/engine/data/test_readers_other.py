@@ -252,6 +252,27 @@ def test_finding_files(tmp_path: Path) -> None:
         find_files([tmp_path / "void"])
 
 
+@pytest.mark.usefixtures("permissions_count")
+def test_folders_that_may_not_be_read_are_told_and_the_others_taken(tmp_path: Path) -> None:
+    theirs, mine = tmp_path / "a" / "theirs", tmp_path / "a" / "z.tif"
+    theirs.mkdir(parents=True)
+    mine.write_bytes(b"")
+    (theirs / "x.tif").write_bytes(b"")
+    (tmp_path / "a" / "link.tif").symlink_to(theirs / "x.tif")
+    for mode in (0o000, 0o100, 0o400):
+        theirs.chmod(mode)
+        try:
+            seen = [tmp_path / "a" / "link.tif"] if mode == 0o100 else []  # what is in it may be used, not listed
+            assert find_files([tmp_path / "a"]) == [*seen, theirs, mine]
+            with pytest.raises(InputError, match="theirs: permission was denied"):
+                open_sources(theirs)
+            if mode != 0o100:
+                with pytest.raises(PermissionError):  # not: no such file
+                    find_files([theirs / "x.tif"])
+        finally:
+            theirs.chmod(0o700)
+
+
 def test_natural_order() -> None:
     names = ["a10", "a9", "A1", "b", "10", "9", "a²", "a"]
     assert sorted(names, key=natural_key) == ["9", "10", "a", "A1", "a9", "a10", "a²", "b"]
