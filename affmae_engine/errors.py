@@ -93,6 +93,8 @@ REASONS = {
     errno.EIO: "the device reported an input/output error",
     errno.ELOOP: "its links lead in a circle",
     errno.ESTALE: "the network file system has lost it",
+    errno.ENOTCONN: "the network file system is not connected",
+    errno.ETIMEDOUT: "the network file system does not answer",
 }
 """What the system says of a file that cannot be used, in words."""
 _OF_THE_USER = {
@@ -105,15 +107,19 @@ _OF_THE_USER = {
 }
 
 
-def of_system(error: OSError) -> AffmaeError | None:
-    """The error that a user is shown when the system refused a file; None for what only a bug of ours explains."""
-    reason = REASONS.get(error.errno or 0)
-    if reason is None or not isinstance(error.filename, (str, bytes)):
-        return None
-    message = f"cannot use {os.fsdecode(error.filename)}: {reason}"
-    if error.errno in _OF_THE_USER:
-        return InputError(message, _OF_THE_USER[error.errno])
-    return ResourceError(message, "see to the disk, then run the same command again")
+def of_system(error: BaseException | None) -> AffmaeError | None:
+    """The error that a user is shown when the system refused a file, itself or behind another exception.
+
+    None where it did not: the reason is another one, a bug of ours perhaps.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in REASONS and isinstance(error.filename, (str, bytes)):
+            message = f"cannot use {os.fsdecode(error.filename)}: {REASONS[error.errno]}"
+            if error.errno in _OF_THE_USER:
+                return InputError(message, _OF_THE_USER[error.errno])
+            return ResourceError(message, "see to the disk, then run the same command again")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def human_bytes(count: float) -> str:

@@ -23,7 +23,7 @@ from affmae_engine.data.readers.files import natural_key
 from affmae_engine.data.readers.zarr_metadata import check_array
 from affmae_engine.data.statistics import Statistics, pool
 from affmae_engine.data.store_layout import StoredImage, StorePaths
-from affmae_engine.errors import CorruptError, InputError, ResourceError, one_line
+from affmae_engine.errors import CorruptError, InputError, ResourceError, of_system, one_line
 
 
 class Store:
@@ -43,8 +43,9 @@ class Store:
         """Open a dataset made by `affmae ingest`.
 
         Raises:
-            InputError: there is nothing, it is not a dataset of ours, or it has no finished image.
+            InputError: there is nothing, it is not a dataset of ours, it may not be read, or it has no finished image.
             CorruptError: its metadata is damaged.
+            ResourceError: the disk cannot be read.
         """
         if not path.exists():
             raise InputError(f"no such dataset: {path}", "make one with `affmae ingest SOURCE... -o " + f"{path}`")
@@ -52,7 +53,7 @@ class Store:
         try:
             attributes = json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]["affmae"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptError(
+            raise of_system(error) or CorruptError(
                 f"{path}: zarr.json is missing or damaged", "run the same `affmae ingest` again: it repairs it"
             ) from error
         if not state.images:
@@ -80,6 +81,7 @@ class Store:
         Raises:
             KeyError: no image of that name.
             CorruptError: a chunk there is missing or damaged.
+            InputError, ResourceError: the system refuses to read it, or there is not enough memory.
         """
         return self._read(name, (z, y, x), labels=False)
 
@@ -116,13 +118,16 @@ class Store:
             image = self._by_name[name]
             return np.empty([len(r) for r in ranges], image.labels_dtype if labels else image.dtype)
         array = self._array(name, labels)
-        self._require_shards(array, name, ranges, labels)
         try:
+            self._require_shards(array, name, ranges, labels)
             return np.asarray(array[selection])
+        except CorruptError:
+            raise
         except MemoryError as error:
             raise ResourceError(f"not enough memory to read {name} of {self.path}") from error
         except Exception as error:
-            raise CorruptError(
+            # A disk that cannot be read just now, or by this user, holds nothing damaged.
+            raise of_system(error) or CorruptError(
                 f"{self.path}: {'labels of ' if labels else ''}{name}: a chunk is damaged ({one_line(error, 80)})",
                 "delete the dataset and ingest it again",
             ) from error
@@ -139,7 +144,7 @@ class Store:
                 check_array(folder)
                 found = zarr.open_array(folder, mode="r")
             except Exception as error:
-                raise CorruptError(
+                raise of_system(error) or CorruptError(
                     f"{self.path}: the array of {name} is missing or damaged", "delete the dataset and ingest it again"
                 ) from error
             self._arrays[name, labels] = found
@@ -167,5 +172,5 @@ def _is_plain_file(path: str) -> bool:
     """A call of the system and nothing else: this is done for every crop that training reads."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False

@@ -47,6 +47,17 @@ def test_what_the_system_refuses(code, kind, reason):
     assert type(refused) is kind and refused.message == f"cannot use a/b: {reason}" and refused.hint
 
 
+def test_a_refusal_behind_another_exception():
+    try:
+        try:
+            raise OSError(errno.EIO, "in the system's words", "a/b")
+        except OSError as error:
+            raise ValueError("the codec stumbled") from error
+    except ValueError as error:
+        refused = errors.of_system(error)
+    assert refused is not None and "a/b" in refused.message
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, "no such file", "a"), OSError(errno.EACCES, "no file named")])
 def test_what_only_a_bug_explains(error):
     assert errors.of_system(error) is None

@@ -1,5 +1,6 @@
 """The dataset store: round trip, metadata, damage, locking, resuming half an image."""
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -13,7 +14,7 @@ from affmae_engine.data.statistics import StatisticsBuilder
 from affmae_engine.data.store import Store
 from affmae_engine.data.store_layout import Band, StoredImage, StorePaths, bands, chunk_shapes, safe_name
 from affmae_engine.data.store_writer import ImageWriter, StoreWriter
-from affmae_engine.errors import BusyError, ConfigError, CorruptError, InputError
+from affmae_engine.errors import BusyError, ConfigError, CorruptError, InputError, ResourceError
 
 ALL = slice(None)
 
@@ -122,6 +123,36 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     shard.write_bytes(intact[: len(intact) // 2])
     with pytest.raises(CorruptError):
         Store.open(tmp_path / "em.zarr").read("cell", ALL, ALL, ALL)
+
+
+@pytest.mark.usefixtures("permissions_count")
+@pytest.mark.parametrize("hidden", ["zarr.json", "images/cell/0/zarr.json", "images/cell/0/c/0/0"])
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, hidden: str) -> None:
+    write(tmp_path / "em.zarr", "cell", picture((1, 30, 30)))
+    path = tmp_path / "em.zarr" / hidden
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with pytest.raises(InputError, match="permission was denied"):
+            Store.open(tmp_path / "em.zarr").read("cell", ALL, ALL, ALL)
+    finally:
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("where", ["affmae_engine.data.store.os.lstat", "zarr.Array.__getitem__"])
+def test_a_network_disk_that_is_gone_is_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    write(tmp_path / "em.zarr", "cell", picture((1, 30, 30)))
+    store = Store.open(tmp_path / "em.zarr")
+
+    def gone(*_what: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "c/0/0/0")
+
+    store.read("cell", ALL, ALL, ALL)
+    monkeypatch.setattr(where, gone)
+    with pytest.raises(ResourceError, match="c/0/0/0: the network file system has lost it"):
+        store.read("cell", ALL, ALL, ALL)
 
 
 def test_half_an_image_is_invisible_and_can_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
