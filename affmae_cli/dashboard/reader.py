@@ -101,7 +101,9 @@ class RunReader:
         self._listen(before)
         self._opening = self._opening and lines.more
         self._read_config()
-        if self._opening:
+        if self._tail.refusal:
+            self.status = Status("waiting", self._tail.refusal.message, self._tail.refusal.hint)
+        elif self._opening:
             self.status = self._reading()
         else:
             self._sketch = None

@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from affmae_engine.errors import AffmaeError, of_system
+
 CHUNK = 1 << 20
 """Bytes of one read. No event is nearly as long, so a chunk without a line end is damage and is skipped."""
 _REMEMBERED = 64
@@ -28,7 +30,10 @@ class Lines:
 
 
 class LineTail:
-    """Reads a growing file once, chunk by chunk. A missing file is one without lines, so it may appear later."""
+    """Reads a growing file once, chunk by chunk. A missing file is one without lines, so it may appear later.
+
+    refusal: why the system refused it the last time, None when it did not; what was read before stays read.
+    """
 
     def __init__(self, path: Path, *, chunk: int = CHUNK) -> None:
         self._path = path
@@ -36,6 +41,7 @@ class LineTail:
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._before = b""
+        self.refusal: AffmaeError | None = None
 
     @property
     def offset(self) -> int:
@@ -46,9 +52,13 @@ class LineTail:
         """The next lines, at most one chunk. Never raises for what the file holds or lacks."""
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
+            self.refusal = None
             return self._gone()
-        restarted = False
+        except OSError as error:
+            self.refusal = of_system(error)
+            return Lines(b"", self._offset, False, False)
+        self.refusal, restarted = None, False
         try:
             restarted = self._is_another(descriptor)
             if restarted:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from affmae_engine import atomic
-from affmae_engine.errors import AffmaeError, Interrupted, ResourceError
+from affmae_engine.errors import AffmaeError, Interrupted, ResourceError, of_system
 from affmae_engine.events import RunEnded, finite
 from affmae_engine.train.session import Session
 
@@ -46,7 +46,8 @@ def ending(session: Session) -> Iterator[None]:
         _close(session, "stopped", error.message)
         raise
     except BaseException as error:
-        _close(session, "failed", error.message if isinstance(error, AffmaeError) else repr(error))
+        known = error if isinstance(error, AffmaeError) else of_system(error) if isinstance(error, OSError) else None
+        _close(session, "failed", known.message if known is not None else repr(error))
         if not isinstance(error, AffmaeError):
             _log.exception("the run failed")
         raise

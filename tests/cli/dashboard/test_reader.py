@@ -93,6 +93,21 @@ def test_a_folder_that_is_no_run_is_shown_as_such(tmp_path: Path) -> None:
     assert "not valid TOML" in reader.problem and reader.config_text() == "not = [toml"
 
 
+@pytest.mark.usefixtures("permissions_count")
+def test_events_that_may_not_be_read_are_told_and_what_was_read_stays(run: RunDir) -> None:
+    append(run, started(), *steps(1, 5))
+    reader = RunReader(run.root)
+    reader.poll()
+    run.metrics.chmod(0)
+    for seen in (reader, RunReader(run.root)):
+        assert not seen.poll() and not seen.behind
+        assert seen.status.kind == "waiting" and "metrics.jsonl: permission was denied" in seen.status.text
+    assert reader.state.step == 5
+    run.metrics.chmod(0o600)
+    append(run, *steps(6, 7))
+    assert reader.poll() and reader.state.step == 7 and reader.status.kind != "waiting"
+
+
 def test_the_child_that_ended_is_gone_even_while_the_lock_cannot_be_told(run: RunDir) -> None:
     append(run, started(), *steps(1, 3))
     reader = RunReader(run.root, exit_code=lambda: -9)
