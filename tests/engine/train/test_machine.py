@@ -1,5 +1,6 @@
 """What a machine does to a run while it trains: folders that vanish, data that changes, clocks that jump."""
 
+import errno
 import os
 import random
 import shutil
@@ -145,3 +146,17 @@ def test_a_failing_evaluation_leaves_the_run_resumable(make_toy: Make, make_conf
     with pytest.raises(AffmaeError, match="out of memory at step 3"):
         fit(run, config, toy.task)
     assert run.read_json(run.summary)["status"] == "failed"
+
+
+def test_a_file_that_the_system_refuses_is_told_in_words(make_toy: Make, make_config: Make, make_run: Make) -> None:
+    config = make_config(steps=6)
+    run, toy = make_run(config), make_toy()
+
+    def evaluate(model: torch.nn.Module, device: torch.device) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "labels/a.tif")
+
+    object.__setattr__(toy.task, "evaluate", evaluate)
+    with pytest.raises(PermissionError):
+        fit(run, config, toy.task)
+    assert run.read_json(run.summary)["message"] == "cannot use labels/a.tif: permission was denied"
+    assert "Traceback" in run.log.read_text()
