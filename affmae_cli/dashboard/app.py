@@ -64,6 +64,7 @@ class DashboardApp(App[DashboardResult]):
         self.register_theme(theme.LIGHT)
         self.theme = theme.DARK.name
         self._root, self._child, self._first_tab, self._pixels = root, child, tab, pixels
+        self._leaving: Question | None = None
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         """Colours of curves, for every theme."""
@@ -89,22 +90,33 @@ class DashboardApp(App[DashboardResult]):
     @work
     async def action_leave(self) -> None:
         """Leave; with a trainer of ours at work, ask what becomes of it. Asked for twice, it goes on."""
-        if self._child is None or self._child.poll() is not None or self._run_ended():
-            self.exit(DashboardResult("ended" if self._run_ended() else "detach"))
-            return
-        screen = self.screen
-        if not isinstance(screen, RunScreen):
+        if self._child is None:
             self.exit(DashboardResult("detach"))
-            return
+        elif self._trainer_ended(self._child):
+            self.exit(DashboardResult("ended"))
+        elif self._leaving is None:
+            await self._ask_how_to_leave(self._child)
+        elif self.screen is self._leaving:
+            self.exit(DashboardResult("detach"))
+
+    async def _ask_how_to_leave(self, child: TrainerProcess) -> None:
         answers = [
             Answer("detach", "d", "Detach", "training goes on; affmae watch shows it again", "primary"),
             Answer("stop", "s", "Stop after a checkpoint", "the trainer saves and ends; it can be resumed", "warning"),
         ]
-        match await screen.ask(Question(f"{printable(self._root.name)} is still training", answers)):
-            case "detach":
-                self.exit(DashboardResult("detach"))
-            case "stop":
-                self._stop()
+        self._leaving = Question(f"{printable(self._root.name)} is still training", answers)
+        try:
+            while not isinstance(screen := self.screen, RunScreen):  # Help, or a question about something else
+                await screen.dismiss(None)
+            answer = await screen.ask(self._leaving)
+        finally:
+            self._leaving = None
+        if answer is not None and self._trainer_ended(child):
+            self.exit(DashboardResult("ended"))
+        elif answer == "detach":
+            self.exit(DashboardResult("detach"))
+        elif answer == "stop":
+            self._stop()
 
     def leave_by_signal(self, _number: int) -> None:
         """The terminal or the session ends: give it back in order. Training goes on."""
@@ -123,9 +135,12 @@ class DashboardApp(App[DashboardResult]):
     def _exit_code(self, root: Path) -> int | None:
         return self._child.poll() if self._child is not None and root == self._root else None
 
-    def _run_ended(self) -> bool:
-        screens = [screen for screen in self.screen_stack if isinstance(screen, RunScreen)]
-        return bool(screens and screens[0].view is not None and screens[0].view.status.ended)
+    def _trainer_ended(self, child: TrainerProcess) -> bool:
+        """Of our own run, whatever other one is looked at and however old what is drawn."""
+        if child.poll() is not None:
+            return True
+        read = (screen.newest for screen in self.screen_stack if isinstance(screen, RunScreen))
+        return any(view is not None and view.root == self._root and view.status.ended for view in read)
 
 
 async def _leave_with_terminal() -> None:

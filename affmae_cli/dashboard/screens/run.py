@@ -138,6 +138,11 @@ class RunScreen(Screen[None]):
         return self.view is not None and not self.view.opening and self.view is self.pane.view
 
     @property
+    def newest(self) -> RunView | None:
+        """What was read last of the run, also while an older view is held still."""
+        return self._newest
+
+    @property
     def tab(self) -> str:
         """The name of the tab that is seen."""
         return self.query_one(TabbedContent).active

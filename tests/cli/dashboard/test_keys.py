@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from affmae_cli.dashboard.messages import RunChosen
 from affmae_cli.dashboard.panes.curves import CurvesPane
 from affmae_cli.dashboard.result import DashboardResult
 from affmae_cli.dashboard.screens.help import HelpScreen
@@ -212,6 +213,80 @@ def test_a_run_of_ones_own_that_ended_is_left_at_once(
         await driver.press("q")
 
     assert drive(run.root, do, child=child) == DashboardResult("ended")
+
+
+async def switch(driver: Driver, name: str) -> None:
+    """Follow another run of the folder."""
+    driver.screen.post_message(RunChosen(driver.screen.root.parent / name))
+    await driver.see(name)
+    await driver.until(lambda: driver.screen.newest is not None and driver.screen.newest.root.name == name)
+
+
+@pytest.mark.parametrize("other_ended", [False, True])
+@pytest.mark.parametrize("died", [False, True])
+def test_leaving_is_about_ones_own_run_whichever_is_looked_at(
+    live: Recorded, record: Callable[..., Recorded], child: subprocess.Popen[bytes], other_ended: bool, died: bool
+) -> None:
+    ended = [events.RunEnded(step=100, status="finished", seconds=9.0)] if other_ended else []
+    other = record(started(), stepped(100), *ended, name="other")
+
+    async def do(driver: Driver) -> None:
+        await switch(driver, "other")
+        if died:
+            child.kill()
+            child.wait()
+        await driver.press("q")
+        if not died:
+            await driver.see("live is still training")
+            await driver.press("d")
+
+    with other.run.locked():
+        assert drive(live.root, do, child=child) == DashboardResult("ended" if died else "detach")
+
+
+def test_a_run_that_ended_while_the_view_stands_still_is_left_at_once(
+    live: Recorded, child: subprocess.Popen[bytes]
+) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press("p")
+        live.add(events.RunEnded(step=41, status="failed", seconds=4.0, message="out of memory"))
+        await driver.until(lambda: driver.screen.newest is not None and driver.screen.newest.status.ended)
+        await driver.press("q")
+
+    assert drive(live.root, do, child=child) == DashboardResult("ended")
+
+
+def test_a_run_that_ends_under_the_question_is_not_said_to_go_on(
+    live: Recorded, child: subprocess.Popen[bytes]
+) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press("q")
+        await driver.see("live is still training")
+        child.kill()
+        child.wait()
+        await driver.press("d")
+
+    assert drive(live.root, do, child=child) == DashboardResult("ended")
+
+
+@pytest.mark.parametrize("dialog", ["question_mark", "s"])
+def test_ctrl_c_in_another_dialog_closes_it_and_asks(
+    live: Recorded, child: subprocess.Popen[bytes], dialog: str
+) -> None:
+    async def do(driver: Driver) -> None:
+        await driver.press(dialog)
+        await driver.until(lambda: not isinstance(driver.app.screen, RunScreen))
+        await driver.press("ctrl+c")
+        await driver.see("live is still training", "Detach")
+        assert [type(screen) for screen in driver.app.screen_stack[-2:]] == [RunScreen, Question]
+        await driver.press("escape")
+        await driver.until(lambda: isinstance(driver.app.screen, RunScreen))
+        await driver.press("ctrl+c")
+        await driver.see("live is still training")
+        await driver.press("ctrl+c")
+
+    assert drive(live.root, do, child=child) == DashboardResult("detach")
+    assert not (live.run.control / "stop").exists()
 
 
 def test_keys_that_come_before_the_question_ask_no_second_one(live: Recorded, child: subprocess.Popen[bytes]) -> None:
