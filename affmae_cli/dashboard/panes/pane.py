@@ -11,7 +11,8 @@ from affmae_cli.dashboard.zoom import ChartSettings
 
 
 class Pane(Container):
-    """Base of the tabs' contents. `view` is set only while the tab is seen; subclasses draw it in `show`."""
+    """Base of the tabs' contents. `view` is set while the tab is seen, and in every tab when another run is chosen;
+    subclasses draw it in `show`."""
 
     # Containers hand these on and draw nothing of themselves.
     view: reactive[RunView | None] = reactive(None, repaint=False)

@@ -31,6 +31,7 @@ from affmae_cli.dashboard.panes.system import SystemPane
 from affmae_cli.dashboard.reader import RunReader
 from affmae_cli.dashboard.requests import Asked, under_way
 from affmae_cli.dashboard.screens.question import Answer, Question
+from affmae_cli.dashboard.status import Status
 from affmae_cli.dashboard.view import RunView, Viewer
 from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_cli.dashboard.widgets.status_line import StatusLine
@@ -107,6 +108,7 @@ class RunScreen(Screen[None]):
         super().__init__()
         self.root, self._exit_code, self._first_tab, self._pixels = root, exit_code, tab, pixels
         self._newest: RunView | None = None
+        self._text: TextRead | None = None
         self._asked: list[Asked] = []
         self._asking = False
         self._failures: set[str] = set()
@@ -175,16 +177,23 @@ class RunScreen(Screen[None]):
     def on_run_read(self, message: RunRead) -> None:
         """The newest moment; drawn unless the view is paused."""
         if message.view.root == self.root:
-            self._newest = message.view
+            first, self._newest = self._newest is None, message.view
             if not self.paused:
                 self.view = message.view
+            if first:
+                self.refresh_bindings()
 
     async def on_text_read(self, message: TextRead) -> None:
-        """The newest log and configuration."""
-        if message.root == self.root and not self.paused:
-            self.query_one(LogPane).take(message.log)
-            self.query_one(OverviewPane).take(message.log)
-            await self.query_one(ConfigPane).take(message.config, message.environment, message.problem)
+        """The newest log and configuration; drawn unless the view is paused."""
+        if message.root == self.root:
+            self._text = message
+            if not self.paused:
+                await self._draw_text(message)
+
+    async def _draw_text(self, text: TextRead) -> None:
+        self.query_one(LogPane).take(text.log)
+        self.query_one(OverviewPane).take(text.log)
+        await self.query_one(ConfigPane).take(text.config, text.environment, text.problem)
 
     def on_reading_failed(self, message: ReadingFailed) -> None:
         """Say it, once for each kind."""
@@ -220,18 +229,27 @@ class RunScreen(Screen[None]):
         self.set_focus(focused)
 
     @on(RunChosen)
-    def _switch(self, message: RunChosen) -> None:
-        self.root, self._asked, self._newest = message.root, [], None
+    async def _switch(self, message: RunChosen) -> None:
+        """Nothing of the run before may be taken for this one's."""
+        self.root, self._asked, self._newest, self._text = message.root, [], None, None
+        self.paused = False
         self.settings = replace(self.settings, zoom=Zoom())
         self._follow(message.root)
         self._wake.set()
+        self.view = blank = RunView(message.root, Status("waiting", "reading the run"), time.time(), opening=True)
+        for pane in self.query(Pane):
+            pane.view = blank
+        self.refresh_bindings()
         self.action_tab("overview")
+        await self._draw_text(TextRead(message.root, [], "", {}, ""))
 
-    def watch_paused(self, paused: bool) -> None:
+    async def watch_paused(self, paused: bool) -> None:
         """Say so; go on with the newest moment."""
         self.query_one(StatusLine).paused = paused
         if not paused and self._newest is not None:
             self.view = self._newest
+        if not paused and self._text is not None:
+            await self._draw_text(self._text)
 
     def watch_settings(self, settings: ChartSettings) -> None:
         """Draw charts otherwise; a zoomed window may need to be read."""
@@ -241,7 +259,7 @@ class RunScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Requests make sense only while a trainer may be there."""
-        if action in ("checkpoint", "stop") and (self.view is None or self.view.status.ended):
+        if action in ("checkpoint", "stop") and (self._newest is None or self._newest.status.ended):
             return None
         return True
 

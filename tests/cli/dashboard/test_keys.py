@@ -102,6 +102,66 @@ def test_a_paused_view_stands_still(live: Recorded) -> None:
     drive(live.root, do)
 
 
+def test_what_was_written_while_the_view_stood_still_is_shown_afterwards(live: Recorded) -> None:
+    live.run.log.write_text("one\n")
+
+    async def do(driver: Driver) -> None:
+        await driver.see("one")
+        await driver.press("p")
+        live.run.log.write_text("one\nlast words\n")
+        live.run.config.write_text("[train]\nsteps = 321\n")
+        await driver.until(lambda: driver.screen._text is not None and "321" in driver.screen._text.config)
+        assert "last words" not in driver.text()
+        await driver.press("p")
+        await driver.see("last words")
+        await driver.press("6")
+        await driver.see("steps  321")
+
+    drive(live.root, do, tab="log")
+
+
+def test_switching_ends_the_pause_and_shows_nothing_of_the_run_before(
+    live: Recorded, record: Callable[..., Recorded]
+) -> None:
+    other = record(name="other")
+    live.run.log.write_text("words of the first run\n")
+    live.run.config.write_text("[train]\nsteps = 321\n")
+
+    async def do(driver: Driver) -> None:
+        for number in range(1, 7):
+            await driver.press(str(number))
+        await driver.press("p")
+        driver.screen._follow = lambda root: None  # type: ignore[method-assign]  # as long as nothing of it was read
+        driver.screen.post_message(RunChosen(other.root))
+        await driver.see("◌ waiting  run other", "reading the run")
+        assert not driver.screen.paused and "view paused" not in driver.text()
+        for number, sees in zip(range(1, 7), ("no step yet", "waiting for", "no preview", "no sample", "log", ""), strict=True):
+            await driver.press(str(number))
+            await driver.see(sees)
+            assert not any(text in driver.text() for text in ("step 40", "812", "words of", "321", "NVIDIA", "live"))
+        await driver.press("c", "s")
+        assert isinstance(driver.app.screen, RunScreen) and not list(other.run.control.iterdir())
+
+    drive(live.root, do)
+
+
+def test_after_switching_requests_reach_the_run_that_is_shown(
+    live: Recorded, record: Callable[..., Recorded]
+) -> None:
+    other = record(started(), stepped(7), name="other")
+
+    async def do(driver: Driver) -> None:
+        await driver.press("p")
+        await switch(driver, "other")
+        await driver.see("step 7 of 100")
+        await driver.press("y", "c")
+        assert driver.app.clipboard == str(other.root) and (other.run.control / "checkpoint").exists()
+
+    with other.run.locked():
+        drive(live.root, do)
+    assert not list(live.run.control.iterdir())
+
+
 def test_keys_of_charts(live: Recorded) -> None:
     async def do(driver: Driver) -> None:
         screen = driver.screen
