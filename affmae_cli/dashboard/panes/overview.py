@@ -13,7 +13,7 @@ from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_cli.dashboard.widgets.event_list import EventList
 from affmae_cli.dashboard.widgets.figures import Figures
-from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
+from affmae_cli.dashboard.widgets.preview_wall import Picture, PreviewWall
 from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 
@@ -63,9 +63,7 @@ class OverviewPane(Pane):
         middle.rows = scores or present.losses(view)
         retitle(middle, "classes" if scores else "losses")
         self.query_one("#overview-machine", Figures).rows = present.machine(view)
-        newest = view.previews[-1] if view.previews else None
-        if newest is not None:
-            wall = self.query_one(PreviewWall)
-            wall.path = view.root / newest.path
-            retitle(wall, f"preview of step {newest.step:,}")
+        wall, newest = self.query_one(PreviewWall), view.previews[-1] if view.previews else None
+        wall.picture = Picture(view.root / newest.path, newest.time) if newest is not None else None
+        retitle(wall, f"preview of step {newest.step:,}" if newest is not None else "preview")
         self.query_one(EventList).events = view.recent[-40:]

@@ -7,6 +7,7 @@ of a tile.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from textual.app import ComposeResult
 from textual.reactive import reactive
@@ -15,7 +16,7 @@ from affmae_cli.dashboard import present
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Figures
-from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
+from affmae_cli.dashboard.widgets.preview_wall import Picture, PreviewWall
 from affmae_cli.dashboard.widgets.title import retitle
 
 _GROWTH = 1.4
@@ -25,6 +26,10 @@ class PicturesPane(Pane):
     """The newest preview unless an older one was chosen. back: how many previews before the newest."""
 
     back: reactive[int] = reactive(0)
+
+    def __init__(self, **kwargs: str) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self._root: Path | None = None
 
     def compose(self) -> ComposeResult:
         """Tiles, and the classes beside them."""
@@ -39,14 +44,17 @@ class PicturesPane(Pane):
     def show(self, view: RunView) -> None:
         """Draw the view."""
         wall, classes = self.wall, self.query_one(Figures)
+        if view.root != self._root:
+            self._root, self.back, wall.first = view.root, 0, 0
         classes.rows = present.classes(view)
         classes.display = bool(classes.rows)
         if not view.previews:
-            wall.path = None
+            wall.picture = None
+            retitle(wall, "preview")
             return
         number = max(0, len(view.previews) - 1 - self.back)
         chosen = view.previews[number]
-        wall.path = view.root / chosen.path
+        wall.picture = Picture(view.root / chosen.path, chosen.time)
         of = f"{number + 1} of {len(view.previews)}"
         retitle(wall, f"preview of step {chosen.step:,}   ← → {of}   ↑ ↓ further tiles   + - size")
 

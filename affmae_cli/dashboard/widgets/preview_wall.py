@@ -28,17 +28,27 @@ from affmae_cli.dashboard.tiles import Tile, arrangement, read_tiles, tile_edge
 from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 
+_NONE = "no preview yet"
 SMALLEST = 8
 """Pixels of the smallest tile that still shows something."""
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A preview: its file, and when it was made, in seconds since 1970. A run that is resumed or begun anew writes
+    another one to the same file."""
+
+    path: Path
+    made: float
+
+
 class PreviewWall(Widget):
-    """Draws the preview at `path`, from tile number `first` on; reads it in a thread. edge: see `arrangement`.
+    """Draws `picture`, from tile number `first` on; reads it in a thread. edge: see `arrangement`.
     pixels: see `pixels.pixel_widget`."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"wall--title", "wall--sentence"}
 
-    path: reactive[Path | None] = reactive(None)
+    picture: reactive[Picture | None] = reactive(None)
     first: reactive[int] = reactive(0)
     edge: reactive[int | None] = reactive(None)
     pixels: reactive[type[Widget] | None] = reactive(None)
@@ -47,14 +57,14 @@ class PreviewWall(Widget):
     class Loaded(Message, bubble=False):
         """What was read."""
 
-        path: Path
+        picture: Picture
         tiles: list[Tile] | str
 
     def __init__(self, *, edge: int | None = None, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
         retitle(self, "preview")
         self.tiles: list[Tile] = []
-        self._sentence = "no preview yet"
+        self._sentence = _NONE
         self.set_reactive(PreviewWall.edge, edge)
         self._strips: list[Strip] | None = None
 
@@ -68,10 +78,12 @@ class PreviewWall(Widget):
         now = tile_edge(*self.layout_of_tiles, *self.size)
         self.edge = None if factor is None else max(SMALLEST, min(round(now * factor), tile_edge(1, 1, *self.size)))
 
-    def watch_path(self, path: Path | None) -> None:
-        """Read another picture."""
-        if path is not None:
-            self._read(path)
+    def watch_picture(self, before: Picture | None, picture: Picture | None) -> None:
+        """Read another picture. Until it was read, one of the same run stays in sight."""
+        if picture is not None:
+            self._read(picture)
+        if picture is None or before is None or picture.path.parent != before.path.parent:
+            self._show(_NONE if picture is None else "reading the picture ...")
 
     def on_resize(self) -> None:
         """Lay the tiles out anew."""
@@ -82,16 +94,28 @@ class PreviewWall(Widget):
     watch_first = watch_edge = watch_pixels = on_resize
 
     @work(thread=True, exclusive=True, group="preview", exit_on_error=False)
-    def _read(self, path: Path) -> None:
-        self.post_message(self.Loaded(path, read_tiles(path)))
+    def _read(self, picture: Picture) -> None:
+        try:
+            found = read_tiles(picture.path)
+        except Exception as error:  # whatever the file holds must not end the looking
+            found = f"{picture.path.name} cannot be read: {type(error).__name__}: {error}"
+        self.post_message(self.Loaded(picture, found))
 
     def on_preview_wall_loaded(self, message: Loaded) -> None:
         """Show what was read, unless another picture was asked for since."""
-        if message.path == self.path:
-            self.tiles = message.tiles if isinstance(message.tiles, list) else []
-            self._sentence = message.tiles if isinstance(message.tiles, str) else ""
-            self.on_resize()
-            self.refresh()
+        if message.picture == self.picture:
+            self._show(message.tiles)
+
+    def notify_style_update(self) -> None:
+        """What was drawn has the colours of the theme before."""
+        super().notify_style_update()
+        self._strips = None
+
+    def _show(self, found: list[Tile] | str) -> None:
+        self.tiles = found if isinstance(found, list) else []
+        self._sentence = found if isinstance(found, str) else ""
+        self.on_resize()
+        self.refresh()
 
     def render_line(self, y: int) -> Strip:
         """One line of the wall."""

@@ -9,8 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from affmae_cli.dashboard.app import export_screen
+from affmae_cli.dashboard.messages import RunChosen
+from affmae_cli.dashboard.widgets import preview_wall
 from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
 from affmae_engine import events
@@ -160,6 +163,79 @@ def test_a_picture_that_is_damaged_or_gone_is_a_sentence(
 
     async def look(driver: Driver) -> None:
         await driver.see(says)
+
+    drive(run.root, look, tab="pictures")
+
+
+def drawn(run: Recorded, step: int, colour: str) -> events.PreviewSaved:
+    """A preview of one colour, written as the trainer does, and its event."""
+    run.run.preview(step).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64), colour).save(run.run.preview(step))
+    return events.PreviewSaved(step=step, path=str(run.run.preview(step).relative_to(run.root)))
+
+
+@pytest.mark.parametrize("tab", ["overview", "pictures"])
+def test_a_run_without_previews_shows_none_of_another(record: Record, tab: str) -> None:
+    run, other = record(started(), stepped(7)), record(started(), stepped(8), name="other")
+    run.add(drawn(run, 7, "red"))
+
+    async def look(driver: Driver) -> None:
+        await driver.see("preview of step 7", "▀▀▀")
+        driver.screen.post_message(RunChosen(other.root))
+        await driver.see("step 8 of 100")
+        driver.screen.action_tab(tab)
+        await driver.see("no preview yet")
+        assert "preview of step 7" not in driver.text() and "▀▀▀" not in driver.text()
+
+    drive(run.root, look, tab=tab, size=(120, 40))
+
+
+@pytest.mark.parametrize("tab", ["overview", "pictures"])
+def test_a_picture_that_is_made_again_is_shown_anew(record: Record, tab: str) -> None:
+    run = record(started(), stepped(7))
+    run.add(drawn(run, 7, "red"))
+
+    async def look(driver: Driver) -> None:
+        wall = driver.screen.pane.query_one(PreviewWall)
+        assert wall.tiles[0].rgb[0, 0].tolist() == [255, 0, 0]
+        run.add(started(step=6, resumed=True), stepped(7), drawn(run, 7, "blue"))
+        await driver.until(lambda: wall.tiles and wall.tiles[0].rgb[0, 0].tolist() == [0, 0, 255])
+
+    with run.run.locked():
+        drive(run.root, look, tab=tab, size=(120, 40))
+
+
+def test_a_preview_of_an_unforeseen_kind_is_a_sentence(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(started(), stepped(7))
+    run.add(drawn(run, 7, "red"))
+
+    def fail(path: Path) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(preview_wall, "read_tiles", fail)
+
+    async def look(driver: Driver) -> None:
+        await driver.see("step-000007.png cannot be read: MemoryError: too large")
+
+    drive(run.root, look, tab="pictures")
+
+
+def test_pictures_take_on_the_colours_of_a_theme(record: Record) -> None:
+    run = record(started(), stepped(7))
+    run.add(drawn(run, 7, "red"))
+
+    async def look(driver: Driver) -> None:
+        wall = driver.screen.query_one("#pictures-wall", PreviewWall)
+
+        def background() -> str:
+            title = driver.app.screen._compositor.render_strips()[wall.region.y + 1].crop(wall.region.x + 1)
+            return str(next(segment.style.bgcolor for segment in title if segment.style is not None))
+
+        await driver.see("▀▀▀")
+        dark = background()
+        await driver.press("t")
+        await driver.until(lambda: background() != dark)
+        assert background() == str(wall.rich_style.bgcolor)
 
     drive(run.root, look, tab="pictures")
 
