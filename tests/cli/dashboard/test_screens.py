@@ -231,7 +231,8 @@ def test_pictures_take_on_the_colours_of_a_theme(record: Record) -> None:
             title = driver.app.screen._compositor.render_strips()[wall.region.y + 1].crop(wall.region.x + 1)
             return str(next(segment.style.bgcolor for segment in title if segment.style is not None))
 
-        await driver.see("▀▀▀")
+        wall.refresh()
+        await driver.until(lambda: wall._strips)
         dark = background()
         await driver.press("t")
         await driver.until(lambda: background() != dark)
