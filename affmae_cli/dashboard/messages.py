@@ -47,10 +47,12 @@ class ReadingFailed(Message, bubble=False):
 
 @dataclass
 class RunsRead(Message, bubble=False):
-    """All runs of the folder, and the curves of those that are compared."""
+    """All runs of the folder, and the curves of those that are compared. problem: an error that was not expected, ""
+    for none; what could not be read is then as it was."""
 
     rows: list[RunRow]
     compared: list[Compared]
+    problem: str = ""
 
     def can_replace(self, message: Message) -> bool:
         """Each holds everything."""

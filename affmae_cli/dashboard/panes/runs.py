@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,12 +11,14 @@ from rich.text import Text
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.coordinate import Coordinate
 from textual.reactive import reactive
-from textual.widgets import DataTable
+from textual.widgets import DataTable, Static
 from textual.worker import get_current_worker
 
 from affmae_cli.dashboard.gather import COMPARISONS, comparison_traces
 from affmae_cli.dashboard.messages import RunChosen, RunsRead
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.reader import RunReader
 from affmae_cli.dashboard.run_table import COLUMNS, fitted, ordered
@@ -47,11 +50,13 @@ class RunsPane(Pane):
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.rows: list[RunRow] = []
         self._compared: list[Compared] = []
-        self._drawn: object = None
+        self._listed: list[Path] = []
+        self._drawn: tuple[list[list[Text]], list[int]] = [], []
         self._wake = threading.Event()
 
     def compose(self) -> ComposeResult:
         """Table above, chart below."""
+        yield Static(id="runs-problem", markup=False)
         yield DataTable(id="runs-table", cursor_type="row", zebra_stripes=True, cell_padding=_GAP // 2)
         yield Chart("loss", empty="mark runs with the space bar to compare them here", id="runs-chart")
 
@@ -68,15 +73,25 @@ class RunsPane(Pane):
         """Look at the folder again and again, until the worker is cancelled."""
         worker, runs = get_current_worker(), RunsFolder(folder)
         viewers: dict[Path, tuple[RunReader, Viewer]] = {}
+        rows: list[RunRow] = []
         while not worker.is_cancelled:
-            rows = runs.rows()
+            problem, behind, compared = "", False, []
+            try:
+                rows = runs.rows()
+            except Exception as error:  # whatever a run holds must not end the view of the others
+                problem = f"cannot look at the runs: {type(error).__name__}: {error}"
             for root in self.marked:
                 if root not in viewers:
                     reader = RunReader(root)
                     viewers[root] = reader, Viewer(reader)
-            behind = [reader.poll() and reader.behind for root, (reader, _) in viewers.items() if root in self.marked]
-            self.post_message(RunsRead(rows, [viewers[root][1].compared() for root in self.marked]))
-            self._wake.wait(0.0 if any(behind) else SECONDS_BETWEEN_LOOKS)
+                reader, viewer = viewers[root]
+                try:
+                    behind |= reader.poll() and reader.behind
+                    compared.append(viewer.compared())
+                except Exception as error:
+                    problem = f"cannot read {root.name}: {type(error).__name__}: {error}"
+            self.post_message(RunsRead(rows, compared, problem))
+            self._wake.wait(0.0 if behind else SECONDS_BETWEEN_LOOKS)
             self._wake.clear()
 
     def leave(self) -> None:
@@ -87,6 +102,9 @@ class RunsPane(Pane):
     def on_runs_read(self, message: RunsRead) -> None:
         """Draw what was found."""
         self.rows, self._compared = message.rows, message.compared
+        said = self.query_one("#runs-problem", Static)
+        said.update(one_line(message.problem))
+        said.display = bool(message.problem)
         self._draw_table()
         self._draw_chart()
 
@@ -128,9 +146,8 @@ class RunsPane(Pane):
         self._draw_chart()
 
     def _under_cursor(self) -> Path | None:
-        rows = ordered(self.rows, self.order, reverse=self.reverse)
         at = self.query_one(DataTable).cursor_row
-        return rows[at].root if 0 <= at < len(rows) else None
+        return self._listed[at] if 0 <= at < len(self._listed) else None
 
     def _draw_table(self) -> None:
         table, followed = self.query_one(DataTable), self.view.root if self.view else None
@@ -140,20 +157,36 @@ class RunsPane(Pane):
         retitle(table, f"{count} by {order}   Enter opens, Space compares, o orders, n next curve")
         room = self.size.width - table.styles.scrollbar_size_vertical
         texts_of_rows, wide = fitted(rows, room - _MARK - _GAP, _GAP)
-        marks = [(row.root in self.marked, row.root == followed) for row in rows]
-        if (texts_of_rows, wide, marks) == self._drawn:
+        lines = [
+            _line(texts, marked=row.root in self.marked, bold=row.root == followed)
+            for row, texts in zip(rows, texts_of_rows, strict=True)
+        ]
+        aimed_at, self._listed = self._under_cursor(), [row.root for row in rows]
+        if (lines, wide) != self._drawn:
+            self._fill(table, lines, wide)
+        # The cursor stays on its run, wherever that went, and what is in sight stays there.
+        row = self._listed.index(aimed_at) if aimed_at in self._listed else min(table.cursor_row, len(rows) - 1)
+        if row != table.cursor_row:
+            table.set_reactive(DataTable.cursor_coordinate, Coordinate(max(row, 0), 0))
+            table.refresh()
+
+    def _fill(self, table: DataTable[Text], lines: list[list[Text]], wide: list[int]) -> None:
+        """Only the cells that changed, where the table keeps its shape."""
+        before, widths = self._drawn
+        self._drawn = lines, wide
+        if wide == widths and len(lines) == len(before):
+            for row, (old, new) in enumerate(zip(before, lines, strict=True)):
+                for column, (cell, text) in enumerate(zip(old, new, strict=True)):
+                    if cell != text or cell.style != text.style:
+                        table.update_cell_at(Coordinate(row, column), text)
             return
-        self._drawn = texts_of_rows, wide, marks
-        at = table.cursor_row
+        seen, cursor = table.scroll_offset, table.cursor_coordinate
+        table.set_reactive(DataTable.cursor_coordinate, Coordinate(0, 0))  # or clearing would scroll to it later
         self._draw_head(table, wide)
-        for texts, (marked, bold) in zip(texts_of_rows, marks, strict=True):
-            style = "bold" if bold else ""
-            line = [
-                Text(text, style, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
-                for text, column in zip(texts, COLUMNS, strict=True)
-            ]
-            table.add_row(Text("◆" if marked else "·"), *line)
-        table.move_cursor(row=min(at, max(len(rows) - 1, 0)))
+        for line in lines:
+            table.add_row(*line)
+        table.set_reactive(DataTable.cursor_coordinate, cursor)
+        table.scroll_to(seen.x, seen.y, animate=False, immediate=True)
 
     def _draw_head(self, table: DataTable[Text], wide: list[int]) -> None:
         # Widths are given: those that a table finds out by itself come too late for the first picture of a row, which
@@ -169,3 +202,13 @@ class RunsPane(Pane):
         chart.title = comparison.title
         chart.traces = comparison_traces(self._compared, comparison)
         chart.last = max((run.last for run in self._compared), default=0.0)
+
+
+def _line(texts: Sequence[str], *, marked: bool, bold: bool) -> list[Text]:
+    """The cells of a row."""
+    style = "bold" if bold else ""
+    cells = [
+        Text(text, style, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
+        for text, column in zip(texts, COLUMNS, strict=True)
+    ]
+    return [Text("◆" if marked else "·"), *cells]
