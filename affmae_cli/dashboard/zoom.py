@@ -30,6 +30,11 @@ class Zoom:
         right = last if self.right is None else min(max(self.right, first + self.span), last)
         return right - self.span, right
 
+    def turned(self, direction: int, first: float, last: float, at: float | None = None) -> Zoom:
+        """Closer (1), wider (-1), or the whole run (0)."""
+        scaled = {1: self.closer, -1: self.wider}.get(direction)
+        return scaled(first, last, at) if scaled else Zoom()
+
     def closer(self, first: float, last: float, at: float | None = None) -> Zoom:
         """Half as wide around `at`; by default around the newest step when that is followed, else around the middle."""
         return self._scaled(first, last, 1 / FACTOR, at)

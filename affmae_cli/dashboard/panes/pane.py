@@ -32,12 +32,12 @@ class Pane(Container):
         """Hand parts of the view to the widgets."""
         raise NotImplementedError
 
-    def zoom(self, direction: int) -> bool:
-        """In (1), out (-1), whole (0); False: this tab has nothing of its own to zoom, so its charts are."""
+    def zoom(self, direction: int, at: float | None = None) -> bool:
+        """In (1), out (-1), whole (0), around `at`; False: the steps of the run are what is zoomed."""
         return False
 
     def pan(self, across: int, down: int) -> bool:
-        """By one step; False: this tab has nothing of its own to move through, so its charts are."""
+        """By one step; False: the steps of the run are what is moved through."""
         return False
 
     def turn(self) -> None:

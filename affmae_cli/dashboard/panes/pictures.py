@@ -63,7 +63,7 @@ class PicturesPane(Pane):
         if self.view is not None:
             self.show(self.view)
 
-    def zoom(self, direction: int) -> bool:
+    def zoom(self, direction: int, at: float | None = None) -> bool:
         """Larger or smaller tiles."""
         self.wall.resize_tiles({1: _GROWTH, -1: 1 / _GROWTH}.get(direction))
         return True

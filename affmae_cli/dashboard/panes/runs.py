@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from affmae_cli.dashboard.runs import RunRow, RunsFolder
 from affmae_cli.dashboard.view import Compared, RunView, Viewer
 from affmae_cli.dashboard.widgets.chart import Chart
 from affmae_cli.dashboard.widgets.title import retitle
+from affmae_cli.dashboard.zoom import ChartSettings, Zoom
 
 SECONDS_BETWEEN_LOOKS = 1.0
 _NEWEST_FIRST = len(COLUMNS) - 1
@@ -34,7 +36,8 @@ _MARK, _GAP = 1, 2
 
 
 class RunsPane(Pane):
-    """order: the column that sorts; marked: runs that are compared; shown: which curve of theirs."""
+    """order: the column that sorts; marked: runs that are compared; shown: which curve of theirs; part: of the longest
+    of them that is seen, since the run that is followed may be a hundred times shorter."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Compare", id="runs.compare", show=False),
@@ -45,6 +48,7 @@ class RunsPane(Pane):
     reverse: reactive[bool] = reactive(False, init=False)
     marked: reactive[tuple[Path, ...]] = reactive((), init=False)
     shown: reactive[int] = reactive(0, init=False)
+    part: reactive[Zoom] = reactive(Zoom(), init=False)
 
     def __init__(self, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
@@ -107,6 +111,24 @@ class RunsPane(Pane):
         said.display = bool(message.problem)
         self._draw_table()
         self._draw_chart()
+
+    def watch_settings(self, settings: ChartSettings) -> None:
+        """Draw the chart otherwise, but of the part that was chosen here."""
+        super().watch_settings(replace(settings, zoom=self.part))
+
+    def watch_part(self) -> None:
+        """Another part."""
+        self.watch_settings(self.settings)
+
+    def zoom(self, direction: int, at: float | None = None) -> bool:
+        """Of the longest run that is compared."""
+        self.part = self.part.turned(direction, 0.0, self.query_one(Chart).last, at)
+        return True
+
+    def pan(self, across: int, down: int) -> bool:
+        """Through the longest run that is compared."""
+        self.part = self.part.panned(0.0, self.query_one(Chart).last, across / 4)
+        return True
 
     def turn(self) -> None:
         """Compare another curve."""

@@ -30,11 +30,26 @@ class SystemPane(Pane):
             yield Figures("run", id="system-about")
         with Grid(id="system-charts"):
             for spec in SYSTEM_SPECS:
-                yield Chart(spec.title, empty=spec.empty, floor=0.0, may_log=False, id=f"system-chart-{spec.key}")
+                yield Chart(
+                    spec.title,
+                    empty=spec.empty,
+                    floor=0.0,
+                    may_log=False,
+                    unit="minute",
+                    id=f"system-chart-{spec.key}",
+                )
 
     def watch_settings(self, settings: ChartSettings) -> None:
         """These charts are over time: zoom and log axis, which are about steps, leave them alone."""
         super().watch_settings(ChartSettings(smoothing=settings.smoothing))
+
+    def zoom(self, direction: int, at: float | None = None) -> bool:
+        """What is not seen here is not zoomed from here."""
+        return True
+
+    def pan(self, across: int, down: int) -> bool:
+        """Nor moved."""
+        return True
 
     def show(self, view: RunView) -> None:
         """Draw the view."""

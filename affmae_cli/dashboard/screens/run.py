@@ -310,10 +310,9 @@ class RunScreen(Screen[None]):
 
     def action_zoom(self, direction: int, at: float | None = None) -> None:
         """In (1), out (-1), all (0)."""
-        if not self.pane.zoom(direction):
-            reach, zoom = (0.0, float(self.view.step if self.view else 0)), self.settings.zoom
-            scaled = {1: zoom.closer, -1: zoom.wider}.get(direction)
-            self.settings = replace(self.settings, zoom=scaled(*reach, at) if scaled else Zoom())
+        if not self.pane.zoom(direction, at):
+            last = float(self.view.step if self.view else 0)
+            self.settings = replace(self.settings, zoom=self.settings.zoom.turned(direction, 0.0, last, at))
 
     def action_pan(self, across: int, down: int) -> None:
         """Through the steps of a zoomed chart, or through pictures."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
@@ -27,8 +28,8 @@ _PARTS = {AXIS_INK: "chart--axis", GRID_INK: "chart--grid", NO_INK: "chart--blan
 class Chart(Widget):
     """Draws `traces`, the first one on top; draws anew only when a reactive or its size changes.
 
-    last: the newest step of the run; the whole view is from 0 to there. may_log, may_smooth: whether these settings
-    concern it.
+    last: the newest step of the run; the whole view is from 0 to there. empty: said while there is no point. may_log,
+    may_smooth: whether these settings concern it. unit: of what it is drawn over.
     """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -42,7 +43,7 @@ class Chart(Widget):
 
     @dataclass
     class Wheel(Message):
-        """The wheel was turned over step `at`: 1 to zoom in, -1 out."""
+        """The wheel was turned over `at`, in the chart's unit: 1 to zoom in, -1 out."""
 
         direction: int
         at: float | None
@@ -55,11 +56,12 @@ class Chart(Widget):
         floor: float | None = None,
         may_log: bool = True,
         may_smooth: bool = True,
+        unit: str = "step",
         **kwargs: str,
     ) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
         self.title, self._empty, self._floor = title, empty, floor
-        self._may_log, self._may_smooth = may_log, may_smooth
+        self._may_log, self._may_smooth, self._unit = may_log, may_smooth, unit
         self._frame: Frame | None = None
         self._retitle()
 
@@ -83,7 +85,7 @@ class Chart(Widget):
         """Show the values under the pointer."""
         step = self._step_at(event)
         values = "" if step is None else "  ".join(f"{t.name} {number(value_at(t, step))}" for t in self.traces)
-        self._retitle(f"step {count_label(step)}  {values}" if step is not None else "")
+        self._retitle(f"{self._unit} {count_label(step)}  {values}" if step is not None else "")
 
     def on_leave(self) -> None:
         """Show what the chart shows."""
@@ -91,12 +93,16 @@ class Chart(Widget):
 
     def render_line(self, y: int) -> Strip:
         """One line of the chart."""
-        if self._frame is None:
-            self._frame = self._draw()
-        lines = self._frame.lines if self._frame else [[(self._empty, AXIS_INK, False)]]
+        frame = self._current()
+        lines = frame.lines if frame else [[(self._why_empty(), AXIS_INK, False)]]
         line = lines[y] if y < len(lines) else []
         strip = Strip([Segment(text, self._ink_style(ink, faint)) for text, ink, faint in line])
         return strip.adjust_cell_length(self.size.width, self._ink_style(NO_INK, False))
+
+    def _current(self) -> Frame | None:
+        if self._frame is None:  # also when nothing was painted since: a resized widget is told so after its painting
+            self._frame = self._draw()
+        return self._frame
 
     def _draw(self) -> Frame | None:
         x0, x1 = self.settings.zoom.window(0.0, self.last)
@@ -104,6 +110,19 @@ class Chart(Widget):
         drawn = layers(self.traces, x0, x1, smoothing=smoothing)
         view = fitting_view(drawn, x0, x1, log=log, floor=self._floor)
         return None if view is None else draw_frame(drawn, view, *self.size)
+
+    def _why_empty(self) -> str:
+        """What there is no curve for."""
+        x0, x1 = self.settings.zoom.window(0.0, self.last)
+        points = [trace.y[(trace.x >= x0) & (trace.x <= x1)] for trace in self.traces]
+        here = "" if self.settings.zoom.whole else " in this part"
+        if not any(len(trace.x) for trace in self.traces):
+            return self._empty
+        if not any(map(len, points)):
+            return "nothing in this part"
+        if not any(np.isfinite(values).any() for values in points):
+            return f"no finite value{here}: all are NaN or infinite"
+        return f"no value above zero{here}, as a logarithmic axis needs: l changes it"
 
     def _applied(self) -> tuple[bool, bool]:
         """Whether the height is logarithmic, and the lines smoothed."""
@@ -115,12 +134,13 @@ class Chart(Widget):
 
     def _step_at(self, event: events.MouseEvent) -> float | None:
         inside = event.get_content_offset(self)
-        return self._frame.x_at(inside.x) if inside and self._frame else None
+        frame = self._current()
+        return frame.x_at(inside.x) if inside and frame else None
 
     def _retitle(self, pointed: str = "") -> None:
         zoom, (log, smoothing) = self.settings.zoom, self._applied()
         parts = ["log axis" if log else "", "smoothed" if smoothing else ""]
         if not zoom.whole:
-            parts.append("steps {} to {}".format(*map(count_label, zoom.window(0.0, self.last))))
+            parts.append(f"{self._unit}s {' to '.join(map(count_label, zoom.window(0.0, self.last)))}")
         said = pointed or ", ".join(part for part in parts if part)
         retitle(self, f"{self.title}  {said}" if said else self.title)

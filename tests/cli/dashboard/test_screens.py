@@ -236,7 +236,7 @@ def test_pictures_take_on_the_colours_of_a_theme(record: Record) -> None:
             return str(next(segment.style.bgcolor for segment in title if segment.style is not None))
 
         wall.refresh()
-        await driver.until(lambda: wall._strips)
+        await driver.until(lambda: driver.text() and wall._strips)
         dark = background()
         await driver.press("t")
         await driver.until(lambda: background() != dark)
@@ -341,6 +341,88 @@ def test_runs_are_listed_ordered_compared_and_switched(trained: Trained) -> None
         await driver.see(f"✔ finished  {other} {other}")
 
     drive(trained.pretrain, look, tab="runs")
+
+
+def test_compared_runs_are_zoomed_over_their_own_length(record: Record) -> None:
+    run = record(started(), *(stepped(i) for i in range(1, 41)))
+    long = [stepped(i) for i in range(10, 10_001, 10)]
+    record(started(total=10_000), *long, events.RunEnded(step=10_000, status="finished", seconds=9.0), name="long")
+
+    async def look(driver: Driver) -> None:
+        pane = driver.screen.query_one(RunsPane)
+        await driver.until(lambda: driver.screen.query_one(DataTable).row_count == 2)
+        await driver.press("space", "down", "space")
+        chart = pane.query_one(Chart)
+        await driver.until(lambda: len(chart.traces) == 2)
+        for key, sees in (("plus", "steps 5k to 10k"), ("left", "steps 3.75k to 8.75k"), ("minus", "loss  smoothed")):
+            await driver.press(key)
+            await driver.see(sees)
+        await driver.press("plus", "l", "2")
+        await driver.see("loss  log axis, smoothed")
+        assert "steps" not in driver.text()  # the run that is followed is seen whole
+        await driver.press("plus")
+        await driver.see("steps 20 to 40")
+        await driver.press("7")
+        await driver.see("loss  log axis, smoothed, steps 5k to 10k")
+        await driver.press("0")
+        assert pane.part == type(pane.part)()
+
+    with run.run.locked():
+        drive(run.root, look, tab="runs")
+
+
+def test_charts_over_minutes_speak_of_minutes_and_zoom_no_steps(record: Record) -> None:
+    begun = time.time() - 3600
+    samples = [sampled(time=begun + 60 * i) for i in range(60)]
+    run = record(started(), *(stepped(i) for i in range(1, 41)), *samples)
+
+    async def look(driver: Driver) -> None:
+        chart = driver.screen.query_one("#system-chart-busy", Chart)
+        await driver.see("CPU 21.0000")
+        for column in (20, 21):
+            await driver.pilot.hover(chart, offset=(column, 4))
+        await driver.see("busy over minutes, %  minute")
+        assert "step " not in str(chart.border_title)
+        chart.post_message(Chart.Wheel(1, 5.0))
+        await driver.press("plus", "left")
+        assert driver.screen.settings.zoom.whole
+        await driver.press("2")
+        await driver.see("loss  smoothed")
+
+    drive(run.root, look, tab="system", size=(200, 60))
+
+
+def test_a_chart_says_why_it_is_empty(record: Record) -> None:
+    nan = float("nan")
+    seen: list[events.Event] = [started(), *(stepped(i, loss=nan, grad_norm=-1.0) for i in range(1, 61))]
+    seen.insert(20, events.Evaluated(step=20, metrics={"loss": 0.5, "score": -0.5}))
+    run = record(*seen)
+
+    async def look(driver: Driver) -> None:
+        await driver.press("n", "plus")
+        assert driver.screen.settings.zoom.window(0.0, 60.0) == (30.0, 60.0)
+        await driver.see("nothing in this part", "no finite value in this part: all are NaN or infinite")
+        assert "not evaluated yet" not in driver.text() and "waiting for the first step" not in driver.text()
+        await driver.press("0", "l")
+        await driver.see("no value above zero, as a logarithmic axis needs")
+        await driver.press("1", "l")
+        await driver.see("step 60 of 100", "loss  smoothed")
+        await driver.press("2", "n")
+        assert "waiting for the first step" not in driver.text()
+
+    with run.run.locked():
+        drive(run.root, look, tab="curves", size=(200, 60))
+
+
+def test_a_run_whose_losses_are_all_nan_says_so(record: Record) -> None:
+    run = record(started(), *(stepped(i, loss=float("nan")) for i in range(1, 61)))
+
+    async def look(driver: Driver) -> None:
+        await driver.see("step 60 of 100", "no finite value: all are NaN or infinite")
+        assert "waiting for the first step" not in driver.text()
+
+    with run.run.locked():
+        drive(run.root, look)
 
 
 @pytest.fixture
