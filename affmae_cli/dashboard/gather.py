@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from affmae_cli.dashboard.decode import LOSS_PREFIX
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.plot import Trace
+from affmae_cli.dashboard.series import Curve
 from affmae_cli.dashboard.view import Compared, Curves, RunView, trace
-from affmae_cli.output import printable
 
+MOST_CLASSES = 8
+"""Classes that are drawn in one chart; more curves cannot be told apart."""
 _HELD_OUT_INK = 4
 _LEFT_OUT = ("score", "iou_per_image", "accuracy")  # metrics that repeat or blur the others in a chart
 
@@ -47,11 +50,11 @@ def traces(view: RunView, key: str) -> tuple[Trace, ...]:
         case "loss":
             return _losses(view, steps)
         case "held-out":
-            names = [n for n in view.held_out if n.endswith(".iou") or not (n in _LEFT_OUT or "." in n)]
-            return tuple(trace(n.replace(".iou", " IoU"), view.held_out[n], i) for i, n in enumerate(names))
+            names = [n for n in view.held_out if not (n in _LEFT_OUT or "." in n)] + _worst_classes(view)
+            return tuple(_named(n.replace(".iou", " IoU"), view.held_out[n], i) for i, n in enumerate(names))
         case "rank":
             names = [name for name in view.held_out if name.startswith("rank.")]
-            return tuple(trace(n.replace("rank.", "stage "), view.held_out[n], i) for i, n in enumerate(names))
+            return tuple(_named(n.replace("rank.", "stage "), view.held_out[n], i) for i, n in enumerate(names))
     column, name, factor = {
         "lr": ("lr", "lr", 1.0),
         "gradient": ("grad_norm", "gradient", 1.0),
@@ -61,10 +64,36 @@ def traces(view: RunView, key: str) -> tuple[Trace, ...]:
     return (trace(name, steps[column], 0, factor=factor),) if column in steps else ()
 
 
+def title(view: RunView, spec: ChartSpec) -> str:
+    """A chart's title; it says when not every class is drawn."""
+    count = len(_classes(view))
+    left_out = spec.key == "held-out" and count > MOST_CLASSES
+    return f"{spec.title}, the worst {MOST_CLASSES} of {count} classes" if left_out else spec.title
+
+
+def _classes(view: RunView) -> list[str]:
+    return [name for name in view.held_out if name.endswith(".iou")]
+
+
+def _worst_classes(view: RunView) -> list[str]:
+    """The curves of all classes, or of those that have the lowest IoU now where there are many."""
+    names = _classes(view)
+    if len(names) <= MOST_CLASSES:
+        return names
+    newest = {name: view.held_out[name].mean_N[-1:] for name in names}
+    return sorted(names, key=lambda name: float(np.nan_to_num(newest[name], nan=np.inf).min(initial=np.inf)))[
+        :MOST_CLASSES
+    ]
+
+
+def _named(name: str, curve: Curve, ink: int, *, marks: bool = False) -> Trace:
+    return trace(one_line(name), curve, ink, marks=marks)
+
+
 def _losses(view: RunView, steps: Curves) -> tuple[Trace, ...]:
     """The total on top, then its named parts, and the held-out loss, which is on the same scale, as marks."""
     names = [name for name in steps if name.startswith(LOSS_PREFIX)]
-    found = [trace(name.removeprefix(LOSS_PREFIX), steps[name], ink) for ink, name in enumerate(names)]
+    found = [_named(name.removeprefix(LOSS_PREFIX), steps[name], ink) for ink, name in enumerate(names)]
     if "loss" in view.held_out:
         ink = _HELD_OUT_INK if len(names) <= _HELD_OUT_INK else len(names)
         found.append(trace("held-out", view.held_out["loss"], ink, marks=True))
@@ -121,5 +150,5 @@ def comparison_traces(runs: Sequence[Compared], comparison: Comparison) -> tuple
         curves = run.held_out if comparison.held_out else run.steps
         column = next((name for name in comparison.columns if name in curves), None)
         if column is not None:
-            found.append(trace(printable(run.root.name), curves[column], ink))
+            found.append(_named(run.root.name, curves[column], ink))
     return tuple(found)

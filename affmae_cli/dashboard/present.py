@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+from rich.cells import cell_len, set_cell_size
+
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Bar, Figure, Tone
 from affmae_engine.train.report import number, rate
 
 _TONES: dict[str, Tone] = {"good": "good", "note": "warn", "bad": "bad"}
+_LONGEST_NAME = 24
 NOT_AVAILABLE = "not available"
 
 
@@ -51,13 +55,30 @@ def losses(view: RunView) -> tuple[Figure, ...]:
     return tuple(rows)
 
 
-def classes(view: RunView) -> tuple[Figure, ...]:
-    """IoU and Dice of every class, as a table with bars."""
+def classes(view: RunView, most: int | None = None) -> tuple[Figure, ...]:
+    """IoU and Dice of every class, as a table with bars. `most`: at most so many rows, then the worst classes and how
+    many are left out."""
     found = view.evaluated.per_class if view.evaluated else {}
-    return tuple(
-        Figure(name, f"IoU {share(values.get('iou'))}  Dice {share(values.get('dice'))}", bar=_bar(values.get("iou")))
-        for name, values in found.items()
-    )
+    shown = list(found.items())
+    if most is not None and len(shown) > most:
+        shown = sorted(shown, key=lambda item: _or_last(item[1].get("iou")))[: most - 1]
+    rows = [
+        Figure(
+            shortened(name),
+            f"IoU {share(values.get('iou'))}  Dice {share(values.get('dice'))}",
+            bar=_bar(values.get("iou")),
+        )
+        for name, values in shown
+    ]
+    if len(shown) < len(found):
+        rows.append(Figure("...", f"{len(found) - len(shown)} more, see Pictures", "muted"))
+    return tuple(rows)
+
+
+def shortened(name: str) -> str:
+    """A name on one line that leaves room beside it."""
+    text = one_line(name)
+    return text if cell_len(text) <= _LONGEST_NAME else f"{set_cell_size(text, _LONGEST_NAME - 1)}…"
 
 
 def ranks(view: RunView) -> tuple[Figure, ...]:
@@ -183,6 +204,10 @@ def of(value: float, total: float, unit: str, digits: int = 0) -> str:
 
 def _bar(value: float | None) -> Bar | None:
     return Bar(min(max(value, 0.0), 1.0)) if value is not None and math.isfinite(value) else None
+
+
+def _or_last(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def _or_zero(value: float) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.cells import cell_len
 
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.runs import RunRow
 from affmae_cli.dashboard.signs import SIGNS
 from affmae_cli.dashboard.ticks import count_label
-from affmae_cli.output import printable
 from affmae_engine.train.report import duration, number, rate
 
 
@@ -44,8 +44,8 @@ def _last(value: float) -> float:
 
 COLUMNS = (
     Column("state", lambda row: f"{SIGNS[row.status.kind]} {row.status.kind}", lambda row: row.status.kind),
-    Column("run", lambda row: printable(row.name).replace("\n", " "), lambda row: row.name),
-    Column("task", lambda row: row.task or "-", lambda row: row.task),
+    Column("run", lambda row: one_line(row.name), lambda row: row.name),
+    Column("task", lambda row: one_line(row.task) or "-", lambda row: row.task),
     Column("step", _steps, lambda row: -row.step, right=True),
     Column("loss", lambda row: _known(row.loss, number), lambda row: _last(row.loss), right=True),
     Column("best", lambda row: _known(row.best, number), lambda row: _last(row.best), right=True),

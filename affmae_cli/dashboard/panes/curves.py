@@ -6,7 +6,7 @@ from textual.app import ComposeResult
 from textual.containers import Grid
 from textual.reactive import reactive
 
-from affmae_cli.dashboard.gather import SPECS, traces
+from affmae_cli.dashboard.gather import SPECS, title, traces
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.chart import Chart
@@ -44,6 +44,7 @@ class CurvesPane(Pane):
             self._drawn = (view.root, view.revision)
             for spec in SPECS:
                 chart = self.query_one(f"#curves-{spec.key}", Chart)
+                chart.title = title(view, spec)
                 chart.traces, chart.last = traces(view, spec.key), float(view.step)
 
     def turn(self) -> None:

@@ -18,6 +18,7 @@ from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.output import printable
 
 LOG_LINES = 5
+_FEWEST_CLASSES = 4
 TILE_EDGE = 30  # pixels; below, a tile shows nothing
 
 
@@ -58,10 +59,11 @@ class OverviewPane(Pane):
         self.query_one("#overview-training", Figures).rows = present.training(view)
         self.set_class(view.status.kind in ("failed", "gone"), "-broken")
         self.query_one("#overview-verdict", Figures).rows = present.verdicts(view, 1)
-        scores = present.classes(view) if view.task == "finetune" else ()
+        most = max(_FEWEST_CLASSES, self.size.height // 4)
+        scores = present.classes(view, most) if view.task == "finetune" else ()
         middle = self.query_one("#overview-losses", Figures)
         middle.rows = scores or present.losses(view)
-        retitle(middle, "classes" if scores else "losses")
+        retitle(middle, ("the worst classes" if scores[-1].label == "..." else "classes") if scores else "losses")
         self.query_one("#overview-machine", Figures).rows = present.machine(view)
         wall, newest = self.query_one(PreviewWall), view.previews[-1] if view.previews else None
         wall.picture = Picture(view.root / newest.path, newest.time) if newest is not None else None

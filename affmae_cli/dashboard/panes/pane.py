@@ -40,5 +40,8 @@ class Pane(Container):
         """By one step; False: the steps of the run are what is moved through."""
         return False
 
+    def page(self, direction: int) -> None:
+        """A page down (1) or up (-1) through what does not fit, where the tab has such a thing."""
+
     def turn(self) -> None:
         """The next of several things, where the tab shows one at a time."""

@@ -1,7 +1,7 @@
 """Pictures: the tiles of a preview, and of a segmenter the scores and colours of its classes.
 
 Left and right go through the previews in time, up and down through the tiles that do not fit, + and - change the size
-of a tile.
+of a tile, PageUp and PageDown scroll the classes.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import math
 from pathlib import Path
 
 from textual.app import ComposeResult
+from textual.containers import Horizontal, VerticalScroll
 from textual.reactive import reactive
 
 from affmae_cli.dashboard import present
 from affmae_cli.dashboard.panes.pane import Pane
 from affmae_cli.dashboard.view import RunView
-from affmae_cli.dashboard.widgets.figures import Figures
+from affmae_cli.dashboard.widgets.figures import Figure, Figures
 from affmae_cli.dashboard.widgets.preview_wall import Picture, PreviewWall
 from affmae_cli.dashboard.widgets.title import retitle
 
 _GROWTH = 1.4
+_MOST_COLUMNS, _COLUMN = 4, 52
+"""Columns of the table of classes, and characters that one takes at least."""
+_CLASSES_SHARE = 0.4  # of the height at most, as in the stylesheet
 
 
 class PicturesPane(Pane):
@@ -34,7 +38,9 @@ class PicturesPane(Pane):
     def compose(self) -> ComposeResult:
         """Tiles, and the classes beside them."""
         yield PreviewWall(id="pictures-wall")
-        yield Figures("classes", id="pictures-classes")
+        with VerticalScroll(id="pictures-classes", can_focus=False), Horizontal():  # the arrow keys are the pictures'
+            for _ in range(_MOST_COLUMNS):
+                yield Figures()
 
     @property
     def wall(self) -> PreviewWall:
@@ -43,11 +49,10 @@ class PicturesPane(Pane):
 
     def show(self, view: RunView) -> None:
         """Draw the view."""
-        wall, classes = self.wall, self.query_one(Figures)
+        wall = self.wall
         if view.root != self._root:
             self._root, self.back, wall.first = view.root, 0, 0
-        classes.rows = present.classes(view)
-        classes.display = bool(classes.rows)
+        self._show_classes(present.classes(view))
         if not view.previews:
             wall.picture = None
             retitle(wall, "preview")
@@ -57,6 +62,28 @@ class PicturesPane(Pane):
         wall.picture = Picture(view.root / chosen.path, chosen.time)
         of = f"{number + 1} of {len(view.previews)}"
         retitle(wall, f"preview of step {chosen.step:,}   ← → {of}   ↑ ↓ further tiles   + - size")
+
+    def on_resize(self) -> None:
+        """The table of classes has as many columns as it needs and as there is room for."""
+        if self.view is not None:
+            self._show_classes(present.classes(self.view))
+
+    def _show_classes(self, rows: tuple[Figure, ...]) -> None:
+        room = max(1, int(self.size.height * _CLASSES_SHARE) - 1)
+        fitting = min(_MOST_COLUMNS, max(1, self.size.width // _COLUMN))
+        height = -(-len(rows) // min(fitting, max(1, -(-len(rows) // room)))) or 1
+        table = self.query_one("#pictures-classes")
+        table.display = bool(rows)
+        hidden = "   PageUp PageDown further classes" if height > room else ""
+        retitle(table, f"{len(rows)} classes{hidden}" if hidden else "classes")
+        for number, column in enumerate(self.query(Figures)):
+            column.rows = rows[number * height : (number + 1) * height]
+            column.display = bool(column.rows)
+
+    def page(self, direction: int) -> None:
+        """Further classes."""
+        table = self.query_one("#pictures-classes")
+        table.scroll_page_down() if direction > 0 else table.scroll_page_up()
 
     def watch_back(self) -> None:
         """Another preview."""

@@ -87,6 +87,8 @@ class RunScreen(Screen[None]):
         Binding("right", "pan(1, 0)", "Later", id="chart.later", show=False),
         Binding("up", "pan(0, -1)", "Previous pictures", id="pictures.previous", show=False),
         Binding("down", "pan(0, 1)", "Next pictures", id="pictures.next", show=False),
+        Binding("pageup", "page(-1)", "Previous classes", id="classes.previous", show=False),
+        Binding("pagedown", "page(1)", "Next classes", id="classes.next", show=False),
         Binding("n", "turn", "Next curve", id="chart.next", show=False),
     ]
     AUTO_FOCUS = ""  # focus in a tab that is not seen would bring it up
@@ -319,6 +321,10 @@ class RunScreen(Screen[None]):
         if not self.pane.pan(across, down) and across:
             reach = (0.0, float(self.view.step if self.view else 0))
             self.settings = replace(self.settings, zoom=self.settings.zoom.panned(*reach, across / 4))
+
+    def action_page(self, direction: int) -> None:
+        """Through the table of classes."""
+        self.pane.page(direction)
 
     def action_turn(self) -> None:
         """The next curve."""

@@ -6,11 +6,13 @@ import textwrap
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 from textual.geometry import Size
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.widgets.title import retitle
 
 Tone = Literal["plain", "strong", "good", "warn", "bad", "muted"]
@@ -50,7 +52,7 @@ class Figure:
 
 
 class Figures(Widget):
-    """Draws `rows`; text that is too long goes on in the next line."""
+    """Draws `rows`; text that is too long goes on in the next line. Whatever a text holds, a row stays a row."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {f"figures--{kind}" for kind in _KINDS}
 
@@ -81,15 +83,16 @@ class Figures(Widget):
         return text
 
     def _lines(self, width: int) -> list[list[tuple[str, str]]]:
-        indent = max((len(row.label) for row in self.rows), default=0) + 2
+        labels = [one_line(row.label) for row in self.rows]
+        indent = max(map(cell_len, labels), default=0) + 2
         lines: list[list[tuple[str, str]]] = []
-        for row in self.rows:
-            pieces, used = [(row.label.ljust(indent), "label")], indent
+        for label, row in zip(labels, self.rows, strict=True):
+            pieces, used = [(set_cell_size(label, indent), "label")], indent
             if row.bar is not None:
                 length = max(4, min(_LONGEST_BAR, width - indent - len(row.text) - 1))
                 pieces += [*row.bar.draw(length), (" ", "plain")]
                 used += length + 1
-            first, *more = textwrap.wrap(row.text, max(8, width - used)) or [""]
+            first, *more = textwrap.wrap(one_line(row.text), max(8, width - used)) or [""]
             lines.append([*pieces, (first, row.tone)])
             lines += [[(" " * used, "label"), (line, row.tone)] for line in more]
         return lines

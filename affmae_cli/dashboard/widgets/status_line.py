@@ -11,9 +11,9 @@ from textual.geometry import Size
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.signs import SIGNS
 from affmae_cli.dashboard.view import RunView
-from affmae_cli.output import printable
 from affmae_engine.train.report import duration
 
 
@@ -49,8 +49,8 @@ class StatusLine(Widget):
             return Text("reading the run ...", end="")
         first = Text(no_wrap=True, overflow="ellipsis", end="")
         first.append(f"{SIGNS[view.status.kind]} {view.status.kind}", style(f"status--{view.status.kind}"))
-        first.append(f"  {view.task or 'run'} ", style("status--figures"))
-        first.append(_shown(view.root.name), style("status--name"))
+        first.append(f"  {one_line(view.task) or 'run'} ", style("status--figures"))
+        first.append(one_line(view.root.name), style("status--name"))
         right = Text(figures(view), style("status--figures"))
         first.truncate(max(8, width - right.cell_len - 2), overflow="ellipsis", pad=True)
         first.append("  ").append_text(right)
@@ -62,9 +62,9 @@ class StatusLine(Widget):
         """What is to be said in whole lines: on a run that does not simply run."""
         if view is None or view.opening or view.status.kind in ("waiting", "running", "finished"):
             return []
-        text = _shown(view.status.text)
+        text = one_line(view.status.text)
         lines = textwrap.wrap(text, max(20, width or self.size.width))
-        return [*lines, *textwrap.wrap(_shown(view.status.hint), max(20, width or self.size.width))]
+        return [*lines, *textwrap.wrap(one_line(view.status.hint), max(20, width or self.size.width))]
 
     def _bar_line(self, view: RunView, width: int) -> Text:
         style = self.get_component_rich_style
@@ -77,7 +77,7 @@ class StatusLine(Widget):
         if self.asked:
             text.append(f"  {self.asked}", style("status--paused"))
         else:
-            text.append(f"  {_shown(view.status.text)}", style("status--figures"))
+            text.append(f"  {one_line(view.status.text)}", style("status--figures"))
         text.truncate(width, overflow="ellipsis")
         return text
 
@@ -90,7 +90,3 @@ def figures(view: RunView) -> str:
     if not view.status.ended:
         left = f"  {duration(view.eta_s)} left" if math.isfinite(view.eta_s) else "  time left not known yet"
     return f"step {view.step:,} of {view.total_steps:,}  {view.progress:.0%}  {duration(view.elapsed_s)}{left}"
-
-
-def _shown(text: str) -> str:
-    return printable(text).replace("\n", " ")

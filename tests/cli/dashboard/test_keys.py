@@ -135,7 +135,9 @@ def test_switching_ends_the_pause_and_shows_nothing_of_the_run_before(
         driver.screen.post_message(RunChosen(other.root))
         await driver.see("◌ waiting  run other", "reading the run")
         assert not driver.screen.paused and "view paused" not in driver.text()
-        for number, sees in zip(range(1, 7), ("no step yet", "waiting for", "no preview", "no sample", "log", ""), strict=True):
+        for number, sees in zip(
+            range(1, 7), ("no step yet", "waiting for", "no preview", "no sample", "log", ""), strict=True
+        ):
             await driver.press(str(number))
             await driver.see(sees)
             assert not any(text in driver.text() for text in ("step 40", "812", "words of", "321", "NVIDIA", "live"))
@@ -145,9 +147,7 @@ def test_switching_ends_the_pause_and_shows_nothing_of_the_run_before(
     drive(live.root, do)
 
 
-def test_after_switching_requests_reach_the_run_that_is_shown(
-    live: Recorded, record: Callable[..., Recorded]
-) -> None:
+def test_after_switching_requests_reach_the_run_that_is_shown(live: Recorded, record: Callable[..., Recorded]) -> None:
     other = record(started(), stepped(7), name="other")
 
     async def do(driver: Driver) -> None:

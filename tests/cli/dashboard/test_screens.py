@@ -6,10 +6,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from textual.events import MouseScrollDown
+from textual.geometry import Region
 from textual.widgets import DataTable
 
 from affmae_cli.dashboard.app import export_screen
@@ -425,13 +428,95 @@ def test_a_run_whose_losses_are_all_nan_says_so(record: Record) -> None:
         drive(run.root, look)
 
 
+def finetuned(record: Record, names: list[str]) -> Recorded:
+    """A finetuning with these classes, the last one the worst."""
+    scores = {name: {"iou": 0.9 - 0.8 * i / len(names), "dice": 0.5} for i, name in enumerate(names)}
+    begun = replace(started(), task="finetune")
+    found = events.Evaluated(step=40, metrics={"iou": 0.4, "dice": 0.5, "score": 0.4}, per_class=scores, best=True)
+    run = record(begun, *(stepped(i) for i in range(1, 41)), found)
+    run.add(drawn(run, 40, "red"))
+    return run
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("count", [5, 200])
+def test_many_classes_leave_room_for_everything_else(record: Record, size: tuple[int, int], count: int) -> None:
+    run = finetuned(record, [f"class{i}" for i in range(count)])
+
+    async def look(driver: Driver) -> None:
+        inside = Region(0, 0, *size)
+        events_list = driver.screen.query_one("#overview-events")
+        assert driver.screen.query_one("#overview-loss").size.height >= size[1] // 5
+        assert inside.contains_region(events_list.region) and events_list.size.height >= 3
+        if size[0] >= 100 and count == 200:
+            await driver.see("the worst classes", "class199", "more, see Pictures")
+        elif size[0] >= 100:
+            await driver.see(*(f"class{i} " for i in range(count)))
+        await driver.press("3")
+        wall, table = (driver.screen.query_one(f"#pictures-{part}") for part in ("wall", "classes"))
+        await driver.see("class0 ", "▀▀▀")
+        assert wall.size.height >= size[1] // 3 and inside.contains_region(table.region)
+        assert not wall.region.overlaps(table.region)
+        if count == 5:
+            assert not table.max_scroll_y and "PageDown" not in driver.text()
+            return
+        await driver.see("200 classes   PageUp PageDown further classes")
+        for turns in range(40):
+            if table.scroll_y == table.max_scroll_y:
+                break
+            await driver.press("pagedown")
+            await driver.until(lambda before=turns: table.scroll_y == table.scroll_target_y)
+        await driver.see("class199")
+        await driver.press("down", "pageup")
+        await driver.until(lambda: table.scroll_y < table.max_scroll_y)
+        table.scroll_home(animate=False)
+        await driver.pilot._post_mouse_events([MouseScrollDown], table, (5, 2), button=0)
+        await driver.until(lambda: table.scroll_y > 0)
+
+    with run.run.locked():
+        drive(run.root, look, size=size)
+
+
+def test_of_many_classes_the_worst_are_drawn(record: Record) -> None:
+    run = finetuned(record, [f"class{i}" for i in range(40)])
+
+    async def look(driver: Driver) -> None:
+        await driver.press("n")
+        await driver.see("held-out metrics, the worst 8 of 40 classes")
+        chart = driver.screen.query_one("#curves-held-out", Chart)
+        assert [t.name for t in chart.traces] == ["iou", "dice", *(f"class{i} IoU" for i in range(39, 31, -1))]
+
+    with run.run.locked():
+        drive(run.root, look, tab="curves", size=(80, 24))
+
+
+def test_names_of_classes_stay_on_their_line_and_reach_the_terminal_as_text(record: Record) -> None:
+    run = finetuned(record, ["a\x1b[31mb", "two\nlines", "a name that is too long for any column", "c"])
+    run.add(replace(started(), task="fine\x1btune", device="GPU\x1b[2J\nX", backends={"k": "tri\x1bton"}))
+
+    async def look(driver: Driver) -> None:
+        for key, sees in {
+            "1": (),
+            "2": ("a\\x1b[31mb IoU", "two lines IoU"),
+            "3": ("a\\x1b[31mb ", "two lines ", "a name that is too long…", "c "),
+            "4": ("GPU\\x1b[2J X", "tri\\x1bton"),
+        }.items():
+            await driver.press(key)
+            if key == "2":
+                await driver.press("n")
+            await driver.see("fine\\x1btune", *sees)
+            strips = driver.app.screen._compositor.render_strips()
+            assert not any(ord(c) < 32 for strip in strips for segment in strip for c in segment.text)
+
+    with run.run.locked():
+        drive(run.root, look, size=(200, 60))
+
+
 @pytest.fixture
 def many(record: Record) -> list[Recorded]:
     """Thirty runs, the newest last; more than a table shows."""
     now = time.time()
-    return [
-        record(started(time=now - 900 + i), stepped(1, time=now - 800 + i), name=f"r{i:02d}") for i in range(30)
-    ]
+    return [record(started(time=now - 900 + i), stepped(1, time=now - 800 + i), name=f"r{i:02d}") for i in range(30)]
 
 
 def test_the_cursor_stays_on_its_run_when_runs_change_places(many: list[Recorded]) -> None:
@@ -462,7 +547,9 @@ def test_the_table_of_runs_stays_where_it_was_scrolled_to(many: list[Recorded]) 
         await driver.until(lambda: table.scroll_y == 10)
         for run, step in ((many[0], 2), (many[1], 1_000_000)):  # a wider column is another table
             run.add(stepped(step))
-            await driver.until(lambda step=step: any(row.step == step for row in driver.screen.query_one(RunsPane).rows))
+            await driver.until(
+                lambda step=step: any(row.step == step for row in driver.screen.query_one(RunsPane).rows)
+            )
             await driver.pilot.pause(0.3)
             assert table.scroll_y == 10 and f"{many[15].root.name} " in driver.text()
 
@@ -486,9 +573,7 @@ def test_a_table_whose_shape_stays_is_not_made_anew(many: list[Recorded], monkey
     drive(many[3].root, look, tab="runs", size=(120, 40))
 
 
-def test_an_error_while_looking_at_runs_is_said_and_passes(
-    record: Record, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_looking_at_runs_is_said_and_passes(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     run, other = record(started(), stepped(1)), record(started(), stepped(2), name="other")
     look_at, reading = runs_pane.RunsFolder.rows, RunReader.poll
     bad = {"folder"}
