@@ -492,7 +492,11 @@ def test_of_many_classes_the_worst_are_drawn(record: Record) -> None:
 
 def test_names_of_classes_stay_on_their_line_and_reach_the_terminal_as_text(record: Record) -> None:
     run = finetuned(record, ["a\x1b[31mb", "two\nlines", "a name that is too long for any column", "c"])
-    run.add(replace(started(), task="fine\x1btune", device="GPU\x1b[2J\nX", backends={"k": "tri\x1bton"}))
+    run.add(
+        replace(
+            started(step=40, resumed=True), task="fine\x1btune", device="GPU\x1b[2J\nX", backends={"k": "tri\x1bton"}
+        )
+    )
 
     async def look(driver: Driver) -> None:
         for key, sees in {
