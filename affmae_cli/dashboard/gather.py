@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -80,10 +81,8 @@ def _worst_classes(view: RunView) -> list[str]:
     names = _classes(view)
     if len(names) <= MOST_CLASSES:
         return names
-    newest = {name: view.held_out[name].mean_N[-1:] for name in names}
-    return sorted(names, key=lambda name: float(np.nan_to_num(newest[name], nan=np.inf).min(initial=np.inf)))[
-        :MOST_CLASSES
-    ]
+    newest = {name: float(view.held_out[name].mean_N[-1]) for name in names}
+    return sorted(names, key=lambda name: math.inf if math.isnan(newest[name]) else newest[name])[:MOST_CLASSES]
 
 
 def _named(name: str, curve: Curve, ink: int, *, marks: bool = False) -> Trace:

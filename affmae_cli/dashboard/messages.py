@@ -48,7 +48,7 @@ class ReadingFailed(Message, bubble=False):
 @dataclass
 class RunsRead(Message, bubble=False):
     """All runs of the folder, and the curves of those that are compared. problem: an error that was not expected, ""
-    for none; what could not be read is then as it was."""
+    for none; rows are then those of the look before, and a run that cannot be read is not compared."""
 
     rows: list[RunRow]
     compared: list[Compared]

@@ -63,7 +63,8 @@ class OverviewPane(Pane):
         scores = present.classes(view, most) if view.task == "finetune" else ()
         middle = self.query_one("#overview-losses", Figures)
         middle.rows = scores or present.losses(view)
-        retitle(middle, ("the worst classes" if scores[-1].label == "..." else "classes") if scores else "losses")
+        left_out = view.evaluated is not None and len(view.evaluated.per_class) > most
+        retitle(middle, "losses" if not scores else "the worst classes" if left_out else "classes")
         self.query_one("#overview-machine", Figures).rows = present.machine(view)
         wall, newest = self.query_one(PreviewWall), view.previews[-1] if view.previews else None
         wall.picture = Picture(view.root / newest.path, newest.time) if newest is not None else None

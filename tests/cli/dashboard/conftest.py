@@ -1,7 +1,9 @@
 """Runs to look at: two real ones, trained for a moment on the phantom, and recorded ones made of chosen events."""
 
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.ingest import ingest
 from affmae_engine.data.phantom import generate, write_tiff
 from affmae_engine.run_dir import RunDir, create
+from tests.cli.dashboard.driving import started, stepped
 
 SMALL = (
     "data.crop_size=64",
@@ -95,3 +98,20 @@ def colours(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_COLOR", "COLORTERM", "TEXTUAL_THEME"):
         monkeypatch.delenv(name, raising=False)
     assert "TEXTUAL" not in os.environ
+
+
+@pytest.fixture
+def live(record: Callable[..., Recorded]) -> Iterator[Recorded]:
+    """A run that a trainer (this process) holds."""
+    run = record(started(), *(stepped(i) for i in range(1, 41)))
+    with run.run.locked():
+        yield run
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that stands where the trainer would."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()

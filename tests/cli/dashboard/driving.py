@@ -10,6 +10,7 @@ from textual.pilot import Pilot
 from textual.widget import Widget
 
 from affmae_cli.dashboard.app import DashboardApp, settled
+from affmae_cli.dashboard.messages import RunChosen
 from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
 from affmae_cli.dashboard.screens.run import RunScreen
 from affmae_engine import events
@@ -47,6 +48,12 @@ class Driver:
     async def see(self, *texts: str) -> None:
         """Wait until all of these are on the screen."""
         await self.until(lambda: all(text in self.text() or text in self.unwrapped() for text in texts))
+
+    async def switch(self, name: str) -> None:
+        """Follow another run of the folder."""
+        self.screen.post_message(RunChosen(self.screen.root.parent / name))
+        await self.see(name)
+        await self.until(lambda: self.screen.newest is not None and self.screen.newest.root.name == name)
 
     def unwrapped(self) -> str:
         """The text as if nothing had been broken into lines."""

@@ -1,38 +1,17 @@
 """Every key: requests to the trainer, pausing, charts, copying, themes, help, and the ways to leave."""
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from affmae_cli.dashboard.messages import RunChosen
 from affmae_cli.dashboard.panes.curves import CurvesPane
-from affmae_cli.dashboard.result import DashboardResult
 from affmae_cli.dashboard.screens.help import HelpScreen
-from affmae_cli.dashboard.screens.question import Question
 from affmae_cli.dashboard.screens.run import TABS, RunScreen
 from affmae_cli.dashboard.widgets.status_line import StatusLine
 from affmae_engine import events
 from tests.cli.dashboard.conftest import Recorded
 from tests.cli.dashboard.driving import SIZES, Driver, drive, started, stepped
-
-
-@pytest.fixture
-def live(record: Callable[..., Recorded]) -> Iterator[Recorded]:
-    """A run that a trainer (this process) holds."""
-    run = record(started(), *(stepped(i) for i in range(1, 41)))
-    with run.run.locked():
-        yield run
-
-
-@pytest.fixture
-def child() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that stands where the trainer would."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def test_what_was_requested_elsewhere_is_said(live: Recorded) -> None:
@@ -152,7 +131,7 @@ def test_after_switching_requests_reach_the_run_that_is_shown(live: Recorded, re
 
     async def do(driver: Driver) -> None:
         await driver.press("p")
-        await switch(driver, "other")
+        await driver.switch("other")
         await driver.see("step 7 of 100")
         await driver.press("y", "c")
         assert driver.app.clipboard == str(other.root) and (other.run.control / "checkpoint").exists()
@@ -227,134 +206,3 @@ def test_help_names_every_key(live: Recorded) -> None:
         assert isinstance(driver.app.screen, RunScreen)
 
     drive(live.root, do, size=(120, 60))
-
-
-def test_a_merely_watched_run_is_left_at_once(live: Recorded) -> None:
-    async def do(driver: Driver) -> None:
-        await driver.press("q")
-
-    assert drive(live.root, do) == DashboardResult("detach")
-
-
-@pytest.mark.parametrize(
-    ("keys", "outcome", "asked"),
-    [
-        (["q", "d"], "detach", False),
-        (["q", "enter"], "detach", False),
-        (["q", "s"], "stop", True),
-        (["ctrl+c", "down", "enter"], "stop", True),
-        (["ctrl+c", "ctrl+c"], "detach", False),
-        (["q", "escape"], None, False),
-    ],
-)
-def test_leaving_a_run_of_ones_own_asks_what_becomes_of_it(
-    live: Recorded, child: "subprocess.Popen[bytes]", keys: list[str], outcome: str | None, asked: bool
-) -> None:
-    async def do(driver: Driver) -> None:
-        await driver.press(keys[0])
-        await driver.until(lambda: isinstance(driver.app.screen, Question))
-        await driver.press(*keys[1:])
-        if outcome is None:
-            await driver.until(lambda: isinstance(driver.app.screen, RunScreen))
-
-    result = drive(live.root, do, child=child, size=(80, 24))
-    assert (result and result.outcome) == outcome
-    assert (live.run.control / "stop").exists() is asked
-
-
-def test_a_run_of_ones_own_that_ended_is_left_at_once(
-    record: Callable[..., Recorded], child: "subprocess.Popen[bytes]"
-) -> None:
-    run = record(started(), stepped(100), events.RunEnded(step=100, status="finished", seconds=9.0))
-    child.kill()
-    child.wait()
-
-    async def do(driver: Driver) -> None:
-        await driver.press("q")
-
-    assert drive(run.root, do, child=child) == DashboardResult("ended")
-
-
-async def switch(driver: Driver, name: str) -> None:
-    """Follow another run of the folder."""
-    driver.screen.post_message(RunChosen(driver.screen.root.parent / name))
-    await driver.see(name)
-    await driver.until(lambda: driver.screen.newest is not None and driver.screen.newest.root.name == name)
-
-
-@pytest.mark.parametrize("other_ended", [False, True])
-@pytest.mark.parametrize("died", [False, True])
-def test_leaving_is_about_ones_own_run_whichever_is_looked_at(
-    live: Recorded, record: Callable[..., Recorded], child: subprocess.Popen[bytes], other_ended: bool, died: bool
-) -> None:
-    ended = [events.RunEnded(step=100, status="finished", seconds=9.0)] if other_ended else []
-    other = record(started(), stepped(100), *ended, name="other")
-
-    async def do(driver: Driver) -> None:
-        await switch(driver, "other")
-        if died:
-            child.kill()
-            child.wait()
-        await driver.press("q")
-        if not died:
-            await driver.see("live is still training")
-            await driver.press("d")
-
-    with other.run.locked():
-        assert drive(live.root, do, child=child) == DashboardResult("ended" if died else "detach")
-
-
-def test_a_run_that_ended_while_the_view_stands_still_is_left_at_once(
-    live: Recorded, child: subprocess.Popen[bytes]
-) -> None:
-    async def do(driver: Driver) -> None:
-        await driver.press("p")
-        live.add(events.RunEnded(step=41, status="failed", seconds=4.0, message="out of memory"))
-        await driver.until(lambda: driver.screen.newest is not None and driver.screen.newest.status.ended)
-        await driver.press("q")
-
-    assert drive(live.root, do, child=child) == DashboardResult("ended")
-
-
-def test_a_run_that_ends_under_the_question_is_not_said_to_go_on(
-    live: Recorded, child: subprocess.Popen[bytes]
-) -> None:
-    async def do(driver: Driver) -> None:
-        await driver.press("q")
-        await driver.see("live is still training")
-        child.kill()
-        child.wait()
-        await driver.press("d")
-
-    assert drive(live.root, do, child=child) == DashboardResult("ended")
-
-
-@pytest.mark.parametrize("dialog", ["question_mark", "s"])
-def test_ctrl_c_in_another_dialog_closes_it_and_asks(
-    live: Recorded, child: subprocess.Popen[bytes], dialog: str
-) -> None:
-    async def do(driver: Driver) -> None:
-        await driver.press(dialog)
-        await driver.until(lambda: not isinstance(driver.app.screen, RunScreen))
-        await driver.press("ctrl+c")
-        await driver.see("live is still training", "Detach")
-        assert [type(screen) for screen in driver.app.screen_stack[-2:]] == [RunScreen, Question]
-        await driver.press("escape")
-        await driver.until(lambda: isinstance(driver.app.screen, RunScreen))
-        await driver.press("ctrl+c")
-        await driver.see("live is still training")
-        await driver.press("ctrl+c")
-
-    assert drive(live.root, do, child=child) == DashboardResult("detach")
-    assert not (live.run.control / "stop").exists()
-
-
-def test_keys_that_come_before_the_question_ask_no_second_one(live: Recorded, child: subprocess.Popen[bytes]) -> None:
-    async def do(driver: Driver) -> None:
-        driver.app.action_leave()  # as a slow terminal or a busy machine hands over `q` and `s` at once
-        driver.screen.action_stop()
-        await driver.see("Stop after a checkpoint", "Detach")
-        assert [type(screen) for screen in driver.app.screen_stack[-2:]] == [RunScreen, Question]
-        await driver.press("d")
-
-    assert drive(live.root, do, child=child) == DashboardResult("detach")
