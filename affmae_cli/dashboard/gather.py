@@ -81,8 +81,13 @@ def _worst_classes(view: RunView) -> list[str]:
     names = _classes(view)
     if len(names) <= MOST_CLASSES:
         return names
-    newest = {name: float(view.held_out[name].mean_N[-1]) for name in names}
-    return sorted(names, key=lambda name: math.inf if math.isnan(newest[name]) else newest[name])[:MOST_CLASSES]
+    return sorted(names, key=lambda name: _newest(view.held_out[name]))[:MOST_CLASSES]
+
+
+def _newest(curve: Curve) -> float:
+    """The last value; infinite without one, as when a resumed run does its evaluations again."""
+    value = float(curve.mean_N[-1]) if len(curve) else math.nan
+    return math.inf if math.isnan(value) else value
 
 
 def _named(name: str, curve: Curve, ink: int, *, marks: bool = False) -> Trace:

@@ -200,6 +200,8 @@ def test_of_many_classes_the_worst_are_drawn(record: Record) -> None:
         await driver.see("held-out metrics, the worst 8 of 40 classes")
         chart = driver.screen.query_one("#curves-held-out", Chart)
         assert [t.name for t in chart.traces] == ["iou", "dice", *(f"class{i} IoU" for i in range(39, 31, -1))]
+        run.add(started(resumed=True), stepped(1))  # from the beginning: the evaluations are done again
+        await driver.see("step 1 of 100", "not evaluated yet")
 
     with run.run.locked():
         drive(run.root, look, tab="curves", size=(80, 24))
