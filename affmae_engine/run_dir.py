@@ -17,7 +17,7 @@ import socket
 import stat
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,9 +136,12 @@ class RunDir:
         """Whether this is a run directory (it has a resolved config)."""
         return self.config.is_file()
 
-    def holds(self, path: Path) -> bool:
-        """Whether a path is the run's folder or lies in it, links followed."""
-        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
+    def refuse_to_replace(self, read: Iterable[Path]) -> None:
+        """Raises ConfigError when one of the paths that are to be read lies in this run, links followed."""
+        here = os.path.realpath(self.root)
+        for path in read:
+            if Path(os.path.realpath(path)).is_relative_to(here):
+                raise ConfigError(f"{path} lies in the run that is to be replaced", "choose another -o/--out")
 
     def write_config(self, config: RunConfig, task: str) -> None:
         """Write the resolved config as TOML with the task it belongs to."""

@@ -110,8 +110,8 @@ def _begin(
 
     if out is not None and out.exists() and not overwrite:
         create(out)  # refuses now, not after the data was read
-    if out is not None and init_from is not None and RunDir(out).holds(init_from):
-        raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
+    if out is not None:
+        RunDir(out).refuse_to_replace([*(data or [DEFAULT_DATA]), *([init_from] if init_from else [])])
     store = _open_store(data)
     # Only now, for loading torch takes seconds: a mistyped name is told at once.
     from affmae_engine.train.device import pick_device

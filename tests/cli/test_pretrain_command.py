@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def test_a_run_is_not_overwritten_without_being_told(finished: Path, dataset: Pa
     result = run(dataset, *small(), "--steps", 1, "-o", finished)
     assert result.exit_code == 2 and "exists already" in result.stderr
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_holds_the_dataset_is_not_overwritten(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "a")
+    shutil.copytree(dataset, tmp_path / "a" / "em.zarr")
+    result = run("a/em.zarr", "-o", "a", "--overwrite", "--steps", 1)
+    assert result.exit_code == 2 and "a/em.zarr lies in the run that is to be replaced" in result.stderr
+    assert RunDir(tmp_path / "a").checkpoint_steps()
 
 
 def test_raw_images_are_sent_to_ingest(source: Path) -> None:

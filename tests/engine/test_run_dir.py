@@ -154,11 +154,13 @@ class TestFind:
         finally:
             tmp_path.chmod(0o700)
 
-    def test_what_a_run_holds(self, tmp_path):
+    def test_a_run_that_holds_what_is_to_be_read_is_not_replaced(self, tmp_path):
         run = make(tmp_path / "a")
         (tmp_path / "link").symlink_to(run.root)
-        assert run.holds(run.root) and run.holds(tmp_path / "link" / "checkpoints" / "step-000005")
-        assert not run.holds(tmp_path) and not run.holds(tmp_path / "ab")
+        run.refuse_to_replace([tmp_path, tmp_path / "ab"])
+        for inside in (run.root, tmp_path / "link" / "images.tif"):
+            with pytest.raises(ConfigError, match=f"{inside} lies in the run"):
+                run.refuse_to_replace([tmp_path, inside])
 
     def test_free_name(self, tmp_path):
         assert run_dir.free_name(tmp_path, "a") == tmp_path / "a"
