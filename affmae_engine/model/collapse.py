@@ -11,7 +11,7 @@ def effective_rank(feat_BNC: Tensor) -> Tensor:
     """exp(entropy of the normalised singular values) of the centred features of each image.
 
     Between 1 (all tokens on one line, or all equal) and min(N - 1, C); nan where a feature is not finite, as after an
-    overflow in fp16: that must cost the figure, not the training. Nothing waits for the device. Source: Roy and Vetterli, "The effective rank",
+    overflow in fp16: that must cost the figure, not the training. Source: Roy and Vetterli, "The effective rank",
     EUSIPCO 2007.
 
     Args:

@@ -56,8 +56,7 @@ def test_micro_batches_add_up_to_the_batch(precision: torch.dtype) -> None:
     for cut in ((4,), (2, 2), (1, 3), (1, 1, 1, 1)):
         pieces = zip(*(tensor.split(cut) for tensor in (*logits.values(), labels)), strict=True)
         shares = [
-            loss(dict(zip(logits, piece[:-1], strict=True)), piece[-1])["loss"] * len(piece[-1]) / 4
-            for piece in pieces
+            loss(dict(zip(logits, piece[:-1], strict=True)), piece[-1])["loss"] * len(piece[-1]) / 4 for piece in pieces
         ]
         totals[cut] = torch.stack(shares).sum()
         gradients[cut] = torch.autograd.grad(totals[cut], list(logits.values()))
