@@ -6,6 +6,7 @@ runs in parallel. Statistics are merged in the order of the bands, so that they 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -55,7 +56,7 @@ def describe(
         (
             image.sha256
             for image in known
-            if (image.source_path, image.source_size, image.source_mtime_ns) == (_path(info.path), size, mtime)
+            if (image.source_path, image.source_size, image.source_mtime_ns) == (absolute(info.path), size, mtime)
         ),
         None,
     )
@@ -70,7 +71,7 @@ def describe(
         dtype=info.dtype,
         pixel_nm=pixel_nm or info.pixel_nm,
         statistics=StatisticsBuilder(info.dtype).finish(),
-        source_path=_path(info.path),
+        source_path=absolute(info.path),
         source_series=info.series,
         sha256=sha,
         notes=info.notes,
@@ -137,7 +138,7 @@ class Job:
     def __init__(self, writer: StoreWriter, candidate: Candidate, plan: StoredImage, wished: str) -> None:
         identity = plan.identity
         self.name = writer.begun(identity) or writer.free_name(wished)
-        self.path = str(candidate.image.info.path)
+        self.path = absolute(candidate.image.info.path)
         self.nbytes = candidate.image.info.nbytes
         self.failure: InputError | None = None
         self.outstanding = 0
@@ -171,8 +172,8 @@ class Job:
         """Write one band, or only measure it when an earlier run wrote it; returns its bytes of pixels.
 
         Raises:
-            InputError: the source is damaged there.
-            ResourceError: the store cannot be written to.
+            InputError: the source is damaged there, or may not be read.
+            ResourceError: the source cannot be read just now, or the store cannot be written to.
         """
         if self.failure is not None:
             return 0
@@ -191,14 +192,15 @@ class Job:
         return grey.nbytes
 
     def changed(self) -> InputError | None:
-        """The reason to refuse the image if its file is not the one that was hashed."""
-        image = self._writer.image
-        try:
-            same = size_and_mtime(Path(self.path)) == (image.source_size, image.source_mtime_ns)
-        except OSError:
-            same = False
-        if same:
-            return None
+        """The reason to refuse the image if its file is gone or not the one that was hashed.
+
+        Raises:
+            InputError, ResourceError: that cannot be asked just now; nothing says that it changed.
+        """
+        image, path = self._writer.image, Path(self.path)
+        with reading(path), contextlib.suppress(FileNotFoundError):
+            if size_and_mtime(path) == (image.source_size, image.source_mtime_ns):
+                return None
         return InputError(f"cannot take {self.path}: it changed while it was read", "ingest it when it is complete")
 
     def finish(self) -> StoredImage:
@@ -268,9 +270,10 @@ def _feed(digest: hashlib._Hash, path: Path) -> None:
             digest.update(chunk)
 
 
-def _path(path: Path) -> str:
+def absolute(path: Path | str) -> str:
+    """A path as the store records it."""
     return os.path.abspath(path)  # noqa: PTH100 (links are kept: they are how the user named the file)
 
 
 def _parents(path: Path) -> list[str]:
-    return [part for part in Path(_path(path)).parent.parts if part != os.sep]
+    return [part for part in Path(absolute(path)).parent.parts if part != os.sep]
