@@ -29,6 +29,7 @@ from affmae_engine.data.store_writer import StoreWriter
 from affmae_engine.errors import InputError
 
 _READ = 8 << 20
+_FORMER_VERSION = "a former version of the file is in the dataset too; the two never face each other in a split"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ def describe(
 ) -> StoredImage:
     """The record of an image before its pixels were read: everything but name and statistics.
 
-    The file is hashed, unless an image of the same path, size and modification time is in the store.
+    The file is hashed, unless an image of the same path, size and modification time is in the store. A file that was
+    taken before with another content gets a note: both versions are kept, because a training under way may be reading
+    the former one, and what lay under that name may be nowhere else.
 
     Raises:
         InputError: the file cannot be read, or the labels do not fit it.
@@ -65,6 +68,8 @@ def describe(
         band = math.prod(shard) * info.dtype.itemsize
         refuse_large_piece(band, "a band of rows of it", "cut it into narrower images")
         sha = sha or content_hash(info.path)
+    place = absolute(info.path), info.series, channel
+    replaced = any((k.source_path, k.source_series, k.channel) == place and k.sha256 != sha for k in known)
     plan = StoredImage(
         name="",
         shape_ZYX=info.shape_ZYX,
@@ -74,7 +79,7 @@ def describe(
         source_path=absolute(info.path),
         source_series=info.series,
         sha256=sha,
-        notes=info.notes,
+        notes=info.notes + ((_FORMER_VERSION,) if replaced else ()),
         format=info.format,
         value_offset=info.value_offset,
         channel=channel,

@@ -19,6 +19,7 @@ from affmae_engine.data import ingest_job
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
 from affmae_engine.data.readers import open_sources
 from affmae_engine.data.readers.tiff import TiffSource
+from affmae_engine.data.split import split
 from affmae_engine.data.store import Store
 from affmae_engine.data.store_layout import StorePaths
 from affmae_engine.errors import BusyError, ConfigError, InputError, ResourceError
@@ -38,6 +39,11 @@ def write(folder: Path, **images: np.ndarray) -> None:
 
 def names(store: Path) -> list[str]:
     return [image.name for image in Store.open(store).images]
+
+
+def begun(store: Path) -> list[str]:
+    """Images of which anything is there, finished or not."""
+    return sorted(entry.name for entry in (store / "images").iterdir() if entry.is_dir())
 
 
 @pytest.fixture
@@ -109,9 +115,23 @@ def test_rerun_adds_only_what_is_new(tmp_path: Path) -> None:
 def test_same_name_with_other_content_becomes_another_image(tmp_path: Path) -> None:
     write(tmp_path / "in", a=picture((20, 30)))
     ingest([tmp_path / "in"], tmp_path / "em.zarr")
-    write(tmp_path / "in", a=picture((20, 30), 5))
-    ingest([tmp_path / "in"], tmp_path / "em.zarr")
-    assert names(tmp_path / "em.zarr") == ["a", "a-2"]
+    write(tmp_path / "in", a=picture((20, 30), 5), b=picture((20, 30), 6))
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert names(tmp_path / "em.zarr") == ["a", "a-2", "b"]
+    notes = {image.name: image.notes for image in report.taken}
+    assert "a former version" in notes["a-2"][0] and notes["b"] == ()
+
+
+def test_a_stack_that_grew_and_was_taken_again_is_not_trained_and_validated_on(tmp_path: Path) -> None:
+    stack, store = picture((40, 32, 32)), tmp_path / "em.zarr"
+    for depth in (20, 40):
+        write(tmp_path / "in", stack=stack[:depth])
+        ingest([tmp_path / "in"], store)
+    images = Store.open(store).images
+    assert [image.name for image in images] == ["stack", "stack-2"]
+    for seed in range(4):
+        parts = split(images, 0.1, seed=seed)
+        assert {region.name for region in (*parts.train, *parts.val)} == {"stack-2"}
 
 
 def test_equal_file_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -327,15 +347,15 @@ def test_half_an_image_that_is_begun_anew_or_whose_file_is_gone_is_removed(
 
     half()
     report = ingest([source], store, pixel_nm=(40.0, 4.0, 4.0))
-    assert sorted(os.listdir(store / "images")) == [report.taken[0].name, "zarr.json"]
+    assert begun(store) == [report.taken[0].name]
     half(pixel_nm=(50.0, 4.0, 4.0), channel=0)
     Path("raw").rename("share that is away")
     write(tmp_path / "in", other=picture((20, 20)))
     ingest([tmp_path / "in"], store)
-    assert len(os.listdir(store / "images")) == 4  # the folder is not there either: it may come back
+    assert len(begun(store)) == 3  # the folder is not there either: it may come back
     Path("raw").mkdir()
     ingest([tmp_path / "in"], store)
-    assert len(os.listdir(store / "images")) == 3
+    assert len(begun(store)) == 2
 
 
 def test_a_file_skipped_once_and_then_taken_is_no_longer_listed(
