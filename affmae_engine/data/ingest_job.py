@@ -55,28 +55,23 @@ def describe(
     info, labels = candidate.image.info, candidate.labels
     with reading(info.path, info.series):
         size, mtime = size_and_mtime(info.path)
-    sha = next(
-        (
-            image.sha256
-            for image in known
-            if (image.source_path, image.source_size, image.source_mtime_ns) == (absolute(info.path), size, mtime)
-        ),
-        None,
-    )
+    path = absolute(info.path)
+    before = [image for image in known if image.source_path == path]
+    untouched = [image for image in before if (image.source_size, image.source_mtime_ns) == (size, mtime)]
     with reading(info.path, info.series):
         _, shard = chunk_shapes(info.shape_ZYX, info.dtype.itemsize)
         band = math.prod(shard) * info.dtype.itemsize
         refuse_large_piece(band, "a band of rows of it", "cut it into narrower images")
-        sha = sha or content_hash(info.path)
-    place = absolute(info.path), info.series, channel
-    replaced = any((k.source_path, k.source_series, k.channel) == place and k.sha256 != sha for k in known)
+        sha = untouched[0].sha256 if untouched else content_hash(info.path)
+    same_image = [image for image in before if (image.source_series, image.channel) == (info.series, channel)]
+    replaced = any(image.sha256 != sha for image in same_image)
     plan = StoredImage(
         name="",
         shape_ZYX=info.shape_ZYX,
         dtype=info.dtype,
         pixel_nm=pixel_nm or info.pixel_nm,
         statistics=StatisticsBuilder(info.dtype).finish(),
-        source_path=absolute(info.path),
+        source_path=path,
         source_series=info.series,
         sha256=sha,
         notes=info.notes + ((_FORMER_VERSION,) if replaced else ()),

@@ -46,7 +46,8 @@ def finetune_task(
 
     Raises:
         ConfigError: settings that do not fit the labels or the weights.
-        InputError: labels that are no classes, nothing labelled, too little data for a validation set, or no label in it.
+        InputError: labels that are no classes, nothing labelled, too little data for a validation set,
+            or nothing labelled in it.
     """
     names = _class_names(config, store)
     parts = parts or _split(config, store)
