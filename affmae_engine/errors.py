@@ -96,7 +96,6 @@ REASONS = {
     errno.ENOTCONN: "the network file system is not connected",
     errno.ETIMEDOUT: "the network file system does not answer",
     errno.EHOSTDOWN: "the network file system's server is down",
-    errno.ENODEV: "its device is gone",
     errno.ENOMEM: "there is not enough memory",
     errno.EMFILE: "this process has too many files open",
     errno.ENFILE: "this machine has too many files open",
@@ -116,9 +115,7 @@ _OF_THE_MACHINE = {
     errno.ENFILE: "close other programs, then run the same command again",
 }
 _OF_THE_DISK = "see to the disk, then run the same command again"
-_PASSING = {
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, *_OF_THE_MACHINE
-}  # fmt: skip
+_PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, *_OF_THE_MACHINE}
 
 
 def of_system(error: BaseException | None) -> AffmaeError | None:

@@ -238,17 +238,14 @@ class _Run:
         if job.outstanding == 0 and (job.failure is not None or job.complete):
             job.close()
             if job.failure is None:
-                try:
-                    job.failure = job.changed()
-                except InputError as error:
-                    job.failure = error
+                job.failure = job.changed()
                 if job.failure is not None:
                     self._skip(job.path, job.failure, 0)
             if job.failure is None:
                 self.report.taken.append(job.finish())
                 self._advance(0, Path(job.path).name, images=1)
-            elif isinstance(job.failure.__cause__, PermissionError):
-                self.kept.add(job.name)  # nothing is known against what was read before
+            elif job.half_is_sound:
+                self.kept.add(job.name)
             else:
                 writer.drop(job.name)
 

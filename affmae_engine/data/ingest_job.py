@@ -6,7 +6,6 @@ runs in parallel. Statistics are merged in the order of the bands, so that they 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import math
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from affmae_engine.data.readers import PixelSize, Source, SourceInfo
-from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers.files import Original, size_and_mtime
 from affmae_engine.data.readers.limits import refuse_large_piece
 from affmae_engine.data.readers.source import Refused, reading
 from affmae_engine.data.statistics import StatisticsBuilder
@@ -140,6 +139,7 @@ class Job:
         self.name = writer.begun(identity) or writer.free_name(wished)
         self.path = absolute(candidate.image.info.path)
         self.nbytes = candidate.image.info.nbytes
+        self._original = Original(candidate.image.info.path, (plan.source_size, plan.source_mtime_ns))
         self.failure: InputError | None = None
         self.outstanding = 0
         self.written = 0
@@ -192,16 +192,27 @@ class Job:
         return grey.nbytes
 
     def changed(self) -> InputError | None:
-        """The reason to refuse the image if its file is gone or not the one that was hashed.
+        """The reason to refuse the image if its file is not the one that was hashed, or cannot be asked.
 
         Raises:
-            InputError, ResourceError: that cannot be asked just now; nothing says that it changed.
+            ResourceError: it cannot be asked just now.
         """
-        image, path = self._writer.image, Path(self.path)
-        with reading(path), contextlib.suppress(FileNotFoundError):
-            if size_and_mtime(path) == (image.source_size, image.source_mtime_ns):
-                return None
+        try:
+            with reading(Path(self.path)):
+                if not self._original.changed():
+                    return None
+        except InputError as error:
+            return error
         return InputError(f"cannot take {self.path}: it changed while it was read", "ingest it when it is complete")
+
+    @property
+    def half_is_sound(self) -> bool:
+        """Whether the failure says nothing against what was read before: the file may not be read, or is not there."""
+        cause = self.failure.__cause__ if self.failure is not None else None
+        # Chunks of a Zarr folder that is not there were read as empty, perhaps for some time already.
+        return isinstance(cause, PermissionError) or (
+            isinstance(cause, FileNotFoundError) and not self._original.is_folder
+        )
 
     def finish(self) -> StoredImage:
         """Record the finished image and return its record."""

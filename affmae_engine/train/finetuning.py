@@ -51,6 +51,7 @@ def finetune_task(
     """
     names = _class_names(config, store)
     parts = parts or _split(config, store)
+    sections = _validated_on(parts, config, store)
     normalisation = Normalisation.from_store(config.data, store)
     dataset = SegmentationDataset(
         store, parts.train, config, classes=len(names), normalisation=normalisation, seed=config.train.seed
@@ -63,13 +64,6 @@ def finetune_task(
     report = None
     if init_from is not None:
         report = load_pretrained(model, init_from, config=config, class_names=names, seed=config.train.seed)
-    sections = chosen_sections(_labelled(sections_of(store, parts.val), config, store))
-    if not sections:
-        raise InputError(
-            "no pixel that is set aside for validation is labelled, so no score could be given",
-            "label more sections, name a validation set with --val-images and --val-labels, or change "
-            "finetune.val_fraction",
-        )
     evaluation = SegmentationEvaluation(store, sections, normalisation, names, config)
 
     def losses(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,6 +110,18 @@ def _labelled(sections: Sequence[Section], config: RunConfig, store: Store) -> l
     """Those of the sections that have a labelled pixel."""
     counts = labelled_pixels(store, sections, config.finetune.ignore_label)
     return [section for section, count in zip(sections, counts, strict=True) if count]
+
+
+def _validated_on(parts: Split, config: RunConfig, store: Store) -> list[Section]:
+    """The sections that scores are made of."""
+    sections = _labelled(sections_of(store, parts.val), config, store)
+    if not sections:
+        raise InputError(
+            "no pixel that is set aside for validation is labelled: there would be no score",
+            "label more sections, name a validation set with --val-images and --val-labels, or change "
+            "finetune.val_fraction",
+        )
+    return chosen_sections(sections)
 
 
 def _split(config: RunConfig, store: Store) -> Split:

@@ -55,10 +55,15 @@ def size_and_mtime(path: Path) -> tuple[int, int]:
 
 
 class Original:
-    """A file or folder as it is now, to be asked later whether it still is. Raises OSError as `size_and_mtime` does."""
+    """A file or folder that is to be asked later whether it is still the same.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._is_folder, self._was = path, path.is_dir(), size_and_mtime(path)
+    Args:
+        was: its `size_and_mtime`; None takes it now and raises OSError as that does.
+    """
+
+    def __init__(self, path: Path, was: tuple[int, int] | None = None) -> None:
+        self.is_folder = path.is_dir()
+        self._path, self._was = path, was or size_and_mtime(path)
 
     def changed(self) -> bool:
         """Whether what was read since may not be what was there at first.
@@ -71,7 +76,7 @@ class Original:
         try:
             return size_and_mtime(self._path) != self._was
         except FileNotFoundError:
-            if self._is_folder:
+            if self.is_folder:
                 return True
             raise
 

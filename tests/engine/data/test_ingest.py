@@ -15,10 +15,10 @@ import zarr
 from PIL import Image
 
 from affmae_engine.data import ingest as module
-from affmae_engine.data import ingest_job
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
-from affmae_engine.data.readers import open_sources
+from affmae_engine.data.readers import files, open_sources
 from affmae_engine.data.readers.tiff import TiffSource
+from affmae_engine.data.readers.zarr_array import ZarrSource
 from affmae_engine.data.split import split
 from affmae_engine.data.store import Store
 from affmae_engine.data.store_layout import StorePaths
@@ -281,8 +281,9 @@ def test_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
         (OSError(errno.ENFILE, "Too many open files in system"), ResourceError),
         (MemoryError(), ResourceError),
         (PermissionError(errno.EACCES, "Permission denied"), InputError),
+        (FileNotFoundError(errno.ENOENT, "No such file"), InputError),
     ],
-    ids=["stale", "descriptors", "memory", "permission"],
+    ids=["stale", "descriptors", "memory", "permission", "absent"],
 )
 def test_a_read_that_fails_just_now_keeps_what_was_written(
     tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, failure: Exception, kind: type[Exception]
@@ -299,7 +300,7 @@ def test_a_read_that_fails_just_now_keeps_what_was_written(
     monkeypatch.setattr(TiffSource, "_read", read)
     if kind is InputError:  # other files may be readable
         report = ingest([tmp_path / "in"], store, workers=1)
-        assert "permission" in report.skipped[0].reason and not report.taken
+        assert "a.tif" in report.skipped[0].reason and not report.taken
     else:
         with pytest.raises(kind, match=r"a\.tif"):
             ingest([tmp_path / "in"], store, workers=1)
@@ -312,23 +313,36 @@ def test_a_read_that_fails_just_now_keeps_what_was_written(
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
+def test_half_of_a_folder_that_is_no_longer_there_is_not_kept(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zarr.create_array(tmp_path / "in" / "a.zarr", data=picture((9, 64, 64)), chunks=(1, 64, 64))
+    write(tmp_path / "in", b=picture((20, 20)))
+    real = ZarrSource._read
+
+    def read(self: ZarrSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+        if z[0] >= 6:  # its chunks may have been read as empty for some time already
+            raise FileNotFoundError(errno.ENOENT, "No such file")
+        return real(self, handle, z, *where)
+
+    monkeypatch.setattr(ZarrSource, "_read", read)
+    assert "no such file" in ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1).skipped[0].reason
+    assert begun(tmp_path / "em.zarr") == ["b"]
+
+
 def test_an_image_whose_file_cannot_be_asked_in_the_end_is_not_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "in", a=picture((30, 30)))
-    asked: list[Path] = []
-    real = ingest_job.size_and_mtime
 
-    def away(path: Path) -> tuple[int, int]:
-        asked.append(path)
-        if len(asked) == 2:
-            raise OSError(errno.ETIMEDOUT, "Connection timed out")
-        return real(path)
+    def away(self: files.Original) -> bool:
+        raise OSError(errno.ETIMEDOUT, "Connection timed out")
 
-    monkeypatch.setattr(ingest_job, "size_and_mtime", away)
+    monkeypatch.setattr(files.Original, "changed", away)
     with pytest.raises(ResourceError, match="does not answer"):
         ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1)
     assert (tmp_path / "em.zarr/images/a/0/c/0/0/0").is_file()
+    monkeypatch.undo()
     assert ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1).images == 1
 
 
