@@ -115,6 +115,7 @@ class _Run:
     on_progress: Callable[[PredictProgress], None]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    overlay: Path | None = None
     sections_done: int = 0
     tiles_done: int = 0
     counts: np.ndarray = field(init=False)
@@ -215,7 +216,9 @@ def predict(
             raise
         run.tell()
         if run.picture is not None and targets.overlay is not None:
-            run.picture.save(targets.overlay, source, run.statistics, about.class_names)
+            problem = run.picture.attempt(targets.overlay, source, run.statistics, about.class_names)
+            run.warnings += [f"there is no picture of {info.name}: {problem}"] if problem else []
+            run.overlay = None if problem else targets.overlay
         journal.discard()
     return _report(run, about, dialect, time.perf_counter() - started)
 
@@ -237,7 +240,7 @@ def _report(run: _Run, about: OutputInfo, dialect: str, seconds: float) -> Predi
         tile=run.tiling.tile,
         rescaled_to=run.scale.shape if run.scale.resampled else None,
         probabilities=targets.probabilities,
-        overlay=targets.overlay,
+        overlay=run.overlay,
         notes=tuple(run.notes),
         warnings=tuple(run.warnings),
     )
