@@ -105,6 +105,18 @@ def test_killed_many_times_it_still_ends(
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def test_long_names_that_begin_alike_have_journals_of_their_own(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
+) -> None:
+    outs = [Outputs(tmp_path / "out" / f"{'小' * 40}_{number}.tif", with_overlay=False) for number in (1, 2)]
+    path, options = write_stack(blobs), PredictOptions()
+    with pytest.raises(Killed):
+        run(path, make_predictor(), outs[0], options, stop_at=30)
+    assert not run(write_stack(blobs[:1], "b.tif"), make_predictor(), outs[1], options).notes
+    assert any("went on from" in note for note in run(path, make_predictor(), outs[0], options).notes)
+    assert sorted(content(tmp_path / "out")) == [out.labels.name for out in outs]
+
+
 def test_another_model_image_or_option_is_refused(
     tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray, toys: SimpleNamespace
 ) -> None:
