@@ -60,7 +60,7 @@ def score(reports: Sequence[PredictReport], truth: CheckedLabels) -> Score:
         if pair is None:
             raise InputError(f"{report.source} has no labels to be scored against", "give labels for every input")
         here = Confusion(len(truth.class_names))
-        with open_sources(report.labels)[0] as predicted, pair.labels as true:
+        with open_sources(report.labels, labels=True)[0] as predicted, pair.labels as true:
             _count(predicted, true, truth.ignore_label, here)
         total += here
         per_image[pair.name] = mean(here.iou())

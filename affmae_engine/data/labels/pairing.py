@@ -153,7 +153,7 @@ def _match_sections(image_files: Sequence[Path], label_files: Sequence[Path]) ->
     try:
         if len(image_files) == 1 < len(label_files) == _depth(image_files[0]):
             return {image_files[0]: _Reference(tuple(sorted(label_files, key=natural_key)))}
-        if len(label_files) == 1 < len(image_files) == _depth(label_files[0]):
+        if len(label_files) == 1 < len(image_files) == _depth(label_files[0], labels=True):
             ordered = sorted(image_files, key=natural_key)
             return {image: _Reference((label_files[0],), z) for z, image in enumerate(ordered)}
     except InputError:
@@ -161,8 +161,8 @@ def _match_sections(image_files: Sequence[Path], label_files: Sequence[Path]) ->
     return {}
 
 
-def _depth(path: Path) -> int:
-    sources = open_sources(path)
+def _depth(path: Path, *, labels: bool = False) -> int:
+    sources = open_sources(path, labels=labels)
     return sources[0].info.shape_ZYX[0] if len(sources) == 1 else 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,16 @@ def test_labels_beside_images(tmp_path: Path, small_shards: None) -> None:
     (short,) = open_sources(tmp_path / "labels" / "wrong.tif", labels=True)
     refused = ingest([source], tmp_path / "other.zarr", labels={source_key(source): short})
     assert "same shape" in refused.skipped[0].hint
+
+
+def test_labels_of_a_store_are_listed_as_skipped_not_taken_as_images(
+    tmp_path: Path, make_labelled_store: Callable[..., Store]
+) -> None:
+    store = make_labelled_store({"cell": (picture((2, 20, 20)), picture((2, 20, 20), 1) % 2)})
+    report = ingest([store.path], tmp_path / "em.zarr")
+    assert [image.source_series for image in report.taken] == ["images/cell/0"]
+    (skipped,) = report.skipped
+    assert "[labels/cell]: it is a label map (image-label), not an image" in skipped.reason
 
 
 def test_odd_names_work(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_labels_fractions_scale_and_picture(
         dict(zip(("background", "membrane", "mitochondria"), np.bincount(blobs.ravel()) / blobs.size, strict=True))
     )
     assert report.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
-    assert open_sources(out)[0].info.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
+    assert open_sources(out, labels=True)[0].info.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
     assert report.overlay == tmp_path / "results" / "out-overlay.png" and report.overlay.is_file()
     assert seen[-1] == PredictProgress("stack", 3, 3, seen[-1].tiles, seen[-1].tiles)
     assert [p.tiles_done for p in seen] == sorted(p.tiles_done for p in seen)

@@ -109,7 +109,7 @@ def test_ome_zarr_is_valid_and_complete(tmp_path: Path, shape: tuple[int, int, i
     assert group is not None
     array = zarr.open_group(tmp_path / "a.ome.zarr", mode="r")["0"]
     assert np.array_equal(array[:], labels)
-    (source,) = open_sources(tmp_path / "a.ome.zarr")
+    (source,) = open_sources(tmp_path / "a.ome.zarr", labels=True)
     assert source.info.pixel_nm == (40.0, None, 4.6)
     attributes = json.loads((tmp_path / "a.ome.zarr" / "zarr.json").read_text())["attributes"]
     assert attributes["ome"]["image-label"]["properties"][2] == {"label-value": 2, "class": "mitochondria"}
