@@ -5,6 +5,7 @@ Outputs carry a hash over it, so that a finished one is known again when a folde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ from affmae_engine.data.readers.tiff import logged_errors_fail
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.predict import journal
 from affmae_engine.predict.ome_zarr import ATTRIBUTE
-from affmae_engine.predict.outputs import Outputs
+from affmae_engine.predict.outputs import OVERLAY_ENDING, TIFF_SUFFIXES, ZARR_SUFFIX, Outputs
 from affmae_engine.predict.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -82,6 +83,20 @@ def is_finished(source: Source, predictor: Predictor, targets: Outputs, options:
             "replace it with --overwrite, or choose another -o/--out",
         )
     return all(path.exists() for path in targets.all) and not journal.folder_of(targets.labels).exists()
+
+
+def is_result(file: Path) -> bool:
+    """Whether `affmae predict` wrote this: labels, probabilities, or a picture that lies beside its labels."""
+    candidates = [file]
+    if file.name.endswith(OVERLAY_ENDING):
+        stem = file.name.removesuffix(OVERLAY_ENDING)
+        endings = (inner + suffix for suffix in (*TIFF_SUFFIXES, ZARR_SUFFIX) for inner in ("", ".ome"))
+        candidates = [file.with_name(stem + ending) for ending in endings]
+    for candidate in candidates:
+        with contextlib.suppress(InputError):  # what cannot be read is for whoever reads it as an image to report
+            if recorded_fingerprint(candidate) is not None:
+                return True
+    return False
 
 
 def recorded_fingerprint(labels: Path) -> str | None:

@@ -59,18 +59,21 @@ class _Reference:
     section: int | None = None
 
 
-def pair_labels(images: Sequence[str | Path], labels: Sequence[str | Path]) -> Pairing:
+def pair_labels(
+    images: Sequence[str | Path], labels: Sequence[str | Path], *, image_files: Sequence[Path] | None = None
+) -> Pairing:
     """Find the labels of every image.
 
     Args:
         images: files, folders and patterns, as `readers.find_files` takes them.
         labels: likewise; or one folder that holds nothing but a folder of binary masks for each class.
+        image_files: what was found in `images`, where not all of it is to be labelled; None searches them.
 
     Raises:
         InputError: lists every image without labels and every label without an image, every label of another size,
             and every file that cannot be read.
     """
-    image_files = find_files(images)
+    image_files = find_files(images) if image_files is None else image_files
     folders = _class_folders(images, labels)
     groups = [[folder] for folder in folders] if folders else [list(labels)]
     problems: list[str] = []
