@@ -109,7 +109,7 @@ def finetune(
     else:
         from affmae_cli.settings import resolve
 
-        resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags)
+        resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         resolved, note = _follow(resolved, init_from)
         if dry_run:
             output.show_dry_run(resolved, as_json=json)
@@ -119,7 +119,7 @@ def finetune(
         run, summary, report = _begin(
             resolved, sources, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard
         )
-    _show(run, summary, report, as_json=json)
+    _show(run, summary, report, as_json=json, quiet=quiet)
 
 
 class _Sources:
@@ -282,7 +282,7 @@ def _transfer_table(report: TransferReport) -> Table:
     return table
 
 
-def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_json: bool) -> None:
+def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
     from affmae_cli.score_table import show_scores
@@ -299,7 +299,8 @@ def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_js
         show_scores({"": Score(best.metrics["iou"], best.metrics["dice"], best.per_class, {})})
     score = f", best mean IoU {number(best.metrics['iou'])} at step {best.step}" if best is not None else ""
     output.show(f"{run.root}: {summary.step} steps in {duration(summary.seconds)}{score}")
-    output.say(f"affmae predict STACK -m {run.root}", label="next", style="bold cyan")
+    if not quiet:
+        output.say(f"affmae predict STACK -m {run.root}", label="next", style="bold cyan")
 
 
 def _best_evaluation(run: RunDir) -> Evaluated | None:

@@ -87,12 +87,12 @@ def pretrain(
     else:
         from affmae_cli.settings import resolve
 
-        resolved = resolve("pretrain", preset=preset, config_file=config, overrides=set_, flags=flags)
+        resolved = resolve("pretrain", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         if dry_run:
             output.show_dry_run(resolved, as_json=json)
             return
         run, summary = _begin(resolved, data, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard)
-    _show(run, summary, as_json=json)
+    _show(run, summary, as_json=json, quiet=quiet)
 
 
 def _begin(
@@ -171,7 +171,7 @@ def _open_store(data: list[Path] | None) -> Store:
     return Store.open(paths[0])
 
 
-def _show(run: RunDir, summary: Summary, *, as_json: bool) -> None:
+def _show(run: RunDir, summary: Summary, *, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
     from affmae_engine.train.report import number
@@ -183,6 +183,6 @@ def _show(run: RunDir, summary: Summary, *, as_json: bool) -> None:
         f", best held-out loss {number(-summary.best_score)} at step {summary.best_step}" if summary.best_score else ""
     )
     output.show(f"{run.root}: {summary.step} steps{best}")
-    output.say(
-        f"affmae finetune --images IMAGES --labels LABELS --init-from {run.root}", label="next", style="bold cyan"
-    )
+    if not quiet:
+        then = f"affmae finetune --images IMAGES --labels LABELS --init-from {run.root}"
+        output.say(then, label="next", style="bold cyan")

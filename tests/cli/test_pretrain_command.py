@@ -153,6 +153,21 @@ def test_resume_needs_nothing_else_and_more_steps_go_on(dataset: Path, tmp_path:
     assert shorter.exit_code == 2 and "shorter" in shorter.stderr
 
 
+def test_resume_heeds_the_environment_for_fields_that_were_not_set(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = RunDir(finished).read_config()
+    assert own.predict.tile is None and own.train.epochs is None
+    monkeypatch.setenv("AFFMAE_PREDICT__TILE", "96")
+    result = run("--resume", finished, "--steps", 3)
+    assert result.exit_code == 2 and "predict.tile: None in the run, 96 now" in result.stderr
+
+
+def test_quiet_says_the_result_only(dataset: Path) -> None:
+    result = run(dataset, *small(), "--steps", 1, "-o", "a", "-q")
+    assert result.exit_code == 0 and result.stdout.startswith("a: 1 steps") and result.stderr == ""
+
+
 def test_resume_refuses_other_settings_and_lists_them(finished: Path) -> None:
     result = run("--resume", finished, "--steps", 3, "--seed", 5, "--set", "optim.lr=0.5", "--set", "train.log_every=7")
     assert result.exit_code == 2

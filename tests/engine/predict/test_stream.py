@@ -1,11 +1,13 @@
 """Prediction of whole files: labels, metadata, pixel sizes, failures halfway, memory."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import zarr
 from PIL import Image
 
 from affmae_engine.data.readers import open_sources
-from affmae_engine.errors import ConfigError, Interrupted, ResourceError
-from affmae_engine.predict import outputs
+from affmae_engine.data.readers.tiff import TiffSource
+from affmae_engine.errors import AffmaeError, ConfigError, InputError, Interrupted, ResourceError
+from affmae_engine.predict import outputs, sections, stream
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, PredictProgress, PredictReport, predict
@@ -174,6 +177,69 @@ def test_a_stop_or_an_error_leaves_nothing_but_the_journal(
             run(path, make_predictor(), folder, targets=targets, on_progress=fail)
         assert [entry.name for entry in folder.iterdir()] == [f".{name}.unfinished"]
         shutil.rmtree(folder / f".{name}.unfinished")
+
+
+PASSING = [
+    (OSError(errno.ESTALE, "Stale file handle"), ResourceError, "the network file system has lost it"),
+    (OSError(errno.EMFILE, "Too many open files"), ResourceError, "too many files open"),
+    (MemoryError(), ResourceError, "not enough memory"),
+    (PermissionError(errno.EACCES, "Permission denied"), InputError, "permission was denied"),
+    (ValueError("corrupt strip"), InputError, "undamaged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "told"), PASSING, ids=["stale", "descriptors", "memory", "permission", "damage"]
+)
+def test_a_read_that_fails_in_the_middle_costs_no_finished_row(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray, monkeypatch: pytest.MonkeyPatch,
+    failure: Exception, kind: type[Exception], told: str,
+) -> None:  # fmt: skip
+    path, out = write_stack(blobs), tmp_path / "results" / "out.tif"
+    real, measured = TiffSource._read, stream.measure
+    monkeypatch.setattr(sections, "SLAB_PIXELS", blobs[0].size)
+    armed: list[bool] = []
+
+    def measure(source: Any) -> Any:
+        found = measured(source)
+        armed.append(True)
+        return found
+
+    def read(self: TiffSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+        if armed and z[1] > 2:
+            raise failure
+        return real(self, handle, z, *where)
+
+    monkeypatch.setattr(stream, "measure", measure)
+    monkeypatch.setattr(TiffSource, "_read", read)
+    with pytest.raises(kind) as caught:
+        run(path, make_predictor(), out)
+    assert isinstance(caught.value, AffmaeError)
+    assert "stack.tif" in caught.value.message and told in caught.value.message + caught.value.hint
+    assert not out.exists()
+    monkeypatch.undo()
+    report = run(path, make_predictor(), out)
+    assert any("went on from row 0 of section 2" in note for note in report.notes), report.notes
+    assert np.array_equal(tifffile.imread(out), blobs)
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_rows_of_an_input_that_changed_meanwhile_are_not_kept(
+    tmp_path: Path, make_predictor: Make, blobs: np.ndarray, how: str
+) -> None:
+    path, folder = tmp_path / "stack.zarr", tmp_path / "results"
+    zarr.create_array(path, data=np.asarray((0, 100, 200), np.uint8)[blobs], chunks=(1, 90, 70))
+
+    def change(progress: PredictProgress) -> None:
+        if progress.sections_done == 1 and path.exists():
+            if how == "gone":  # as when a share is unmounted: chunks that are not found would read as zeros
+                path.rename(tmp_path / "elsewhere")
+            else:
+                os.utime(path / "zarr.json", ns=(1, time.time_ns() + 10**9))
+
+    with pytest.raises(InputError, match=r"stack\.zarr"):
+        run(path, make_predictor(), folder / "out.tif", on_progress=change)
+    assert list(folder.iterdir()) == []
 
 
 def test_overwriting_keeps_the_old_file_until_the_new_one_is_complete(
@@ -338,6 +404,7 @@ weights.touch()
 about = WeightsMetadata(task="finetune", model={}, image_size=128, normalisation={}, class_names=("a", "b", "c"))
 choice = DeviceChoice(torch.device("cpu"), torch.float32, "fp32", "CPU")
 predictor = Predictor(weights, about, Model().eval(), choice, Normalisation("dataset", 100.0, 50.0), 1)
+(folder / "none").touch()
 for depth, height in ((2, 1024), (32, 1024), (1, 32768)):
     info = SourceInfo(folder / "none", "", "ramp", (depth, height, 256), np.dtype("u1"), (40.0, 4.0, 4.0), "made up")
     predict(Ramp(info), predictor, Outputs(folder / f"{depth}-{height}.tif"), PredictOptions(batch_size=8))
