@@ -436,6 +436,21 @@ def test_labels_of_a_store_are_listed_as_skipped_not_taken_as_images(
     assert "[labels/cell]: it is a label map (image-label), not an image" in skipped.reason
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_named_like_metadata_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    write(tmp_path / "in", **{"zarr.json": picture((12, 12)), "c": picture((12, 12), 1)})
+    if begun:  # as a version that knew of no reserved name left its store
+        with monkeypatch.context() as patched:
+            patched.setattr("affmae_engine.data.store_writer._RESERVED", "")
+            with pytest.raises(FileExistsError):
+                ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert not report.skipped and names(tmp_path / "em.zarr") == ["c", "zarr.json-2"]
+    block = Store.open(tmp_path / "em.zarr").read("zarr.json-2", ALL, ALL, ALL)
+    np.testing.assert_array_equal(block[0], picture((12, 12)))
+    assert sorted(zarr.open_group(tmp_path / "em.zarr", mode="r")["images"].keys()) == ["c", "zarr.json-2"]
+
+
 def test_odd_names_work(tmp_path: Path) -> None:
     odd = ["with space", "größe", "細胞", "[bold]x", "-leading", "new\nline", "a" * 240, "semi;colon&"]
     write(tmp_path / "in", **{name: picture((12, 12), number) for number, name in enumerate(odd)})
