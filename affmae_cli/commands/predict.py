@@ -88,7 +88,8 @@ def predict(
 
     Labels go to -o: a .tif (ImageJ TIFF, BigTIFF above 4 GB), a .zarr (OME-Zarr), or a folder. Without it, to
     predictions/NAME-labels.tif in the working directory. A stack that was stopped or killed half way is continued by
-    the same command; of a folder, --resume passes over what is complete.
+    the same command; of a folder, --resume passes over what is complete. Earlier results and true labels that lie in
+    folders are no inputs.
     """
     from affmae_cli.score_table import show_scores
     from affmae_engine.errors import ConfigError
