@@ -258,9 +258,13 @@ def test_overwriting_keeps_the_old_file_until_the_new_one_is_complete(
 
         with pytest.raises(KeyboardInterrupt):
             run(path, make_predictor(), tmp_path, again, targets=targets, on_progress=fail)
-        assert np.array_equal(open_sources(first.labels)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs)
+        assert np.array_equal(
+            open_sources(first.labels, labels=True)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs
+        )
         run(path, make_predictor(), tmp_path, again, targets=targets)
-        assert np.array_equal(open_sources(first.labels)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs)
+        assert np.array_equal(
+            open_sources(first.labels, labels=True)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs
+        )
         assert not left_behind(tmp_path / "results")
 
 
