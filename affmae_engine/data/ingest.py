@@ -262,7 +262,7 @@ class _Run:
     def write_manifest(self, writer: StoreWriter) -> None:
         """Write what was taken and skipped, keeping earlier refusals of files that were not part of this run."""
         images = sorted(writer.images.values(), key=lambda image: natural_key(image.name))
-        again = {s.path for s in (*self.report.skipped, *self.report.present)}
+        again = {s.path for s in self.report.skipped} | {p.path for p in self.report.present}
         again |= {image.source_path for image in images}
         earlier = [s for s in _earlier_skipped(writer.paths.manifest) if absolute(str(s.get("path"))) not in again]
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -46,12 +46,11 @@ def finetune_task(
 
     Raises:
         ConfigError: settings that do not fit the labels or the weights.
-        InputError: labels that are no classes, nothing labelled, too little data for a validation set,
-            or nothing labelled in it.
+        InputError: labels that are no classes, nothing labelled to train or validate on, too little data.
     """
     names = _class_names(config, store)
     parts = parts or _split(config, store)
-    sections = _validated_on(parts, config, store)
+    validated_on = _validated_on(parts, config, store)
     normalisation = Normalisation.from_store(config.data, store)
     dataset = SegmentationDataset(
         store, parts.train, config, classes=len(names), normalisation=normalisation, seed=config.train.seed
@@ -64,7 +63,7 @@ def finetune_task(
     report = None
     if init_from is not None:
         report = load_pretrained(model, init_from, config=config, class_names=names, seed=config.train.seed)
-    evaluation = SegmentationEvaluation(store, sections, normalisation, names, config)
+    evaluation = SegmentationEvaluation(store, validated_on, normalisation, names, config)
 
     def losses(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return loss(module(batch["image"]), batch["labels"])
