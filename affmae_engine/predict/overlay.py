@@ -38,6 +38,8 @@ class OverlayPicture:
         step = -(-max(height, width) // LONGEST_EDGE)
         self._step = min(step, height), min(step, width)  # an edge shorter than a block is one block
         self._shape = height // self._step[0], width // self._step[1]
+        self.path: Path | None = None
+        """Where it was written, once it is."""
         self._labels = {z: np.zeros(self._shape, np.uint32) for z in self.sections}
 
     def add(self, piece: LabelRows) -> None:
@@ -75,15 +77,15 @@ class OverlayPicture:
         coloured = np.concatenate([np.zeros_like(labels_YX), _gap(*gap, 0), labels_YX])
         save_png(path, overlay(doubled, coloured, class_names))
 
-    def attempt(self, path: Path, source: Source, statistics: Statistics, class_names: Sequence[str]) -> str:
-        """Like `save`, but returns what went wrong, in words; empty when nothing did."""
+    def attempt(self, path: Path, source: Source, statistics: Statistics, class_names: Sequence[str]) -> list[str]:
+        """Like `save`, but returns what went wrong as a warning; none when nothing did."""
         try:
             self.save(path, source, statistics, class_names)
-        except AffmaeError as error:
-            return error.message
         except Exception as error:  # a picture must never cost the labels of this image and of those after it
-            return f"cannot draw {path}: {one_line(error)}"
-        return ""
+            reason = error.message if isinstance(error, AffmaeError) else f"cannot draw {path}: {one_line(error)}"
+            return [f"there is no picture of {source.info.name}: {reason}"]
+        self.path = path
+        return []
 
     def _reduced(self, source: Source, z: int) -> np.ndarray:
         """Means over the blocks of a section, read a few rows at a time; float32."""

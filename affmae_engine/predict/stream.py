@@ -116,7 +116,6 @@ class _Run:
     on_progress: Callable[[PredictProgress], None]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    overlay: Path | None = None
     sections_done: int = 0
     tiles_done: int = 0
     counts: np.ndarray = field(init=False)
@@ -222,9 +221,7 @@ def predict(
             raise
         run.tell()
         if run.picture is not None and targets.overlay is not None:
-            problem = run.picture.attempt(targets.overlay, source, run.statistics, about.class_names)
-            run.warnings += [f"there is no picture of {info.name}: {problem}"] if problem else []
-            run.overlay = None if problem else targets.overlay
+            run.warnings += run.picture.attempt(targets.overlay, source, run.statistics, about.class_names)
         journal.discard()
     return _report(run, about, dialect, time.perf_counter() - started)
 
@@ -246,7 +243,7 @@ def _report(run: _Run, about: OutputInfo, dialect: str, seconds: float) -> Predi
         tile=run.tiling.tile,
         rescaled_to=run.scale.shape if run.scale.resampled else None,
         probabilities=targets.probabilities,
-        overlay=run.overlay,
+        overlay=run.picture.path if run.picture is not None else None,
         notes=tuple(run.notes),
         warnings=tuple(run.warnings),
     )
