@@ -221,7 +221,7 @@ def predict(
             raise
         run.tell()
         if run.picture is not None and targets.overlay is not None:
-            run.picture.save(targets.overlay, source, run.statistics, about.class_names)
+            run.warnings += run.picture.attempt(targets.overlay, source, run.statistics, about.class_names)
         journal.discard()
     return _report(run, about, dialect, time.perf_counter() - started)
 
@@ -243,7 +243,7 @@ def _report(run: _Run, about: OutputInfo, dialect: str, seconds: float) -> Predi
         tile=run.tiling.tile,
         rescaled_to=run.scale.shape if run.scale.resampled else None,
         probabilities=targets.probabilities,
-        overlay=targets.overlay,
+        overlay=run.picture.path if run.picture is not None else None,
         notes=tuple(run.notes),
         warnings=tuple(run.warnings),
     )

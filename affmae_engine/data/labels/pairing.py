@@ -60,18 +60,21 @@ class _Reference:
     section: int | None = None
 
 
-def pair_labels(images: Sequence[str | Path], labels: Sequence[str | Path]) -> Pairing:
+def pair_labels(
+    images: Sequence[str | Path], labels: Sequence[str | Path], *, image_files: Sequence[Path] | None = None
+) -> Pairing:
     """Find the labels of every image.
 
     Args:
         images: files, folders and patterns, as `readers.find_files` takes them.
         labels: likewise; or one folder that holds nothing but a folder of binary masks for each class.
+        image_files: what was found in `images`, where not all of it is to be labelled; None searches them.
 
     Raises:
         InputError: lists every image without labels and every label without an image, every label of another size,
             and every file that cannot be read.
     """
-    image_files = find_files(images)
+    image_files = find_files(images) if image_files is None else image_files
     folders = _class_folders(images, labels)
     groups = [[folder] for folder in folders] if folders else [list(labels)]
     problems: list[str] = []
@@ -154,7 +157,7 @@ def _match_sections(image_files: Sequence[Path], label_files: Sequence[Path]) ->
     try:
         if len(image_files) == 1 < len(label_files) == _depth(image_files[0]):
             return {image_files[0]: _Reference(tuple(sorted(label_files, key=natural_key)))}
-        if len(label_files) == 1 < len(image_files) == _depth(label_files[0]):
+        if len(label_files) == 1 < len(image_files) == _depth(label_files[0], labels=True):
             ordered = sorted(image_files, key=natural_key)
             return {image: _Reference((label_files[0],), z) for z, image in enumerate(ordered)}
     except InputError:
@@ -162,8 +165,8 @@ def _match_sections(image_files: Sequence[Path], label_files: Sequence[Path]) ->
     return {}
 
 
-def _depth(path: Path) -> int:
-    sources = open_sources(path)
+def _depth(path: Path, *, labels: bool = False) -> int:
+    sources = open_sources(path, labels=labels)
     return sources[0].info.shape_ZYX[0] if len(sources) == 1 else 0
 
 

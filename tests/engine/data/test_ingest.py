@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,31 @@ def test_labels_beside_images(tmp_path: Path, small_shards: None) -> None:
     (short,) = open_sources(tmp_path / "labels" / "wrong.tif", labels=True)
     refused = ingest([source], tmp_path / "other.zarr", labels={source_key(source): short})
     assert "same shape" in refused.skipped[0].hint
+
+
+def test_labels_of_a_store_are_listed_as_skipped_not_taken_as_images(
+    tmp_path: Path, make_labelled_store: Callable[..., Store]
+) -> None:
+    store = make_labelled_store({"cell": (picture((2, 20, 20)), picture((2, 20, 20), 1) % 2)})
+    report = ingest([store.path], tmp_path / "em.zarr")
+    assert [image.source_series for image in report.taken] == ["images/cell/0"]
+    (skipped,) = report.skipped
+    assert "[labels/cell]: it is a label map (image-label), not an image" in skipped.reason
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_named_like_metadata_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    write(tmp_path / "in", **{"zarr.json": picture((12, 12)), "c": picture((12, 12), 1)})
+    if begun:  # as a version that knew of no reserved name left its store
+        with monkeypatch.context() as patched:
+            patched.setattr("affmae_engine.data.store_writer._RESERVED", "")
+            with pytest.raises(FileExistsError):
+                ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert not report.skipped and names(tmp_path / "em.zarr") == ["c", "zarr.json-2"]
+    block = Store.open(tmp_path / "em.zarr").read("zarr.json-2", ALL, ALL, ALL)
+    np.testing.assert_array_equal(block[0], picture((12, 12)))
+    assert sorted(zarr.open_group(tmp_path / "em.zarr", mode="r")["images"].keys()) == ["c", "zarr.json-2"]
 
 
 def test_odd_names_work(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
 
 from affmae_engine.data.labels.checks import CheckedLabels, check_labels
@@ -90,6 +91,19 @@ def test_a_stack_and_pictures_are_paired_by_order_when_counts_match(tmp_path: Pa
     with pytest.raises(InputError, match="no labels of that name") as error:
         pair_labels([tmp_path / "stack.tif"], [tmp_path / "P"])
     assert error.value.message.count("labels without an image") == 4
+
+
+def test_a_label_map_in_a_zarr_labels_a_folder_of_pictures(tmp_path: Path):
+    stack = classes(0, (3, *SHAPE))
+    group = zarr.create_group(tmp_path / "L.zarr")
+    group.create_array("0", data=stack)
+    level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0, 1.0, 1.0]}]}
+    images = [{"axes": [{"name": axis} for axis in "zyx"], "datasets": [level]}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": images, "image-label": {}}
+    for z in range(3):
+        save(tmp_path / "P" / f"z{z + 8}.png", grey(z))
+    pairing = pair_labels([tmp_path / "P"], [tmp_path / "L.zarr"])
+    np.testing.assert_array_equal(np.concatenate([read(pair) for pair in pairing.pairs]), stack)
 
 
 def test_a_folder_of_masks_for_each_class(tmp_path: Path):

@@ -18,6 +18,7 @@ import tifffile
 import torch
 import yaozarrs
 import zarr
+from PIL import Image
 
 from affmae_engine.data.readers import open_sources
 from affmae_engine.data.readers.tiff import TiffSource
@@ -63,7 +64,7 @@ def test_labels_fractions_scale_and_picture(
         dict(zip(("background", "membrane", "mitochondria"), np.bincount(blobs.ravel()) / blobs.size, strict=True))
     )
     assert report.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
-    assert open_sources(out)[0].info.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
+    assert open_sources(out, labels=True)[0].info.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
     assert report.overlay == tmp_path / "results" / "out-overlay.png" and report.overlay.is_file()
     assert seen[-1] == PredictProgress("stack", 3, 3, seen[-1].tiles, seen[-1].tiles)
     assert [p.tiles_done for p in seen] == sorted(p.tiles_done for p in seen)
@@ -257,9 +258,13 @@ def test_overwriting_keeps_the_old_file_until_the_new_one_is_complete(
 
         with pytest.raises(KeyboardInterrupt):
             run(path, make_predictor(), tmp_path, again, targets=targets, on_progress=fail)
-        assert np.array_equal(open_sources(first.labels)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs)
+        assert np.array_equal(
+            open_sources(first.labels, labels=True)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs
+        )
         run(path, make_predictor(), tmp_path, again, targets=targets)
-        assert np.array_equal(open_sources(first.labels)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs)
+        assert np.array_equal(
+            open_sources(first.labels, labels=True)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs
+        )
         assert not left_behind(tmp_path / "results")
 
 
@@ -323,8 +328,6 @@ def test_the_ignored_value_is_not_predicted(
 def test_large_sections_are_reduced_in_the_picture(
     tmp_path: Path, make_predictor: Make, write_stack: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from PIL import Image
-
     labels = np.zeros((1, 200, 130), np.uint8)
     labels[:, 100:] = 2
     monkeypatch.setattr("affmae_engine.predict.overlay.LONGEST_EDGE", 50)
@@ -333,6 +336,42 @@ def test_large_sections_are_reduced_in_the_picture(
     assert picture.shape[1] < 130
     assert (picture[:50].max(-1) == picture[:50].min(-1)).all()  # the plain section above is grey
     assert (picture[90:108, 20] != picture[90:108, 20, :1]).any()  # class 2 in the lower half below is not
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1999), (1, 1999, 3), (2, 1, 1400)])
+def test_thin_images_have_a_picture_too(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, shape: tuple[int, int, int]
+) -> None:
+    labels = np.zeros(shape, np.uint8)
+    labels[:, shape[1] // 4 :, shape[2] // 4 :] = 2
+    report = run(write_stack(labels), make_predictor(), tmp_path / "out.tif", PredictOptions(tile=32))
+    assert np.array_equal(tifffile.imread(tmp_path / "out.tif"), labels[0] if shape[0] == 1 else labels)
+    assert report.overlay is not None and not report.warnings
+    picture = np.asarray(Image.open(report.overlay).convert("RGB")).astype(int)[8:, 8:]  # without the margin
+    step = -(-max(shape) // 768)
+    rows, columns = (edge // min(step, edge) for edge in shape[1:])
+    section = picture[rows + 8 : 2 * rows + 8, :columns]  # the first one with labels, below the same one without
+    assert (section[-1, -1] != section[-1, -1, 0]).any() and (np.ptp(picture[:rows, :columns], axis=-1) == 0).all()
+
+
+@pytest.mark.parametrize("failure", [ResourceError("the disk is full"), ValueError("cannot reshape")])
+def test_a_picture_that_fails_costs_nothing_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_predictor: Make,
+    write_stack: Write,
+    blobs: np.ndarray,
+    failure: Exception,
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("affmae_engine.predict.overlay.save_png", fail)
+    report = run(write_stack(blobs), make_predictor(), tmp_path / "results" / "out.tif")
+    assert np.array_equal(tifffile.imread(report.labels), blobs) and report.overlay is None
+    (warning,) = report.warnings
+    assert "no picture of stack" in warning and str(failure) in warning
+    assert [entry.name for entry in (tmp_path / "results").iterdir()] == ["out.tif"]
 
 
 MEMORY = """
