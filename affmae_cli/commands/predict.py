@@ -135,6 +135,7 @@ def segment(
 ) -> tuple[Outcome, Score | None]:
     """Predict with progress on stderr, and score where true labels are given; these are checked first."""
     from affmae_cli.prediction_progress import showing
+    from affmae_engine.errors import Interrupted
     from affmae_engine.predict import files
     from affmae_engine.predict.identity import is_finished
     from affmae_engine.predict.score import score
@@ -161,10 +162,15 @@ def segment(
         showing(len(planned.jobs) + len(planned.refused), quiet=quiet) as view,
         StopRequest(view.on_signal).installed() as stop,
     ):
-        outcome = files.run(
-            planned, predictor, options,
-            on_progress=view.progress, on_report=view.report, on_refused=view.refused, stop=stop,
-        )  # fmt: skip
+        try:
+            outcome = files.run(
+                planned, predictor, options,
+                on_progress=view.progress, on_report=view.report, on_refused=view.refused, stop=stop,
+            )  # fmt: skip
+        except Interrupted as stopped:
+            if len(planned.jobs) + len(planned.finished) > 1:  # finished ones would be in the way
+                stopped.hint = "run it again with --resume (and without --labels) to go on from there"
+            raise
     return outcome, None if truth is None else score(outcome.reports, truth)
 
 

@@ -280,6 +280,15 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: P
     assert sorted(e.name for e in (here / "predictions").iterdir()) == ["long-labels-overlay.png", "long-labels.tif"]
 
 
+def test_a_stopped_folder_is_told_how_it_goes_on(here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write(here / "in" / f"{name}.tif")
+    monkeypatch.setattr("affmae_engine.train.signals.StopRequest.requested", property(lambda self: True))
+    many, one = affmae("in", "-m", trained, "-o", "out"), affmae("in/a.tif", "-m", trained)
+    assert many.exit_code == 130 and "run it again with --resume" in one_line(many.stderr)
+    assert one.exit_code == 130 and "run the same command again" in one_line(one.stderr)
+
+
 def test_resume_of_a_folder_passes_over_what_is_finished(here: Path, trained: Path) -> None:
     for name in ("a", "b"):
         write(here / "in" / f"{name}.tif")
