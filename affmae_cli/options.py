@@ -57,8 +57,8 @@ BatchOption = Annotated[
     typer.Option(
         "--batch",
         metavar="auto|N",
-        help="Images at a time on one device; `auto` measures what fits. Changes memory and speed, not the result: "
-        "`train.batch_size` stays the batch of a step.",
+        help="Images at a time on one device; `auto` measures what fits. Changes memory and speed, the result "
+        "only by rounding and by what dropout draws: `train.batch_size` stays the batch of a step.",
         rich_help_panel=_SETTINGS,
     ),
 ]
@@ -76,7 +76,7 @@ OutOption = Annotated[
 ModelOption = Annotated[
     Path | None,
     typer.Option(
-        "-m", "--model", metavar="RUN", help="Run, checkpoint or weights file; by default the newest finetune run."
+        "-m", "--model", metavar="RUN", help="Run, checkpoint or weights file; by default the newest that is finished."
     ),
 ]
 
@@ -103,7 +103,7 @@ InitFromOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the result, warnings and errors.")]
-NoTuiOption = Annotated[bool, typer.Option("--no-tui", help="Print lines instead of opening the dashboard.")]
+NoTuiOption = Annotated[bool, typer.Option("--no-tui", help="Show a small progress view instead of the dashboard.")]
 TensorBoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Write TensorBoard files to RUN/tensorboard as well.")
 ]

@@ -31,8 +31,9 @@ def resolve_continuation(
         task,
         preset=preset_names()[0],
         config_file=run.config,
-        overrides=[*(f"{path}=none" for path in unset), *(overrides or ())],
+        overrides=overrides,
         flags=flags,
+        unset=unset,
     )
     check_continuation(run, resolved.config)
     return resolved.config

@@ -30,7 +30,7 @@ _STATUS_STYLES: dict[Kind, str] = {
     "stopped": "bold yellow", "failed": "bold red", "gone": "bold red",
 }  # fmt: skip
 _LEVEL_STYLES: dict[Level, str] = {"good": "green", "note": "cyan", "bad": "bold yellow"}
-_EVENTS, _LOG_LINES, _BEST_ROWS = 5, 8, 12
+_EVENTS, _LOG_LINES, _CLASSES = 5, 8, 12
 
 
 def summary(reader: RunReader, *, width: int = 80) -> RenderableType:
@@ -133,9 +133,14 @@ def _held_out_rows(state: RunState) -> Iterator[tuple[str, Text]]:
     if best is not None:
         text.append(f", best at {best.step}")
     yield "held-out", text
-    for index, (name, scores) in enumerate(list(evaluated.per_class.items())[:_BEST_ROWS]):
+    classes = list(evaluated.per_class.items())
+    if len(classes) > _CLASSES:
+        yield "classes", Text(f"the {_CLASSES} worst of {len(classes)}; --json lists them all", style="dim")
+        classes = sorted(classes, key=lambda each: each[1].get("iou", math.inf))[:_CLASSES]
+    for index, (name, scores) in enumerate(classes):
         figures = "  ".join(f"{key} {number(value)}" for key, value in scores.items())
-        yield "classes" if index == 0 else "", Text(f"{output.printable(name)}  {figures}")
+        label = "classes" if index == 0 and len(classes) == len(evaluated.per_class) else ""
+        yield label, Text(f"{output.printable(name)}  {figures}".replace("\n", " "))
     if evaluated.effective_rank:
         ranks = "  ".join(f"stage {stage} {rank:.1f}" for stage, rank in enumerate(evaluated.effective_rank, 1))
         yield "ranks", Text(ranks)

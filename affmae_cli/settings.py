@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -95,6 +95,8 @@ def resolve(
     overrides: Sequence[str] | None = None,
     flags: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
+    unset: Collection[str] = (),
+    quiet: bool = False,
 ) -> Resolved:
     """Merge all sources and validate the result.
 
@@ -105,6 +107,8 @@ def resolve(
         overrides: values of `--set`, each "section.field=value".
         flags: flags that set a field, by their name in `FLAGS`; None stands for a flag that was not given.
         environ: environment variables.
+        unset: fields that are None in the user's file, which TOML cannot say.
+        quiet: do not say which preset was picked.
 
     Raises:
         ConfigError: unknown preset, unreadable file, or wrong settings; the message lists all of them.
@@ -115,8 +119,9 @@ def resolve(
         problems.append("train.steps and train.epochs are both given: choose one")
     environment = _environment_layer(environ, problems)
     user = _user_file(config_file, problems).layer(task) if config_file else {}
+    user = {**{path: Entry(None, str(config_file)) for path in unset}, **user}
     chosen = merged(user, environment, given)
-    name = _auto_preset(chosen) if preset in (None, "auto") else preset
+    name = _auto_preset(chosen, quiet=quiet) if preset in (None, "auto") else preset
     layer = merged(_preset_file(name, problems).layer(task), chosen)
     config = _validated(layer, problems)
     return Resolved(config, task, name, {path: entry.source for path, entry in layer.items()})
@@ -133,7 +138,7 @@ def merged(*layers: Layer) -> Layer:
     return result
 
 
-def _auto_preset(chosen: Layer) -> str:
+def _auto_preset(chosen: Layer, *, quiet: bool) -> str:
     name, why = "demo", "the CPU was asked for"
     if chosen.get("train.device", Entry("auto", "")).value != "cpu":
         import torch
@@ -145,7 +150,8 @@ def _auto_preset(chosen: Layer) -> str:
             name, why = preset_for_card(card.name, gib), f"{card.name}, {gib:.0f} GiB"
         else:
             why = "no CUDA card was found"
-    output.say(f"preset {name}: {why} (choose another with --preset)")
+    if not quiet:
+        output.say(f"preset {name}: {why} (choose another with --preset)")
     return name
 
 
@@ -236,7 +242,7 @@ def _value(text: str) -> Any:
         return None
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PIPE = "_AFFMAE_TRAINER_PIPE"
 """Environment variable with the descriptor on which a trainer says where its run is."""
+_LAST_WORDS = 1 << 16
+"""Bytes that are passed on at once."""
 _LABEL = re.compile(r"(error|hint|warning|stopped|next): (.*)")
 _STYLES = {"error": "bold red", "hint": "bold cyan", "warning": "yellow", "stopped": "bold yellow", "next": "bold cyan"}
 
@@ -147,7 +149,10 @@ class Trainer:
     def _relay(self, *, begun: bool = True) -> None:
         """Pass on what was written since; begun: lines that were only begun as well, because nothing follows."""
         # The trainer writes through the same description of the file, so its position is not ours to move.
-        data = os.pread(self._words.fileno(), 1 << 20, self._passed_on)
+        end = os.fstat(self._words.fileno()).st_size
+        if end - self._passed_on > _LAST_WORDS:  # libraries may have said a lot; what matters comes last
+            self._passed_on = end - _LAST_WORDS
+        data = os.pread(self._words.fileno(), _LAST_WORDS, self._passed_on)
         if not begun:
             data = data[: data.rfind(b"\n") + 1]
         self._passed_on += len(data)

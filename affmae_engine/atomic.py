@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from typing import Any
 from affmae_engine.errors import REASONS, ResourceError, human_bytes
 
 PARTIAL_SUFFIX = ".partial"
+_LONGEST_STEM = 120
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
@@ -169,7 +171,10 @@ def sweep(folder: Path, name: str = "") -> int:
         name: only leftovers of this final name, where several processes may be writing side by side.
     """
     count = 0
-    for entry in folder.glob(f".{glob.escape(short_stem(name)) + '.' if name else ''}*{PARTIAL_SUFFIX}"):
+    start = f".{short_stem(name)}." if name else "."
+    for entry in folder.glob(f"{glob.escape(start)}*{PARTIAL_SUFFIX}"):
+        if name and "." in entry.name[len(start) : -len(PARTIAL_SUFFIX)]:
+            continue  # of a longer name that begins with this one
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -213,8 +218,15 @@ def _partial_name(path: Path) -> Path:
 
 
 def short_stem(name: str) -> str:
-    """A name cut so that a 255-byte final one still has a legal hidden one beside it."""
-    return name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
+    """A name of at most 120 bytes, so that a 255-byte final one still has a legal hidden one beside it.
+
+    What is cut off is made up for by a hash of the whole, so that different names never share a hidden one.
+    """
+    whole = name.encode("utf-8", "surrogateescape")
+    if len(whole) <= _LONGEST_STEM:
+        return name
+    digest = hashlib.sha256(whole).hexdigest()[:16]
+    return f"{whole[: _LONGEST_STEM - 1 - len(digest)].decode('utf-8', 'ignore')}-{digest}"
 
 
 def _free_bytes(path: Path) -> int:

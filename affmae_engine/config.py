@@ -142,7 +142,8 @@ class TrainConfig(Section):
     """Images per optimizer step, over all processes and accumulation."""
     micro_batch: Positive | Literal["auto"] | None = None
     """Images per forward pass on one device; `auto` measures what fits this card, None takes the whole share of
-    `batch_size`. Changes memory and speed, not the result; halved by itself when memory runs out."""
+    `batch_size`. Changes memory and speed; the result only by rounding and by what dropout draws. Halved by itself
+    when memory runs out."""
     precision: Precision = "auto"
     """`auto` is bf16 on a CUDA card that has it, fp16 on an older one, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -231,7 +232,7 @@ class KernelsConfig(Section):
     """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
     compile: bool | Literal["auto"] = "auto"
     """Fuse the layers between the operations with torch.compile; `auto`: on a card that runs the kernels, for runs of
-    at least 2000 steps, since it costs two minutes the first time."""
+    at least 2000 steps, since it costs two minutes the first time; a resumed run goes on as it was."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Record the pretraining step once and replay it; `auto`: on a card that runs the kernels."""
 

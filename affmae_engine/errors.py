@@ -95,6 +95,10 @@ REASONS = {
     errno.ESTALE: "the network file system has lost it",
     errno.ENOTCONN: "the network file system is not connected",
     errno.ETIMEDOUT: "the network file system does not answer",
+    errno.EHOSTDOWN: "the network file system's server is down",
+    errno.ENOMEM: "there is not enough memory",
+    errno.EMFILE: "this process has too many files open",
+    errno.ENFILE: "this machine has too many files open",
 }
 """What the system says of a file that cannot be used, in words."""
 _OF_THE_USER = {
@@ -105,6 +109,13 @@ _OF_THE_USER = {
     errno.ENAMETOOLONG: "check the path",
     errno.ELOOP: "check the path",
 }
+_OF_THE_MACHINE = {
+    errno.ENOMEM: "close other programs, then run the same command again",
+    errno.EMFILE: "allow more with `ulimit -n`, then run the same command again",
+    errno.ENFILE: "close other programs, then run the same command again",
+}
+_OF_THE_DISK = "see to the disk, then run the same command again"
+_PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, *_OF_THE_MACHINE}
 
 
 def of_system(error: BaseException | None) -> AffmaeError | None:
@@ -117,7 +128,22 @@ def of_system(error: BaseException | None) -> AffmaeError | None:
             message = f"cannot use {os.fsdecode(error.filename)}: {REASONS[error.errno]}"
             if error.errno in _OF_THE_USER:
                 return InputError(message, _OF_THE_USER[error.errno])
-            return ResourceError(message, "see to the disk, then run the same command again")
+            return ResourceError(message, _OF_THE_MACHINE.get(error.errno, _OF_THE_DISK))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def passing(error: BaseException | None) -> tuple[str, str] | None:
+    """(reason, hint) when a read failed, itself or behind another exception, for want of something on this machine.
+
+    A share that is away for a moment, memory or descriptors that are short: nothing is known against the file, and
+    the same read may well succeed later. None where the reason is another one. Decoders name no file in such errors,
+    so the caller has to, which sets this apart from `of_system`.
+    """
+    while error is not None:
+        code = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        if code in _PASSING:
+            return REASONS[code], _OF_THE_MACHINE.get(code, _OF_THE_DISK)
         error = error.__cause__ or error.__context__
     return None
 

@@ -17,7 +17,7 @@ import socket
 import stat
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,9 +136,12 @@ class RunDir:
         """Whether this is a run directory (it has a resolved config)."""
         return self.config.is_file()
 
-    def holds(self, path: Path) -> bool:
-        """Whether a path is the run's folder or lies in it, links followed."""
-        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
+    def refuse_to_replace(self, read: Iterable[Path]) -> None:
+        """Raises ConfigError when one of the paths that are to be read lies in this run, links followed."""
+        here = os.path.realpath(self.root)
+        for path in read:
+            if Path(os.path.realpath(path)).is_relative_to(here):
+                raise ConfigError(f"{path} lies in the run that is to be replaced", "choose another -o/--out")
 
     def write_config(self, config: RunConfig, task: str) -> None:
         """Write the resolved config as TOML with the task it belongs to."""
@@ -160,13 +163,13 @@ class RunDir:
             ) from error
         except OSError as error:
             raise InputError(f"cannot read {self.config}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CorruptError(f"{self.config} is not valid TOML: {error}", "restore it from a copy") from error
         except ValidationError as error:
             problem = error.errors()[0]
             where = "".join(f"{part}." for part in problem["loc"]).rstrip(".")
             text = f"{where}: {problem['msg']}" if where else problem["msg"]
             raise CorruptError(f"{self.config}: {text}", "was the run made by another version?") from error
+        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or numbers and nesting beyond all bounds
+            raise CorruptError(f"{self.config} is not valid TOML: {error}", "restore it from a copy") from error
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """A JSON file of the run as a dict; empty when it is absent or unreadable."""
@@ -256,7 +259,7 @@ def open_run(root: Path) -> RunDir:
     """
     if not root.is_dir():
         raise InputError(f"no such run: {root}", _nearest_runs(root))
-    run = RunDir(root)
+    run = RunDir(root if root.name not in ("", "..") else root.resolve())  # a run is known by its name
     if not run.exists():
         raise InputError(f"{root} is not a run directory: it has no config.toml", _nearest_runs(root))
     return run

@@ -33,10 +33,13 @@ _ALL = slice(None)
 
 @dataclass
 class Findings:
-    """What was found. checked: parts that are whole. problems: damage. notes: what is unfinished, but not damaged."""
+    """What was found. checked: parts that are whole. problems: damage. notes: what is unfinished, but not damaged.
+
+    kind: None where it could not be told, let alone checked.
+    """
 
     path: Path
-    kind: Kind
+    kind: Kind | None
     checked: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -59,7 +62,7 @@ def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findi
 
     Raises:
         InputError: nothing there, or nothing that affmae wrote.
-        CorruptError: so damaged that its parts are not even known.
+        CorruptError: so damaged that its parts, or what it is, are not even known.
     """
     if StorePaths(path).ledger.exists():
         return _dataset(path, on_part)
@@ -69,11 +72,21 @@ def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findi
         return Findings(path, "prediction", problems=[f"{path} is unfinished: run the same `affmae predict` again"])
     if not path.exists():
         raise InputError(f"no such dataset, run or prediction: {path}", "check the path")
-    if not path.is_dir() and (not path.is_file() or recorded_fingerprint(path) is None):
+    if not path.is_dir() and not _is_label_file(path):
         raise InputError(f"{path} was not written by affmae", "name a dataset, a run or the labels of a prediction")
     if path.is_dir() and not is_ours(path):
         raise InputError(f"{path} is neither a dataset, a run nor a prediction", "name one that affmae wrote")
     return _prediction(path, on_part)
+
+
+def _is_label_file(path: Path) -> bool:
+    """Whether `affmae predict` wrote this file."""
+    try:
+        return recorded_fingerprint(path) is not None
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):  # its content was not even seen
+            raise
+        raise CorruptError(error.message, "if it is a prediction, predict it again") from error
 
 
 def _dataset(path: Path, on_part: Callable[[str], None]) -> Findings:
@@ -125,11 +138,16 @@ def _prediction(path: Path, on_part: Callable[[str], None]) -> Findings:
     if journal.folder_of(path).is_dir():
         found.notes.append("another prediction to the same place is unfinished")
     if path.is_file():
-        (source,) = open_sources(path, labels=True)
-        with source:
-            for z in range(source.info.shape_ZYX[0]):
-                on_part(f"section {z}")
-                found.take(lambda z=z: source.read(slice(z, z + 1), _ALL, _ALL))  # type: ignore[misc]
+        try:
+            sources = open_sources(path, labels=True)
+        except InputError as error:
+            found.problems.append(error.message)
+            return found
+        for source in sources:
+            with source:
+                for z in range(source.info.shape_ZYX[0]):
+                    on_part(f"section {z}")
+                    found.take(lambda s=source, z=z: s.read(slice(z, z + 1), _ALL, _ALL))  # type: ignore[misc]
         return found
     for file, part in _shards(path):
         on_part(str(file.relative_to(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from affmae_cli.options import (
 from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
 from affmae_cli.processes import several
 from affmae_cli.trainer_process import dashboard_wanted, train_in_dashboard
-from affmae_engine.errors import ConfigError
+from affmae_engine.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,7 +109,7 @@ def finetune(
     else:
         from affmae_cli.settings import resolve
 
-        resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags)
+        resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         resolved, note = _follow(resolved, init_from)
         if dry_run:
             output.show_dry_run(resolved, as_json=json)
@@ -118,7 +119,7 @@ def finetune(
         run, summary, report = _begin(
             resolved, sources, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard
         )
-    _show(run, summary, report, as_json=json)
+    _show(run, summary, report, as_json=json, quiet=quiet)
 
 
 class _Sources:
@@ -134,6 +135,17 @@ class _Sources:
     ) -> None:
         self.images, self.labels, self.val_images, self.val_labels = images, labels, val_images, val_labels
         self.pixel_nm = parse_pixel_size(pixel_size)
+
+    def files(self) -> list[Path]:
+        """What was named, and every image that is found there; what is wrong with it is for `gather` to say."""
+        from affmae_engine.data.readers import find_files
+
+        named = [*self.images, *self.labels, *self.val_images, *self.val_labels]
+        found = [Path(name).expanduser() for name in named]
+        for name in named:
+            with contextlib.suppress(InputError):
+                found += find_files([name])
+        return found
 
     def gather(self, config: RunConfig) -> LabelledSet:
         """Pair and check everything."""
@@ -189,8 +201,8 @@ def _begin(
     choice = pick_device(resolved.config.train)
     if out is not None and out.exists() and not overwrite:
         create(out)  # refuses now, not after the labels were read
-    if out is not None and init_from is not None and RunDir(out).holds(init_from):
-        raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
+    if out is not None:
+        RunDir(out).refuse_to_replace([*sources.files(), *([init_from] if init_from else [])])
     labelled = sources.gather(resolved.config)
     if not quiet:
         for line in (labelled.summary, *labelled.checked.notes):
@@ -270,7 +282,7 @@ def _transfer_table(report: TransferReport) -> Table:
     return table
 
 
-def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_json: bool) -> None:
+def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
     from affmae_cli.score_table import show_scores
@@ -287,7 +299,8 @@ def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_js
         show_scores({"": Score(best.metrics["iou"], best.metrics["dice"], best.per_class, {})})
     score = f", best mean IoU {number(best.metrics['iou'])} at step {best.step}" if best is not None else ""
     output.show(f"{run.root}: {summary.step} steps in {duration(summary.seconds)}{score}")
-    output.say(f"affmae predict STACK -m {run.root}", label="next", style="bold cyan")
+    if not quiet:
+        output.say(f"affmae predict STACK -m {run.root}", label="next", style="bold cyan")
 
 
 def _best_evaluation(run: RunDir) -> Evaluated | None:

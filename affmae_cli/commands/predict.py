@@ -22,8 +22,9 @@ from affmae_cli.options import (
 from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
+    from affmae_engine.data.labels.checks import CheckedLabels
     from affmae_engine.data.readers import Source
-    from affmae_engine.predict.files import Outcome
+    from affmae_engine.predict.files import Outcome, Plan
     from affmae_engine.predict.outputs import Outputs
     from affmae_engine.predict.predictor import Predictor
     from affmae_engine.predict.score import Score
@@ -87,7 +88,8 @@ def predict(
 
     Labels go to -o: a .tif (ImageJ TIFF, BigTIFF above 4 GB), a .zarr (OME-Zarr), or a folder. Without it, to
     predictions/NAME-labels.tif in the working directory. A stack that was stopped or killed half way is continued by
-    the same command; of a folder, --resume passes over what is complete.
+    the same command; of a folder, --resume passes over what is complete. Earlier results and true labels that lie in
+    folders are no inputs.
     """
     from affmae_cli.score_table import show_scores
     from affmae_engine.errors import ConfigError
@@ -133,9 +135,10 @@ def segment(
 ) -> tuple[Outcome, Score | None]:
     """Predict with progress on stderr, and score where true labels are given; these are checked first."""
     from affmae_cli.prediction_progress import showing
+    from affmae_engine.errors import Interrupted
     from affmae_engine.predict import files
     from affmae_engine.predict.identity import is_finished
-    from affmae_engine.predict.score import read_truth, score
+    from affmae_engine.predict.score import score
     from affmae_engine.train.signals import StopRequest
 
     def finished(source: Source, outputs: Outputs) -> bool:
@@ -148,11 +151,10 @@ def segment(
         overlay=targets.overlay,
         overwrite=options.overwrite,
         protect=[predictor.weights],
+        truth=labels or (),
         finished=finished if options.resume else None,
     )
-    known, truth = predictor.metadata, None
-    if labels:
-        truth = read_truth(sources, labels, class_names=known.class_names, ignore_label=known.ignore_label)
+    truth = _truth(sources, planned, labels, predictor) if labels else None
     if not quiet:
         there = f", {len(planned.finished)} finished before" if planned.finished else ""
         output.say(f"{len(planned.jobs)} image{'s' * (len(planned.jobs) != 1)} to {planned.out}{there}")
@@ -160,11 +162,34 @@ def segment(
         showing(len(planned.jobs) + len(planned.refused), quiet=quiet) as view,
         StopRequest(view.on_signal).installed() as stop,
     ):
-        outcome = files.run(
-            planned, predictor, options,
-            on_progress=view.progress, on_report=view.report, on_refused=view.refused, stop=stop,
-        )  # fmt: skip
+        try:
+            outcome = files.run(
+                planned, predictor, options,
+                on_progress=view.progress, on_report=view.report, on_refused=view.refused, stop=stop,
+            )  # fmt: skip
+        except Interrupted as stopped:
+            if len(planned.jobs) + len(planned.finished) > 1:  # finished ones would be in the way
+                stopped.hint = "run it again with --resume (and without --labels) to go on from there"
+            raise
     return outcome, None if truth is None else score(outcome.reports, truth)
+
+
+def _truth(sources: Sequence[Path], planned: Plan, labels: Sequence[Path], predictor: Predictor) -> CheckedLabels:
+    """The true labels of what was planned; where they do not fit, inputs that were passed over may be why."""
+    from affmae_engine.errors import InputError
+    from affmae_engine.predict.score import read_truth
+
+    known = predictor.metadata
+    try:
+        return read_truth(
+            sources, labels, class_names=known.class_names, ignore_label=known.ignore_label, files=planned.files
+        )
+    except InputError as error:
+        if not planned.refused:
+            raise
+        count, first = len(planned.refused), planned.refused[0].reason
+        passed_over = f"passed over before: {count} input{'s' * (count != 1)}, the first: {first}"
+        raise InputError(f"{error.message}\n{passed_over}", error.hint) from error
 
 
 def _options(

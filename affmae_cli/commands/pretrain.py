@@ -87,12 +87,12 @@ def pretrain(
     else:
         from affmae_cli.settings import resolve
 
-        resolved = resolve("pretrain", preset=preset, config_file=config, overrides=set_, flags=flags)
+        resolved = resolve("pretrain", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         if dry_run:
             output.show_dry_run(resolved, as_json=json)
             return
         run, summary = _begin(resolved, data, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard)
-    _show(run, summary, as_json=json)
+    _show(run, summary, as_json=json, quiet=quiet)
 
 
 def _begin(
@@ -110,8 +110,8 @@ def _begin(
 
     if out is not None and out.exists() and not overwrite:
         create(out)  # refuses now, not after the data was read
-    if out is not None and init_from is not None and RunDir(out).holds(init_from):
-        raise ConfigError(f"--init-from {init_from} lies in the run that is to be replaced", "choose another -o/--out")
+    if out is not None:
+        RunDir(out).refuse_to_replace([*(data or [DEFAULT_DATA]), *([init_from] if init_from else [])])
     store = _open_store(data)
     # Only now, for loading torch takes seconds: a mistyped name is told at once.
     from affmae_engine.train.device import pick_device
@@ -171,7 +171,7 @@ def _open_store(data: list[Path] | None) -> Store:
     return Store.open(paths[0])
 
 
-def _show(run: RunDir, summary: Summary, *, as_json: bool) -> None:
+def _show(run: RunDir, summary: Summary, *, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
     from affmae_engine.train.report import number
@@ -183,6 +183,6 @@ def _show(run: RunDir, summary: Summary, *, as_json: bool) -> None:
         f", best held-out loss {number(-summary.best_score)} at step {summary.best_step}" if summary.best_score else ""
     )
     output.show(f"{run.root}: {summary.step} steps{best}")
-    output.say(
-        f"affmae finetune --images IMAGES --labels LABELS --init-from {run.root}", label="next", style="bold cyan"
-    )
+    if not quiet:
+        then = f"affmae finetune --images IMAGES --labels LABELS --init-from {run.root}"
+        output.say(then, label="next", style="bold cyan")

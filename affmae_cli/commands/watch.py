@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -49,7 +50,9 @@ def watch(
     It only reads the run's directory: on this machine or on a mounted disk, and leaving it never touches the training.
     """
     columns_rows = _parse_size(size)
-    terminal = all(stream.isatty() for stream in (sys.stdin, sys.stdout))
+    terminal = os.environ.get("TERM", "dumb") != "dumb" and all(
+        stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)
+    )
     if not (terminal or once or export or json):
         raise ConfigError("the dashboard needs a terminal", "--once prints a summary, --export saves a picture")
     root = _find(run, ask=terminal and not (once or export or json))
@@ -59,7 +62,7 @@ def watch(
         from affmae_cli.dashboard.app import export_screen
 
         export_screen(root, export, size=columns_rows, screen=screen)
-        output.show(f"{export}")
+        (output.say if json else output.show)(f"{export}")  # beside JSON, nothing else is a result
     if not (once or export or json):
         from affmae_cli.dashboard.app import run_dashboard
 

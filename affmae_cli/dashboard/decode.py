@@ -69,6 +69,8 @@ class Segment:
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Known = float | None
+_Time = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+"""Seconds since 1970, within what calendars can show."""
 _IN_JSON: dict[Any, Any] = {
     int: _Count,
     float: _Known,
@@ -82,7 +84,8 @@ _IN_JSON: dict[Any, Any] = {
 def _rare(event: type[Event]) -> type[msgspec.Struct]:
     # Its values are not used, it only proves that the line is what it says; the line is then read as an event.
     hints = get_type_hints(event)
-    known = [(f.name, _IN_JSON.get(hints[f.name], hints[f.name]), f) for f in fields(event)]
+    types = {name: _IN_JSON.get(hint, hint) for name, hint in hints.items()} | {"time": _Time}
+    known = [(f.name, types[f.name], f) for f in fields(event)]
     wanted = [(name, kind) for name, kind, f in known if f.default is MISSING and f.default_factory is MISSING]
     others = [(name, kind, None) for name, kind, f in known if (name, kind) not in wanted]
     return msgspec.defstruct(f"_{event.kind}", [*wanted, *others], tag_field="kind", tag=event.kind, gc=False)
@@ -97,7 +100,7 @@ _Step = msgspec.defstruct(
 )
 _System = msgspec.defstruct(
     "_System",
-    [("time", float), *((name, _Known, None) for name in SYSTEM_COLUMNS)],
+    [("time", _Time), *((name, _Known, None) for name in SYSTEM_COLUMNS)],
     tag_field="kind",
     tag=SystemSampled.kind,
     gc=False,
@@ -107,6 +110,11 @@ _RARE = (
     _Started,
     *(_rare(event) for event in EVENTS.values() if event not in (StepLogged, SystemSampled, RunStarted)),
 )
+_whole: dict[Any, msgspec.json.Decoder[Any]] = {
+    _Step: msgspec.json.Decoder(_rare(StepLogged)),
+    _System: msgspec.json.Decoder(_rare(SystemSampled)),
+}
+"""For the newest line of each kind, which is shown whole, what is not drawn over the run included."""
 _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Union[_Step, _System, *_RARE])
 _step_values, _system_values = operator.attrgetter(*STEP_COLUMNS), operator.attrgetter(*SYSTEM_COLUMNS)
 
@@ -135,8 +143,11 @@ def decode(data: bytes, offset: int = 0) -> Iterator[Segment]:
 
 def _segment(data: bytes, lines: Sequence[Any], edge_N: np.ndarray, offset: int) -> Segment:
     def event(index: int) -> Event | None:
-        with contextlib.suppress(UnicodeDecodeError):
-            return from_line(data[edge_N[index] : edge_N[index + 1]].decode("utf-8"))
+        line = data[edge_N[index] : edge_N[index + 1]]
+        with contextlib.suppress(UnicodeDecodeError, msgspec.MsgspecError):
+            if type(lines[index]) in _whole:
+                _whole[type(lines[index])].decode(line)
+            return from_line(line.decode("utf-8"))
         return None
 
     segment = Segment()

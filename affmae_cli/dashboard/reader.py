@@ -8,6 +8,7 @@ while a long run is opened.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ class RunReader:
         self.problem = ""
         self._tail = LineTail(self.run.metrics)
         self._exit_code, self._clock, self._now = exit_code, clock, now
-        self._opening = True
+        self._opening, self._begun = True, False
         self._sketch: RunState | None = None
         self._holder, self._holder_at = Holder("unknown"), -math.inf
         self._heard = self._progressed = (0.0, clock())
@@ -101,7 +102,10 @@ class RunReader:
         self._listen(before)
         self._opening = self._opening and lines.more
         self._read_config()
-        if self._tail.refusal:
+        self._begun = self._begun or self.state.started is not None
+        if self._begun and self.state.started is None and not os.path.isdir(self.run.root):  # noqa: PTH112 (never raises)
+            self.status = Status("gone", f"{self.run.root} was removed or renamed")
+        elif self._tail.refusal:
             self.status = Status("waiting", self._tail.refusal.message, self._tail.refusal.hint)
         elif self._opening:
             self.status = self._reading()

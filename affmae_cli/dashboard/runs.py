@@ -79,7 +79,7 @@ def glance(root: Path) -> RunRow:
     environment, best = run.read_json(run.environment), run.read_json(run.best)
     task = state.task or str(environment.get("task", ""))
     value = best.get("value")
-    score = float(value) if isinstance(value, (int, float)) else math.nan
+    score = float(value) if isinstance(value, float) else math.nan
     return RunRow(
         root=root,
         task=task,

@@ -95,7 +95,7 @@ class RunState:
         """Optimizer steps taken."""
         if self.ended is not None:
             return self.ended.step
-        if self.latest is not None and self._current():
+        if self.latest is not None and self.current:
             return self.latest.step
         return self.started.step if self.started is not None else 0
 
@@ -121,9 +121,14 @@ class RunState:
         """Seconds to the end of the whole run; 0 when it ended, NaN when it cannot be told."""
         if self.ended is not None:
             return 0.0
-        if self.latest is None or self.left or not self._current():
+        if self.latest is None or self.left or not self.current:
             return math.nan
         return max(0.0, self.latest.eta_s - max(0.0, now - self.latest.time))
+
+    @property
+    def current(self) -> bool:
+        """Whether the newest step line is of the newest process. Lines are in order, their clocks need not be."""
+        return self._lines > 0
 
     @property
     def on_cpu(self) -> bool:
@@ -151,7 +156,7 @@ class RunState:
     @property
     def work_under_way(self) -> str:
         """What the trainer does besides steps just now, as far as the configuration tells; "" for nothing."""
-        if self.latest is None or self.config is None or self.ended is not None or not self._current():
+        if self.latest is None or self.config is None or self.ended is not None or not self.current:
             return ""
         train, step = self.config.train, self.latest.step
         done = {type(event) for event in list(self.recent)[-20:] if getattr(event, "step", -1) == step}
@@ -178,19 +183,15 @@ class RunState:
         collapse = collapse_verdict(ranks, self.highest_ranks, possible)
         return [*found, collapse] if collapse is not None else found
 
-    def _current(self) -> bool:
-        """Whether the newest step line is of the newest process."""
-        return self.latest is not None and self.started is not None and self.latest.time >= self.started.time
-
     def _steps(self, batch: StepBatch) -> None:
+        if self.latest is not None and self.current and batch.last.time > self.latest.time:
+            self._intervals.append((batch.last.time - self.latest.time) / len(batch.step_N))
         self.steps.add(batch.step_N, batch.columns, batch.offset_N)
         if self._lines == 1:  # the first line has the start of the data workers in it
             self._waits.clear()
         waits = batch.columns["data_wait"][1 if self._lines == 0 and len(batch.step_N) > 1 else 0 :]
         self._waits = deque([*self._waits, *waits[-5:].tolist()], 5)
         self._lines += len(batch.step_N)
-        if self.latest is not None and self._current() and batch.last.time > self.latest.time:
-            self._intervals.append((batch.last.time - self.latest.time) / len(batch.step_N))
         self.latest = batch.last
         self.last_time = self.last_progress = batch.last.time
 

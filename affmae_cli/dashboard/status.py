@@ -70,7 +70,7 @@ def status_of(state: RunState, life: Life) -> Status:
     limit = _limit(state)
     if life.progress_s > limit:
         return _stalled(state, life, limit)
-    if state.latest is None or state.latest.time < state.started.time:
+    if not state.current:
         return Status("waiting", f"waiting for the first step, {duration(life.progress_s)} so far")
     return Status("running", work or "training")
 

@@ -2,7 +2,7 @@
 
 A change counts only where it is larger than the measured spread: where the intervals of the two figures (fastest to
 slowest round of a step, 20th to 80th percentile of an operation, mean ± standard deviation of a score) do not touch.
-Memory has no spread; there 1 % counts.
+Memory has no spread; there 1 % counts. A score of one seed has none that is known, so it gets no verdict.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from affmae_engine.bench.report import SCHEMA, Table
 from affmae_engine.errors import InputError
 
 Record = Mapping[str, Any]
-Verdict = Literal["better", "worse", "within the spread", "only before", "only now"]
+Verdict = Literal["better", "worse", "within the spread", "no spread known", "only before", "only now"]
 
 RESULTS = "results.json"
 MEMORY_TOLERANCE = 0.01
@@ -38,11 +38,10 @@ _CIRCUMSTANCES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A value and the interval that it was measured to lie in; they are equal where no spread is known."""
+    """A value and the interval that it was measured to lie in, which is None where no spread is known."""
 
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,17 @@ def _change(what: str, metric: Metric, old: Record | None, new: Record | None) -
             what, metric.name, metric.unit, before.value if before else None, now.value if now else None, None, verdict
         )
     percent = 100 * (now.value - before.value) / before.value if before.value else None
-    verdict = "within the spread"
-    if now.low > before.high or now.high < before.low:
-        verdict = "better" if (now.value > before.value) == metric.rising else "worse"
-    return Change(what, metric.name, metric.unit, before.value, now.value, percent, verdict)
+    return Change(
+        what, metric.name, metric.unit, before.value, now.value, percent, _verdict(before, now, rising=metric.rising)
+    )
+
+
+def _verdict(before: Figure, now: Figure, *, rising: bool) -> Verdict:
+    if before.interval is None or now.interval is None:
+        return "no spread known"
+    if now.interval[0] > before.interval[1] or now.interval[1] < before.interval[0]:
+        return "better" if (now.value > before.value) == rising else "worse"
+    return "within the spread"
 
 
 def _warnings(old: Record, new: Record) -> Iterator[str]:
@@ -174,27 +180,27 @@ def _percentiles(name: str, part: str) -> Metric:
 
     def read(record: Record) -> Figure | None:
         found = record[part]
-        return None if found is None else Figure(found["ms"], found["low_ms"], found["high_ms"])
+        return None if found is None else Figure(found["ms"], (found["low_ms"], found["high_ms"]))
 
     return Metric(name, "ms", False, read)
 
 
 def _rounds(record: Record) -> Figure | None:
     """Milliseconds of a step with the fastest and the slowest round."""
-    return None if record["ms"] is None else Figure(record["ms"], record["least_ms"], record["most_ms"])
+    return None if record["ms"] is None else Figure(record["ms"], (record["least_ms"], record["most_ms"]))
 
 
 def _memory(record: Record) -> Figure | None:
     gib = record["allocated_gib"]
     margin = MEMORY_TOLERANCE / 2
-    return None if gib is None else Figure(gib, gib * (1 - margin), gib * (1 + margin))
+    return None if gib is None else Figure(gib, (gib * (1 - margin), gib * (1 + margin)))
 
 
 def _score(record: Record) -> Figure | None:
     if record["miou"] is None:
         return None
-    spread = record["spread"] or 0.0
-    return Figure(record["miou"], record["miou"] - spread, record["miou"] + spread)
+    miou, spread = record["miou"], record["spread"]
+    return Figure(miou, None if spread is None else (miou - spread, miou + spread))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from affmae_engine.bench.timing import Timing, step_times
 from affmae_engine.config import TrainConfig
 from affmae_engine.errors import first_line
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
-from affmae_engine.train.memory import out_of_memory
+from affmae_engine.train.memory import free_memory, out_of_memory
 from affmae_engine.train.step import EAGER_STEPS
 
 
@@ -70,6 +70,7 @@ def _measure(result: Measurement, request: Request, choice: DeviceChoice) -> Non
         return
     ways = [_timed(step, request, network, choice.device)]
     del step
+    free_memory(choice.device)  # the optimizer's moments do not count for what comes next
     notes = []
     if case.model == "vit-mae" and case.vit_mode == "auto" and network.recordable:
         notes.append(_note("recorded step", partial(_record_too, ways, request, choice, batches)))
@@ -94,7 +95,7 @@ def _record_too(ways: list[_Steps], request: Request, choice: DeviceChoice, batc
 
 def _warm_up(step: Call, request: Request, network: Network, device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what compilation left behind
+        free_memory(device)  # what compilation left behind
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(max(request.warmup, EAGER_STEPS + 2) if network.recorded else request.warmup):
         step()

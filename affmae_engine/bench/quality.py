@@ -205,7 +205,8 @@ class PartResult:
 
     seconds: all of it. train_s: its training steps, which the budget pays for; startup_s: what the first steps took
     beyond that (compiling, recording, first data). loss: of the last steps. held_out_loss: of a pretraining, on the
-    test part. miou and dice: means over the classes of the test part. per_class: {name: {"iou", "dice", "pixels"}}.
+    test part. Both are of the model's last output alone, which both families have. miou and dice: means over the
+    classes of the test part. per_class: {name: {"iou", "dice", "pixels"}}.
     """
 
     size: str

@@ -95,6 +95,8 @@ def how(document: Record) -> list[str]:
         f"{duration(document['finetune_budget_s'])}.",
         "From scratch every layer has the full learning rate; decay by layers is for pretrained weights alone.",
         "The model of the last step is scored; no checkpoint was chosen by its score.",
+        "The held-out loss is the mean squared error of the model's last output at the masked pixels of the test part. "
+        "What AFFMAE is trained on besides, the outputs of two earlier decoder steps, is not in it.",
         "Both models share masks, loss, optimizer, schedule, augmentation and the settings of the preset; ± is the "
         "standard deviation over seeds (weights, crops, masks and the choice of labelled sections).",
         "A share is rounded to whole sections, one at least. Mean IoU is over the classes that occur in the test part.",

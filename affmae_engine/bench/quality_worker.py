@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def train_part(work: Work, store: Store, parts: Parts, runs: Path, tell: Tell) -
         traceback.print_exception(error, file=sys.stderr)
         result.status, result.note = _status(error), first_line(error)
     shutil.rmtree(run.checkpoints, ignore_errors=True)  # gigabytes that nobody asked for
-    _take_times(result, pace)
+    _take_times(result, pace, work)
     result.seconds = time.monotonic() - begun
     return result
 
@@ -173,19 +173,27 @@ def _take_scores(result: PartResult, pace: Pace) -> None:
         raise AffmaeError("the run ended without a score")
     metrics = pace.evaluated.metrics
     if result.stage == "pretrain":
-        result.held_out_loss = metrics["loss"]
+        result.held_out_loss = metrics["last"]
     else:
         result.miou, result.dice = metrics["iou"], metrics["dice"]
         result.per_class = pace.evaluated.per_class
 
 
-def _take_times(result: PartResult, pace: Pace) -> None:
+def _take_times(result: PartResult, pace: Pace, work: Work) -> None:
     if pace.last is None or pace.started is None:
         return
     result.train_s, result.startup_s, result.step_s = pace.train_s, pace.startup_s, pace.step_s
-    result.parameters, result.loss = pace.started.parameters, pace.last.losses.get("loss")
+    result.parameters, result.loss = pace.started.parameters, _loss_of_last_output(pace.last.losses, work)
     if torch.cuda.is_available() and pace.warmup == WARMUP_STEPS["cuda"]:
         result.memory_gib = pace.last.memory_peak_gib
+
+
+def _loss_of_last_output(losses: Mapping[str, float], work: Work) -> float:
+    """What both models have: without the losses of AFFMAE's intermediate decoder steps, which ViT-MAE has none of."""
+    if work.part.stage == "pretrain":
+        return losses["last"]
+    finetune = RunConfig.model_validate(work.config).finetune
+    return finetune.focal_weight * losses["focal"] + finetune.dice_weight * losses["dice"]
 
 
 def _warmup(config: RunConfig) -> int:

@@ -3,8 +3,9 @@
 Files are scanned by their headers first, so that totals are known; then images are written band by band (one shard of
 the store at a time, see `store_layout.py`) by a pool of threads. At most one band per thread is in memory. An image is
 identified by the SHA-256 of its file, its series, its channel and its labels: what is already in the store is not read
-again, and half an image left by an interrupted run is continued at the first missing band. A file that cannot be read
-is skipped with its reason, and nothing of it stays in the store.
+again, and half an image left by an interrupted run is continued at the first missing band. A damaged file is
+skipped with its reason, and nothing of it stays in the store. What says nothing about a file, such as a share that is
+away for a moment or memory that is short, ends the run, and all that was written is kept for the next one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from affmae_engine import atomic
 from affmae_engine.data.contact_sheet import write_contact_sheet
-from affmae_engine.data.ingest_job import Candidate, Job, describe, wished_names
+from affmae_engine.data.ingest_job import Candidate, Job, absolute, describe, wished_names
 from affmae_engine.data.readers import PixelSize, Source, find_files, scan_sources
 from affmae_engine.data.readers.files import natural_key
 from affmae_engine.data.statistics import Statistics, pool
@@ -115,6 +116,7 @@ def ingest(
     Raises:
         InputError: nothing was found to read, or labels do not fit their image.
         ConfigError, BusyError, CorruptError, ResourceError: see `StoreWriter`.
+        ResourceError: also when a source cannot be read just now; the same call goes on from what was written.
     """
     run = _Run(store_path, labels or {}, pixel_nm, channel, workers or min(8, os.cpu_count() or 1))
     run.on_progress = on_progress or (lambda progress: None)
@@ -130,7 +132,7 @@ def ingest(
             run.write(writer, candidates)
         run.tidy(writer, candidates)
         run.write_manifest(writer)
-    _finish_report(run.report, existed)
+    _finish_report(run.report, keep=existed or run.report.interrupted or bool(run.kept))
     run.report.seconds = time.monotonic() - started
     return run.report
 
@@ -148,6 +150,8 @@ class _Run:
         self.report = IngestReport(store_path)
         self.on_progress: Callable[[IngestProgress], None]
         self.should_stop: Callable[[], bool]
+        self.kept: set[str] = set()
+        """Halves of images to be continued when their files may be read again."""
         self._done_bytes = self._total_bytes = self._finished = self._images = 0
 
     def scan(self, files: Sequence[Path]) -> list[Candidate]:
@@ -163,9 +167,9 @@ class _Run:
                 try:
                     images, refused = job.result()
                     found += [Candidate(image, self.labels.get(source_key(image))) for image in images]
-                    self.report.skipped += [Skipped(str(path), e.message, e.hint) for e in refused]
+                    self.report.skipped += [Skipped(absolute(path), e.message, e.hint) for e in refused]
                 except InputError as error:
-                    self.report.skipped.append(Skipped(str(path), error.message, error.hint))
+                    self.report.skipped.append(Skipped(absolute(path), error.message, error.hint))
                 self.on_progress(IngestProgress("scan", number, len(files), path.name))
         return found
 
@@ -203,11 +207,11 @@ class _Run:
             try:
                 plan = describe(candidate, writer.images.values(), self.channel, self.pixel_nm)
             except InputError as error:
-                self._skip(str(info.path), error, info.nbytes)
+                self._skip(absolute(info.path), error, info.nbytes)
                 continue
             name = known.get(plan.identity_key)
             if name is not None:
-                self.report.present.append(Present(str(info.path), info.series, name))
+                self.report.present.append(Present(absolute(info.path), info.series, name))
                 if (
                     self.pixel_nm is not None
                     and name in writer.images
@@ -233,32 +237,34 @@ class _Run:
         self._advance(nbytes if job.failure is None else 0, Path(job.path).name)
         if job.outstanding == 0 and (job.failure is not None or job.complete):
             job.close()
-            if job.failure is not None:
+            if job.failure is None:
+                job.failure = job.changed()
+                if job.failure is not None:
+                    self._skip(job.path, job.failure, 0)
+            if job.failure is None:
+                self.report.taken.append(job.finish())
+                self._advance(0, Path(job.path).name, images=1)
+            elif job.half_is_sound:
+                self.kept.add(job.name)
+            else:
                 writer.drop(job.name)
-                return
-            changed = job.changed()
-            if changed is not None:
-                self._skip(job.path, changed, 0)
-                writer.drop(job.name)
-                return
-            self.report.taken.append(job.finish())
-            self._advance(0, Path(job.path).name, images=1)
 
     def tidy(self, writer: StoreWriter, candidates: Sequence[Candidate]) -> None:
         """Remove halves of images whose source is gone or was changed since."""
         if self.report.interrupted:
             return
-        seen = {str(candidate.image.info.path) for candidate in candidates}
+        seen = {absolute(candidate.image.info.path) for candidate in candidates}
         for name, identity in writer.unfinished().items():
             path = str(identity.get("path"))
-            if path in seen or not Path(path).exists():
+            if name not in self.kept and (path in seen or _is_gone(path)):
                 writer.drop(name)
 
     def write_manifest(self, writer: StoreWriter) -> None:
         """Write what was taken and skipped, keeping earlier refusals of files that were not part of this run."""
         images = sorted(writer.images.values(), key=lambda image: natural_key(image.name))
-        again = {s.path for s in self.report.skipped} | {image.source_path for image in images}
-        earlier = [s for s in _earlier_skipped(writer.paths.manifest) if s.get("path") not in again]
+        again = {s.path for s in self.report.skipped} | {p.path for p in self.report.present}
+        again |= {image.source_path for image in images}
+        earlier = [s for s in _earlier_skipped(writer.paths.manifest) if absolute(str(s.get("path"))) not in again]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         skipped = [{"path": s.path, "reason": s.reason, "hint": s.hint, "time": now} for s in self.report.skipped]
         taken = [{k: v for k, v in image.to_dict().items() if v not in ("", None)} for image in images]
@@ -277,12 +283,12 @@ class _Run:
         )
 
 
-def _finish_report(report: IngestReport, existed: bool) -> None:
-    """Fill in what concerns the whole dataset; a store that was made for nothing is removed again."""
+def _finish_report(report: IngestReport, *, keep: bool) -> None:
+    """Fill in what concerns the whole dataset; a store that was made for nothing is removed again unless `keep`."""
     try:
         store = Store.open(report.store)
     except InputError:
-        if not existed and not report.interrupted:
+        if not keep:
             shutil.rmtree(report.store, ignore_errors=True)
         return
     report.images = len(store.images)
@@ -291,6 +297,11 @@ def _finish_report(report: IngestReport, existed: bool) -> None:
     if report.taken or not overview.exists():
         write_contact_sheet(store, overview)
     report.overview = overview
+
+
+def _is_gone(path: str) -> bool:
+    """Whether a file was deleted; where its folder is not to be seen either, a disk or share may only be away."""
+    return os.path.isdir(os.path.dirname(path)) and not os.path.lexists(path)  # noqa: PTH112, PTH120 (as recorded)
 
 
 def _any_path(sources: Sequence[str | Path | Source]) -> bool:

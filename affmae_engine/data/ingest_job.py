@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from affmae_engine.data.readers import PixelSize, Source, SourceInfo
-from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers.files import Original, size_and_mtime
 from affmae_engine.data.readers.limits import refuse_large_piece
 from affmae_engine.data.readers.source import Refused, reading
 from affmae_engine.data.statistics import StatisticsBuilder
@@ -28,6 +28,7 @@ from affmae_engine.data.store_writer import StoreWriter
 from affmae_engine.errors import InputError
 
 _READ = 8 << 20
+_FORMER_VERSION = "a former version of the file is in the dataset too; the two never face each other in a split"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def describe(
 ) -> StoredImage:
     """The record of an image before its pixels were read: everything but name and statistics.
 
-    The file is hashed, unless an image of the same path, size and modification time is in the store.
+    The file is hashed, unless an image of the same path, size and modification time is in the store. A file that was
+    taken before with another content gets a note: both versions are kept, because a training under way may be reading
+    the former one, and what lay under that name may be nowhere else.
 
     Raises:
         InputError: the file cannot be read, or the labels do not fit it.
@@ -51,29 +54,26 @@ def describe(
     info, labels = candidate.image.info, candidate.labels
     with reading(info.path, info.series):
         size, mtime = size_and_mtime(info.path)
-    sha = next(
-        (
-            image.sha256
-            for image in known
-            if (image.source_path, image.source_size, image.source_mtime_ns) == (_path(info.path), size, mtime)
-        ),
-        None,
-    )
+    path = absolute(info.path)
+    before = [image for image in known if image.source_path == path]
+    untouched = [image for image in before if (image.source_size, image.source_mtime_ns) == (size, mtime)]
     with reading(info.path, info.series):
         _, shard = chunk_shapes(info.shape_ZYX, info.dtype.itemsize)
         band = math.prod(shard) * info.dtype.itemsize
         refuse_large_piece(band, "a band of rows of it", "cut it into narrower images")
-        sha = sha or content_hash(info.path)
+        sha = untouched[0].sha256 if untouched else content_hash(info.path)
+    same_image = [image for image in before if (image.source_series, image.channel) == (info.series, channel)]
+    replaced = any(image.sha256 != sha for image in same_image)
     plan = StoredImage(
         name="",
         shape_ZYX=info.shape_ZYX,
         dtype=info.dtype,
         pixel_nm=pixel_nm or info.pixel_nm,
         statistics=StatisticsBuilder(info.dtype).finish(),
-        source_path=_path(info.path),
+        source_path=path,
         source_series=info.series,
         sha256=sha,
-        notes=info.notes,
+        notes=info.notes + ((_FORMER_VERSION,) if replaced else ()),
         format=info.format,
         value_offset=info.value_offset,
         channel=channel,
@@ -137,8 +137,9 @@ class Job:
     def __init__(self, writer: StoreWriter, candidate: Candidate, plan: StoredImage, wished: str) -> None:
         identity = plan.identity
         self.name = writer.begun(identity) or writer.free_name(wished)
-        self.path = str(candidate.image.info.path)
+        self.path = absolute(candidate.image.info.path)
         self.nbytes = candidate.image.info.nbytes
+        self._original = Original(candidate.image.info.path, (plan.source_size, plan.source_mtime_ns))
         self.failure: InputError | None = None
         self.outstanding = 0
         self.written = 0
@@ -171,8 +172,8 @@ class Job:
         """Write one band, or only measure it when an earlier run wrote it; returns its bytes of pixels.
 
         Raises:
-            InputError: the source is damaged there.
-            ResourceError: the store cannot be written to.
+            InputError: the source is damaged there, or may not be read.
+            ResourceError: the source cannot be read just now, or the store cannot be written to.
         """
         if self.failure is not None:
             return 0
@@ -191,15 +192,27 @@ class Job:
         return grey.nbytes
 
     def changed(self) -> InputError | None:
-        """The reason to refuse the image if its file is not the one that was hashed."""
-        image = self._writer.image
+        """The reason to refuse the image if its file is not the one that was hashed, or cannot be asked.
+
+        Raises:
+            ResourceError: it cannot be asked just now.
+        """
         try:
-            same = size_and_mtime(Path(self.path)) == (image.source_size, image.source_mtime_ns)
-        except OSError:
-            same = False
-        if same:
-            return None
+            with reading(Path(self.path)):
+                if not self._original.changed():
+                    return None
+        except InputError as error:
+            return error
         return InputError(f"cannot take {self.path}: it changed while it was read", "ingest it when it is complete")
+
+    @property
+    def half_is_sound(self) -> bool:
+        """Whether the failure says nothing against what was read before: the file may not be read, or is not there."""
+        cause = self.failure.__cause__ if self.failure is not None else None
+        # Chunks of a Zarr folder that is not there were read as empty, perhaps for some time already.
+        return isinstance(cause, PermissionError) or (
+            isinstance(cause, FileNotFoundError) and not self._original.is_folder
+        )
 
     def finish(self) -> StoredImage:
         """Record the finished image and return its record."""
@@ -268,9 +281,10 @@ def _feed(digest: hashlib._Hash, path: Path) -> None:
             digest.update(chunk)
 
 
-def _path(path: Path) -> str:
+def absolute(path: Path | str) -> str:
+    """A path as the store records it."""
     return os.path.abspath(path)  # noqa: PTH100 (links are kept: they are how the user named the file)
 
 
 def _parents(path: Path) -> list[str]:
-    return [part for part in Path(_path(path)).parent.parts if part != os.sep]
+    return [part for part in Path(absolute(path)).parent.parts if part != os.sep]

@@ -85,6 +85,13 @@ def sections_of(store: Store, regions: Sequence[Region]) -> list[Section]:
     return found
 
 
+def labelled_pixels(store: Store, sections: Sequence[Section], ignore_label: int | None) -> list[int]:
+    """Labelled pixels of each section; nothing is read where no label says "not labelled"."""
+    if ignore_label is None:
+        return [section.height * section.width for section in sections]
+    return [int(np.count_nonzero(section.labels(store, ignore_label) != IGNORE)) for section in sections]
+
+
 @dataclass(frozen=True)
 class ClassIndex:
     """How often the classes occur, and where to find them.

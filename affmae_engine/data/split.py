@@ -2,8 +2,10 @@
 
 Neighbouring sections of a stack are near-copies, so a stack, and likewise a numbered series of equally large images,
 gives one contiguous block at one of its ends, and the sections beside the block belong to neither part. Images that
-stand alone are held out whole. Unusual: an image without companions (or just one) gives a strip of rows.
-Everything is decided by the seed and by the images' names and shapes, not by the order they come in.
+stand alone are held out whole. Unusual: an image without companions (or just one) gives a strip of rows. And what may
+show the same, images of equal content (labelled twice) and former versions of a file that was ingested again, stays on
+one side: section by section where the shapes agree; otherwise former versions belong to neither part of what is cut.
+Everything is decided by the seed and by the images' records, not by the order they come in.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +43,14 @@ class SplitImage(Protocol):
     def pixel_nm(self) -> tuple[float | None, float | None, float | None]: ...
     @property
     def series_group(self) -> str: ...
+    @property
+    def source_path(self) -> str: ...
+    @property
+    def source_series(self) -> str: ...
+    @property
+    def source_mtime_ns(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -62,21 +72,53 @@ class Split:
     val: list[Region]
 
 
+_Place = tuple[str, int]
+"""A section: image name and z."""
+
+_Usable = Mapping[str, Collection[int]] | None
+
+
 @dataclass(frozen=True)
 class _Unit:
-    """One stack, one series of single sections, or one single image: what must not be torn apart at random."""
+    """One stack, one series of single sections, or one single image: what must not be torn apart at random.
+
+    sections: in their physical order; each is the places that show it, of which only usable ones are listed, so it may
+    be empty and count for distances alone. others: sections of former versions with other shapes.
+    """
 
     key: str
-    sections: tuple[tuple[str, int], ...]  # (image name, z) in their physical order
+    sections: tuple[tuple[_Place, ...], ...]
+    others: tuple[_Place, ...]
     shape_YX: tuple[int, int]
     thickness_nm: float | None
 
     @property
+    def usable(self) -> list[int]:
+        """Numbers of the sections that are not empty."""
+        return [number for number, places in enumerate(self.sections) if places]
+
+    @property
     def weight(self) -> int:
-        return len(self.sections) * self.shape_YX[0] * self.shape_YX[1]
+        return sum(map(len, self.sections)) * self.shape_YX[0] * self.shape_YX[1]
+
+    def regions(self, numbers: Iterable[int]) -> list[Region]:
+        """These sections, as few regions as possible."""
+        return _as_regions(place for number in numbers for place in self.sections[number])
+
+    def whole(self) -> list[Region]:
+        return self.regions(self.usable) + _as_regions(self.others)
 
 
-def split(images: Sequence[SplitImage], fraction: float, *, seed: int) -> Split:
+@dataclass(frozen=True)
+class _Family:
+    """Images that may show the same: the one that stands for them, those of its shape, those of another."""
+
+    lead: SplitImage
+    alike: tuple[SplitImage, ...]
+    others: tuple[SplitImage, ...]
+
+
+def split(images: Sequence[SplitImage], fraction: float, *, seed: int, usable: _Usable = None) -> Split:
     """Divide images into a training and a held-out part.
 
     Args:
@@ -84,18 +126,17 @@ def split(images: Sequence[SplitImage], fraction: float, *, seed: int) -> Split:
         fraction: share of the pixels to hold out, 0 to below 1; 0 holds nothing out. Met approximately: blocks are
             whole sections, and data that stands alone is held out as whole images.
         seed: decides which images, and which end of a stack.
+        usable: the sections, by image name, that are worth anything to either part (those with labels); None: all.
 
     Returns:
         the split; `val` is empty when `fraction` is 0 or the data is too small to be divided (one tiny image).
     """
-    units = _units(images)
     train, val = [], []
     alone = []
-    for unit in units:
-        count = round(fraction * len(unit.sections))
-        gap = _gap_sections(unit)
-        if count >= 1 and len(unit.sections) - count - gap >= 1:
-            kept, held = _cut_sections(unit, count, gap, seed)
+    for unit in _units(images, usable):
+        count = round(fraction * len(unit.usable))
+        kept, held = _cut_sections(unit, count, _gap_sections(unit), seed)
+        if kept and held:
             train += kept
             val += held
         else:
@@ -109,7 +150,7 @@ def split(images: Sequence[SplitImage], fraction: float, *, seed: int) -> Split:
         val += held
     for unit in alone:
         if unit is not cut:
-            (val if unit in held_whole else train).extend(_as_regions(unit.sections))
+            (val if unit in held_whole else train).extend(unit.whole())
     return Split(sorted(train, key=_region_order), sorted(val, key=_region_order))
 
 
@@ -119,51 +160,102 @@ def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts if part)
 
 
-def _units(images: Iterable[SplitImage]) -> list[_Unit]:
-    series: dict[tuple[str, tuple[int, int]], list[SplitImage]] = {}
+def _units(images: Iterable[SplitImage], usable: _Usable) -> list[_Unit]:
+    """Everything that has a usable section, in natural order."""
+    series: dict[tuple[str, tuple[int, int]], list[_Family]] = {}
     units = []
-    for image in images:
-        depth, height, width = image.shape_ZYX
+    for family in _families(images):
+        depth, height, width = family.lead.shape_ZYX
         if depth == 1:
-            series.setdefault((image.series_group, (height, width)), []).append(image)
+            series.setdefault((family.lead.series_group, (height, width)), []).append(family)
         elif depth > 1:
-            sections = tuple((image.name, z) for z in range(depth))
-            units.append(_Unit(image.name, sections, (height, width), image.pixel_nm[0]))
-    for (_, shape_YX), members in series.items():
-        ordered = sorted(members, key=lambda image: natural_key(image.name))
-        sections = tuple((image.name, 0) for image in ordered)
-        units.append(_Unit(ordered[0].name, sections, shape_YX, ordered[0].pixel_nm[0]))
-    return sorted(units, key=lambda unit: natural_key(unit.key))
+            units.append(_unit([family], usable))
+    for members in series.values():
+        # Not by the store's names, from which long ones lost their end, and with it their number.
+        units.append(_unit(sorted(members, key=lambda family: _physical_order(family.lead)), usable))
+    return sorted((unit for unit in units if unit.usable), key=lambda unit: natural_key(unit.key))
+
+
+def _unit(families: Sequence[_Family], usable: _Usable) -> _Unit:
+    """One stack, or single images in their physical order."""
+
+    def places(images: Iterable[SplitImage], sections: Iterable[int]) -> tuple[_Place, ...]:
+        found = [(image.name, z) for z in sections for image in images]
+        return tuple((name, z) for name, z in found if usable is None or z in usable.get(name, ()))
+
+    first = families[0].lead
+    return _Unit(
+        first.name,
+        tuple(places(family.alike, (z,)) for family in families for z in range(first.shape_ZYX[0])),
+        tuple(p for family in families for one in family.others for p in places([one], range(one.shape_ZYX[0]))),
+        first.shape_ZYX[1:],
+        first.pixel_nm[0],
+    )
+
+
+def _families(images: Iterable[SplitImage]) -> list[_Family]:
+    """Images that come from one place or have one content, whichever channel was taken, together."""
+    found: dict[tuple[str, str, str], list[SplitImage]] = {}
+    for image in images:
+        members = [image]
+        for key in _relations(image):
+            members += [one for one in found.get(key, ()) if one not in members]
+        found |= {key: members for one in members for key in _relations(one)}
+    return [_family(members) for members in {id(members): members for members in found.values()}.values()]
+
+
+def _relations(image: SplitImage) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+    return ("place", image.source_path, image.source_series), ("content", image.sha256, image.source_series)
+
+
+def _family(members: Iterable[SplitImage]) -> _Family:
+    """The last version of each file may stand for all; of several the first in order, so that a series keeps to one."""
+    ordered = sorted(members, key=_physical_order)
+    latest = {_relations(one)[0]: one for one in sorted(ordered, key=lambda one: one.source_mtime_ns)}
+    lead = min(latest.values(), key=_physical_order)
+    alike = tuple(one for one in ordered if one.shape_ZYX == lead.shape_ZYX)
+    return _Family(lead, alike, tuple(one for one in ordered if one.shape_ZYX != lead.shape_ZYX))
+
+
+def _physical_order(image: SplitImage) -> tuple[object, ...]:
+    return natural_key(image.source_path), natural_key(image.source_series), natural_key(image.name)
 
 
 def _gap_sections(unit: _Unit) -> int:
     """Sections dropped beside a held-out block: `GAP_NM` of material, but never more than a tenth of a short stack."""
     wanted = math.ceil(GAP_NM / unit.thickness_nm) if unit.thickness_nm else GAP_SECTIONS
-    return max(1, min(wanted, len(unit.sections) // 10))
+    return max(1, min(wanted, len(unit.usable) // 10))
 
 
 def _cut_sections(unit: _Unit, count: int, gap: int, seed: int) -> tuple[list[Region], list[Region]]:
-    """Hold out `count` sections at the end that the seed chooses."""
-    sections = unit.sections
+    """Hold out `count` usable sections at the end that the seed chooses; either part may turn out empty."""
+    numbers = unit.usable
+    if not 1 <= count < len(numbers):
+        return unit.regions(numbers), []
     if _draw(seed, unit.key) < 0.5:
-        return _as_regions(sections[count + gap :]), _as_regions(sections[:count])
-    return _as_regions(sections[: len(sections) - count - gap]), _as_regions(sections[len(sections) - count :])
+        held = numbers[:count]
+        kept = [number for number in numbers if number > held[-1] + gap]
+    else:
+        held = numbers[-count:]
+        kept = [number for number in numbers if number < held[0] - gap]
+    return unit.regions(kept), unit.regions(held)
 
 
 def _cut_anyhow(unit: _Unit, fraction: float, seed: int) -> tuple[list[Region], list[Region]]:
     """Divide the only data there is: sections when there are at least three, else rows; not at all when tiny."""
-    if len(unit.sections) >= 3:
-        return _cut_sections(unit, max(1, min(round(fraction * len(unit.sections)), len(unit.sections) - 2)), 1, seed)
+    count = len(unit.usable)
+    if count >= 3:
+        return _cut_sections(unit, max(1, min(round(fraction * count), count - 2)), 1, seed)
     height = unit.shape_YX[0]
     rows = round(max(fraction, LEAST_STRIP) * height)
     gap = min(GAP_ROWS, max(1, height // 10))
     if rows < 1 or height - rows - gap < 1:
-        return _as_regions(unit.sections), []
+        return unit.whole(), []
     if _draw(seed, unit.key) < 0.5:
         kept, held = (rows + gap, height), (0, rows)
     else:
         kept, held = (0, height - rows - gap), (height - rows, height)
-    regions = _as_regions(unit.sections)
+    regions = unit.regions(unit.usable)
     return [Region(r.name, r.z0, r.z1, *kept) for r in regions], [Region(r.name, r.z0, r.z1, *held) for r in regions]
 
 
@@ -184,15 +276,16 @@ def _choose_whole(units: list[_Unit], fraction: float, seed: int, *, needed: boo
     return chosen
 
 
-def _as_regions(sections: Sequence[tuple[str, int]]) -> list[Region]:
+def _as_regions(places: Iterable[_Place]) -> list[Region]:
     """Consecutive sections of one image become one region."""
-    regions: list[Region] = []
-    for name, z in sections:
-        if regions and regions[-1].name == name and regions[-1].z1 == z:
-            regions[-1] = Region(name, regions[-1].z0, z + 1)
+    regions: dict[str, list[Region]] = {}
+    for name, z in places:
+        mine = regions.setdefault(name, [])
+        if mine and mine[-1].z1 == z:
+            mine[-1] = Region(name, mine[-1].z0, z + 1)
         else:
-            regions.append(Region(name, z, z + 1))
-    return regions
+            mine.append(Region(name, z, z + 1))
+    return [region for mine in regions.values() for region in mine]
 
 
 def _draw(seed: int, key: str) -> float:

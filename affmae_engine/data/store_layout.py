@@ -106,10 +106,13 @@ class StoredImage:
 
     @property
     def series_group(self) -> str:
-        """Equal for the files of one numbered series: folder and name with every number replaced by `#`."""
+        """Equal for the images of one numbered series: folders, file name and name inside the file, numbers as `#`.
+
+        Sections may be numbered in any of them: files of a folder, a folder for each, arrays of a group.
+        """
         path = Path(self.source_path)
-        group = re.sub(r"[0-9]+", "#", path.stem)
-        return f"{path.parent}/{group}" + (f"[{self.source_series}]" if self.source_series else "")
+        named = f"{path.parent}/{path.stem}" + (f"[{self.source_series}]" if self.source_series else "")
+        return re.sub(r"[0-9]+", "#", named)
 
     @property
     def identity_key(self) -> tuple[str, str, int | None, str]:

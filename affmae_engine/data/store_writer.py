@@ -44,6 +44,7 @@ from affmae_engine.errors import BusyError, ConfigError
 _ZSTD_LEVEL = 3
 _WRITE_ALL = {"write_empty_chunks": True}  # an all-zero chunk is a fact about the image, not an absence
 _GROUP = {"zarr_format": 3, "node_type": "group"}
+_RESERVED = "zarr.json"  # lies in the folder of the images; `safe_name` yields no name that begins with a dot
 
 
 class StoreWriter:
@@ -101,7 +102,7 @@ class StoreWriter:
 
     def free_name(self, wished: str) -> str:
         """A safe array name that is not yet used in this store."""
-        return safe_name(wished, {name.lower() for name in (*self._state.images, *self._state.begun)})
+        return safe_name(wished, {_RESERVED, *(name.lower() for name in (*self._state.images, *self._state.begun))})
 
     def begin(
         self, name: str, identity: dict[str, Any], image: StoredImage, labels_dtype: np.dtype[Any] | None
@@ -142,6 +143,8 @@ class StoreWriter:
             ledgers.write_compact(self.paths.ledger, ledgers.LedgerState())
         self._state = ledgers.replay(self.paths.ledger)
         self.ledger = ledgers.Ledger(self.paths.ledger, self._state.valid_bytes)
+        for name in [name for name in self._state.begun if name.lower() == _RESERVED]:
+            self.drop(name)  # an earlier version began it, and could not make its folder
         for name in self._state.begun:
             for labels in (False, True):
                 atomic.sweep(self.paths.node(name, labels=labels))

@@ -15,6 +15,7 @@ from affmae_engine.data.readers import Source, find_files, scan_sources
 from affmae_engine.data.store_layout import safe_name
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.predict import outputs
+from affmae_engine.predict.identity import is_result
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, PredictProgress, PredictReport, predict
@@ -36,12 +37,14 @@ class Refused:
 class Plan:
     """Every image to predict with its outputs; `out` is the file or folder that all of them are in.
 
-    finished: label files that an earlier call of the same prediction completed.
+    files: where the images are, as they were found below the inputs. finished: label files that an earlier call of the
+    same prediction completed.
     """
 
     jobs: list[tuple[Source, Outputs]]
     refused: list[Refused]
     out: Path
+    files: tuple[Path, ...] = ()
     finished: tuple[Path, ...] = ()
 
 
@@ -62,15 +65,18 @@ def plan(
     overlay: bool = True,
     overwrite: bool = False,
     protect: Sequence[Path] = (),
+    truth: Sequence[Path] = (),
     finished: Callable[[Source, Outputs], bool] | None = None,
 ) -> Plan:
     """Find the images and decide every output's name.
 
     Args:
-        inputs: files, folders, patterns.
-        out: a .tif, .tiff or .zarr for one image, or a folder; None is `predictions/NAME-labels.tif` for a file and
-            `predictions/FOLDER/` for a folder, in the working directory.
+        inputs: files, folders, patterns. What folders and patterns hold of earlier results is passed over.
+        out: a .tif, .tiff or .zarr for one image, or a folder; None is, in the working directory,
+            `predictions/NAME-labels.tif` for a file, `predictions/FOLDER/` for a folder, `predictions/` for anything
+            else.
         protect: further paths that no output may touch (the weights).
+        truth: files, folders, patterns of true labels, which are passed over like earlier results.
         finished: whether an image's outputs are there, complete and the very ones wanted (`identity.is_finished`);
             such an image is left out, and incomplete ones are completed. None refuses outputs that exist.
 
@@ -90,8 +96,8 @@ def plan(
         raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
     folder = _folder(inputs, out, single=single, named_file=named_file)
     ending = "-labels" if single else ""
-    jobs, refused = [], []
-    for file, relative in _found(inputs, folder):
+    jobs, refused, readable = [], [], []
+    for file, relative in _found(inputs, folder, truth):
         try:
             sources, problems = scan_sources(file)
         except InputError as error:
@@ -99,6 +105,7 @@ def plan(
                 raise
             refused.append(Refused(file, error.message))
             continue
+        readable.append(file)
         refused += [Refused(file, problem.message) for problem in problems]
         if named_file and len(sources) > 1:
             raise ConfigError(f"{file} holds {len(sources)} images, which need a folder", "name one with -o/--out")
@@ -111,7 +118,7 @@ def plan(
     _check_all(jobs, overwrite or finished is not None, protect)
     done = [targets.labels for source, targets in jobs if finished is not None and finished(source, targets)]
     jobs = [(source, targets) for source, targets in jobs if targets.labels not in done]
-    return Plan(jobs, refused, where, tuple(done))
+    return Plan(jobs, refused, where, tuple(readable), tuple(done))
 
 
 def _named(file: Path, sources: Sequence[Source]) -> Iterator[tuple[Source, str]]:
@@ -167,27 +174,38 @@ def _folder(inputs: Sequence[Path], out: Path | None, *, single: bool, named_fil
     """The folder that results go to."""
     if out is not None:
         return out.parent if named_file else out
-    return DEFAULT_FOLDER if single or len(inputs) > 1 else DEFAULT_FOLDER / Path(inputs[0]).resolve().name
+    first = Path(inputs[0]).expanduser()
+    one_folder = len(inputs) == 1 and not single and first.is_dir()
+    return DEFAULT_FOLDER / first.resolve().name if one_folder else DEFAULT_FOLDER
 
 
-def _found(inputs: Sequence[Path], folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Files with their folder relative to the input they came from; earlier results in `folder` are passed over."""
+def _found(inputs: Sequence[Path], folder: Path, truth: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """Files with their folder relative to the input they came from.
+
+    Passed over, unless named outright: true labels, earlier results wherever they lie, and everything in a folder of
+    results that lies inside the folder that is searched. One that it lies in may hold any other images as well.
+    """
+    drawn = {os.path.realpath(file) for file in find_files(truth)} if truth else set()
     seen: set[str] = set()
-    found_any = False
     results = Path(os.path.realpath(folder))
+    found_any = False
     for source in inputs:
         base = Path(source).expanduser()
         files = find_files([source])
-        below = base.is_dir() and files != [base]
+        named = files == [base]
+        below = base.is_dir() and not named
+        within = below and Path(os.path.realpath(base)) in results.parents
         for file in files:
             real = os.path.realpath(file)
-            if real in seen or (below and results in Path(real).parents):
+            inner = within and results in Path(real).parents
+            if real in seen or (not named and (inner or real in drawn or is_result(file))):
                 continue
             seen.add(real)
             found_any = True
             yield file, file.parent.relative_to(base) if below else Path()
     if not found_any:
-        raise InputError(f"there are only results of predictions in {', '.join(map(str, inputs))}")
+        what = "true labels and results of predictions" if truth else "results of predictions"
+        raise InputError(f"there are only {what} in {', '.join(map(str, inputs))}", "name the images")
 
 
 def _check_all(jobs: Sequence[tuple[Source, Outputs]], overwrite: bool, protect: Sequence[Path]) -> None:

@@ -5,6 +5,7 @@ Outputs carry a hash over it, so that a finished one is known again when a folde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -16,11 +17,13 @@ from tifffile import TiffFile
 
 from affmae_engine.data.readers import Source
 from affmae_engine.data.readers.files import size_and_mtime
-from affmae_engine.data.readers.source import reading
-from affmae_engine.errors import ConfigError
+from affmae_engine.data.readers.formats import sniff
+from affmae_engine.data.readers.source import Refused, reading
+from affmae_engine.data.readers.tiff import logged_errors_fail
+from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.predict import journal
 from affmae_engine.predict.ome_zarr import ATTRIBUTE
-from affmae_engine.predict.outputs import Outputs
+from affmae_engine.predict.outputs import OVERLAY_ENDING, TIFF_SUFFIXES, ZARR_SUFFIX, Outputs
 from affmae_engine.predict.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -61,13 +64,20 @@ def is_finished(source: Source, predictor: Predictor, targets: Outputs, options:
     """Whether every output of this very prediction is there; False as well when there are none or only some.
 
     Raises:
-        ConfigError: the labels there were made by another prediction, or by something else.
+        ConfigError: the labels there were made by another prediction, or by something else, or are damaged.
         InputError: the image is gone.
     """
     if not targets.labels.exists():
         return False
     wanted = fingerprint(made_from(source, predictor, targets, options))
-    if recorded_fingerprint(targets.labels) != wanted:
+    try:
+        recorded = recorded_fingerprint(targets.labels)
+    except InputError as error:
+        raise ConfigError(
+            f"there is an output already that cannot be used: {error.message}",
+            "replace it with --overwrite, or choose another -o/--out",
+        ) from error
+    if recorded != wanted:
         raise ConfigError(
             f"{targets.labels} exists and was made with another model, image or options",
             "replace it with --overwrite, or choose another -o/--out",
@@ -75,16 +85,43 @@ def is_finished(source: Source, predictor: Predictor, targets: Outputs, options:
     return all(path.exists() for path in targets.all) and not journal.folder_of(targets.labels).exists()
 
 
+def is_result(file: Path) -> bool:
+    """Whether `affmae predict` wrote this: labels, probabilities, or a picture that lies beside its labels."""
+    candidates = [file]
+    if file.name.endswith(OVERLAY_ENDING):
+        stem = file.name.removesuffix(OVERLAY_ENDING)
+        endings = (inner + suffix for suffix in (*TIFF_SUFFIXES, ZARR_SUFFIX) for inner in ("", ".ome"))
+        candidates = [file.with_name(stem + ending) for ending in endings]
+    for candidate in candidates:
+        with contextlib.suppress(InputError):  # what cannot be read is for whoever reads it as an image to report
+            if recorded_fingerprint(candidate) is not None:
+                return True
+    return False
+
+
 def recorded_fingerprint(labels: Path) -> str | None:
-    """The fingerprint that a label file carries; None where there is none that can be read."""
-    try:
-        if labels.is_dir():
+    """The fingerprint that a label file carries; None where something else wrote what stands there.
+
+    Raises:
+        InputError: a file that is empty, or a TIFF that cannot be read: nobody knows what wrote it.
+    """
+    if labels.is_dir():
+        try:
             attributes = json.loads((labels / "zarr.json").read_text("utf-8"))["attributes"]
             found = attributes[ATTRIBUTE].get("fingerprint")
-            return found if isinstance(found, str) else None
-        with TiffFile(labels) as file:
-            text = str((file.imagej_metadata or {}).get("Info", "")) or file.ome_metadata or ""
-    except Exception:  # whatever stands there, it is not ours
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return found if isinstance(found, str) else None
+    if not labels.is_file():
         return None
+    with reading(labels):
+        with labels.open("rb") as handle:
+            head = handle.read(16)
+        if not head:
+            raise Refused("it is empty")
+        if sniff(head) != "tiff":
+            return None
+        with logged_errors_fail(), TiffFile(labels) as file:
+            text = str((file.imagej_metadata or {}).get("Info", "")) or file.ome_metadata or ""
     match = _IN_TEXT.search(text)
     return match[1] if match else None

@@ -15,6 +15,7 @@ from affmae_engine.predict.ome_zarr import ATTRIBUTE
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 ZARR_SUFFIX = ".zarr"
+OVERLAY_ENDING = "-overlay.png"
 COMPRESSION = 8
 """Labels compress at least this well in practice; used to ask for disk space before starting."""
 SLACK_BYTES = 1 << 24
@@ -36,7 +37,7 @@ class Outputs:
     @property
     def overlay(self) -> Path | None:
         """Picture of a few sections with their labels, when wanted."""
-        return self._beside("-overlay.png") if self.with_overlay else None
+        return self._beside(OVERLAY_ENDING) if self.with_overlay else None
 
     @property
     def is_zarr(self) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from affmae_engine.data.readers import Source
 from affmae_engine.data.statistics import Statistics
+from affmae_engine.errors import AffmaeError, one_line
 from affmae_engine.predict.label_rows import LabelRows
 from affmae_engine.visualize import overlay, save_png, to_grey
 
@@ -34,8 +35,11 @@ class OverlayPicture:
     def __init__(self, shape_ZYX: tuple[int, int, int]) -> None:
         depth, height, width = shape_ZYX
         self.sections = sorted({(2 * i + 1) * depth // (2 * SECTIONS) for i in range(SECTIONS)})
-        self.step = -(-max(height, width) // LONGEST_EDGE)
-        self._shape = max(1, height // self.step), max(1, width // self.step)
+        step = -(-max(height, width) // LONGEST_EDGE)
+        self._step = min(step, height), min(step, width)  # an edge shorter than a block is one block
+        self._shape = height // self._step[0], width // self._step[1]
+        self.path: Path | None = None
+        """Where it was written, once it is."""
         self._labels = {z: np.zeros(self._shape, np.uint32) for z in self.sections}
 
     def add(self, piece: LabelRows) -> None:
@@ -43,13 +47,14 @@ class OverlayPicture:
         target = self._labels.get(piece.z)
         if target is None:
             return
-        half = self.step // 2
-        first = -(-max(0, piece.first_row - half) // self.step)
-        last = min(self._shape[0], -(-max(0, piece.first_row + len(piece.labels_RX) - half) // self.step))
+        down, across = self._step
+        half = down // 2
+        first = -(-max(0, piece.first_row - half) // down)
+        last = min(self._shape[0], -(-max(0, piece.first_row + len(piece.labels_RX) - half) // down))
         if last <= first:
             return
-        rows = np.arange(first, last) * self.step + half - piece.first_row
-        columns = np.arange(self._shape[1]) * self.step + half
+        rows = np.arange(first, last) * down + half - piece.first_row
+        columns = np.arange(self._shape[1]) * across + across // 2
         target[first:last] = piece.labels_RX[rows][:, columns]
 
     def save(self, path: Path, source: Source, statistics: Statistics, class_names: Sequence[str]) -> None:
@@ -72,17 +77,28 @@ class OverlayPicture:
         coloured = np.concatenate([np.zeros_like(labels_YX), _gap(*gap, 0), labels_YX])
         save_png(path, overlay(doubled, coloured, class_names))
 
+    def attempt(self, path: Path, source: Source, statistics: Statistics, class_names: Sequence[str]) -> list[str]:
+        """Like `save`, but returns what went wrong as a warning; none when nothing did."""
+        try:
+            self.save(path, source, statistics, class_names)
+        except Exception as error:  # a picture must never cost the labels of this image and of those after it
+            reason = error.message if isinstance(error, AffmaeError) else f"cannot draw {path}: {one_line(error)}"
+            return [f"there is no picture of {source.info.name}: {reason}"]
+        self.path = path
+        return []
+
     def _reduced(self, source: Source, z: int) -> np.ndarray:
-        """Means of step x step blocks of a section, read a few rows at a time; float32."""
+        """Means over the blocks of a section, read a few rows at a time; float32."""
         rows, columns = self._shape
-        step = self.step
-        width = columns * step
+        down, across = self._step
+        width = columns * across
         result = np.empty(self._shape, np.float32)
-        together = max(1, (1 << 22) // (width * step))
+        together = max(1, (1 << 22) // (width * down))
         for first in range(0, rows, together):
             last = min(rows, first + together)
-            block = source.read(slice(z, z + 1), slice(first * step, last * step), slice(0, width))[0]
-            result[first:last] = block.astype(np.float32).reshape(last - first, step, columns, step).mean(axis=(1, 3))
+            block = source.read(slice(z, z + 1), slice(first * down, last * down), slice(0, width))[0]
+            blocks = block.astype(np.float32).reshape(last - first, down, columns, across)
+            result[first:last] = blocks.mean(axis=(1, 3))
         return result
 
 

@@ -35,15 +35,25 @@ class Score:
 
 
 def read_truth(
-    inputs: Sequence[Path], truth: Sequence[Path], *, class_names: Sequence[str], ignore_label: int | None
+    inputs: Sequence[Path],
+    truth: Sequence[Path],
+    *,
+    class_names: Sequence[str],
+    ignore_label: int | None,
+    files: Sequence[Path] | None = None,
 ) -> CheckedLabels:
     """Pair inputs with their true labels and check these; nothing is predicted yet.
+
+    Args:
+        inputs: as the user named them; names of labels are compared below these.
+        files: what is predicted of them (`files.Plan.files`); None is everything.
 
     Raises:
         InputError: lists every input without labels, labels of another size, values that are no class.
         ConfigError: the labels are masks of other classes than the model's.
     """
-    return check_labels(pair_labels(inputs, truth), class_names=class_names, ignore_label=ignore_label)
+    pairing = pair_labels(inputs, truth, image_files=files)
+    return check_labels(pairing, class_names=class_names, ignore_label=ignore_label)
 
 
 def score(reports: Sequence[PredictReport], truth: CheckedLabels) -> Score:
@@ -60,7 +70,7 @@ def score(reports: Sequence[PredictReport], truth: CheckedLabels) -> Score:
         if pair is None:
             raise InputError(f"{report.source} has no labels to be scored against", "give labels for every input")
         here = Confusion(len(truth.class_names))
-        with open_sources(report.labels)[0] as predicted, pair.labels as true:
+        with open_sources(report.labels, labels=True)[0] as predicted, pair.labels as true:
             _count(predicted, true, truth.ignore_label, here)
         total += here
         per_image[pair.name] = mean(here.iou())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,8 +22,9 @@ import numpy as np
 
 from affmae_engine import atomic
 from affmae_engine.data.readers import PixelSize, Source
-from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers.files import Original
 from affmae_engine.data.readers.limits import memory_budget
+from affmae_engine.data.readers.source import reading
 from affmae_engine.data.statistics import Statistics, measure
 from affmae_engine.errors import InputError, Interrupted, ResourceError, human_bytes
 from affmae_engine.predict import outputs
@@ -120,7 +121,8 @@ class _Run:
     counts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.read_from = size_and_mtime(self.source.info.path)
+        with reading(self.source.info.path):
+            self.original = Original(self.source.info.path)
         self.counts = np.zeros(self.predictor.classes, np.int64)
         self.tiling = Tiling(self.predictor.tile(self.options.tile), self.options.overlap)
         self.scale = choose_scale(
@@ -154,9 +156,11 @@ class _Run:
             self.notes.append(f"went on from row {self.done[1]} of section {self.done[0]}, where it had ended before")
 
     def require_unchanged(self) -> None:
-        """Raises InputError when the image is not the one that was opened."""
+        """Raises InputError when the image is not the one that was opened, ResourceError when that cannot be asked."""
         path = self.source.info.path
-        if size_and_mtime(path) != self.read_from:
+        with reading(path):
+            changed = self.original.changed()
+        if changed:
             raise InputError(f"{path} changed while it was read", "predict it when it is complete")
 
     def tell(self) -> None:
@@ -182,10 +186,10 @@ def predict(
         stop: read after every batch.
 
     Raises:
-        InputError: the input cannot be read.
+        InputError: the input is damaged, may not be read, or changed meanwhile (finished rows are lost then alone).
         ConfigError: an output exists, touches an input, or is half done by another prediction; or --rescale lacks a
             pixel size.
-        ResourceError: disk or memory.
+        ResourceError: disk or memory; or the input cannot be read just now.
         BusyError: another process writes this output.
         Interrupted: stopped on request; finished rows are kept for the next call.
     """
@@ -210,12 +214,14 @@ def predict(
         )  # fmt: skip
         try:
             dialect = _write(run, about)
-        except InputError:  # its rows cannot be completed, however often one tries
-            journal.discard()
+        except InputError:
+            with suppress(OSError):  # cannot be asked just now: nothing says that it changed
+                if run.original.changed():  # rows of two images do not go together
+                    journal.discard()
             raise
         run.tell()
         if run.picture is not None and targets.overlay is not None:
-            run.picture.save(targets.overlay, source, run.statistics, about.class_names)
+            run.warnings += run.picture.attempt(targets.overlay, source, run.statistics, about.class_names)
         journal.discard()
     return _report(run, about, dialect, time.perf_counter() - started)
 
@@ -237,7 +243,7 @@ def _report(run: _Run, about: OutputInfo, dialect: str, seconds: float) -> Predi
         tile=run.tiling.tile,
         rescaled_to=run.scale.shape if run.scale.resampled else None,
         probabilities=targets.probabilities,
-        overlay=targets.overlay,
+        overlay=run.picture.path if run.picture is not None else None,
         notes=tuple(run.notes),
         warnings=tuple(run.warnings),
     )

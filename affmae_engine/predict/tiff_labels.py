@@ -90,13 +90,13 @@ def _imagej_metadata(info: OutputInfo, axes: int) -> dict[str, Any]:
         "min": 0.0,
         "max": float(max(1, len(info.class_names) - 1)),
     }
-    if z is not None and axes == 3:
-        metadata["spacing"] = z / 1000
     result: dict[str, Any] = {"metadata": metadata}
+    # ImageJ has one unit for all axes: with it, an unknown y or x would read as one such unit.
     if y is not None and x is not None:
         result["resolution"] = (1000 / x, 1000 / y)
-    if "spacing" in metadata or "resolution" in result:
         metadata["unit"] = "um"
+        if z is not None and axes == 3:
+            metadata["spacing"] = z / 1000
     return result
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig, RunConfig
 from affmae_engine.data.normalise import Normalisation
-from affmae_engine.data.segmentation import SegmentationDataset, sections_of
+from affmae_engine.data.segmentation import Section, SegmentationDataset, labelled_pixels, sections_of
 from affmae_engine.data.split import Region, Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError
@@ -46,10 +46,11 @@ def finetune_task(
 
     Raises:
         ConfigError: settings that do not fit the labels or the weights.
-        InputError: labels that are no classes, nothing labelled, too little data for a validation set.
+        InputError: labels that are no classes, nothing labelled to train or validate on, too little data.
     """
     names = _class_names(config, store)
     parts = parts or _split(config, store)
+    validated_on = _validated_on(parts, config, store)
     normalisation = Normalisation.from_store(config.data, store)
     dataset = SegmentationDataset(
         store, parts.train, config, classes=len(names), normalisation=normalisation, seed=config.train.seed
@@ -62,8 +63,7 @@ def finetune_task(
     report = None
     if init_from is not None:
         report = load_pretrained(model, init_from, config=config, class_names=names, seed=config.train.seed)
-    sections = chosen_sections(sections_of(store, parts.val))
-    evaluation = SegmentationEvaluation(store, sections, normalisation, names, config)
+    evaluation = SegmentationEvaluation(store, validated_on, normalisation, names, config)
 
     def losses(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return loss(module(batch["image"]), batch["labels"])
@@ -105,21 +105,42 @@ def _class_names(config: RunConfig, store: Store) -> tuple[str, ...]:
     return wanted or found
 
 
+def _labelled(sections: Sequence[Section], config: RunConfig, store: Store) -> list[Section]:
+    """Those of the sections that have a labelled pixel."""
+    counts = labelled_pixels(store, sections, config.finetune.ignore_label)
+    return [section for section, count in zip(sections, counts, strict=True) if count]
+
+
+def _validated_on(parts: Split, config: RunConfig, store: Store) -> list[Section]:
+    """The sections that scores are made of."""
+    sections = _labelled(sections_of(store, parts.val), config, store)
+    if not sections:
+        raise InputError(
+            "no pixel that is set aside for validation is labelled: there would be no score",
+            "label more sections, name a validation set with --val-images and --val-labels, or change "
+            "finetune.val_fraction",
+        )
+    return chosen_sections(sections)
+
+
 def _split(config: RunConfig, store: Store) -> Split:
-    """The given validation images, or a part of the data that has no neighbours in the training part."""
+    """The given validation images, or a part of the labelled sections that has no neighbours in the training part."""
     labelled = [image for image in store.images if image.labelled]
     chosen = config.finetune.val_images
     unknown = [name for name in chosen if name not in {image.name for image in labelled}]
     if unknown:
         raise ConfigError(f"finetune.val_images: not in {store.path}: {', '.join(unknown)}")
+    whole = [Region(image.name, 0, image.shape_ZYX[0]) for image in labelled]
     if chosen:
-        whole = [Region(image.name, 0, image.shape_ZYX[0]) for image in labelled]
         parts = Split(
             [region for region in whole if region.name not in chosen],
             [region for region in whole if region.name in chosen],
         )
     else:
-        parts = split(labelled, config.finetune.val_fraction, seed=config.train.seed)
+        usable: dict[str, set[int]] = {}
+        for section in _labelled(sections_of(store, whole), config, store):
+            usable.setdefault(section.name, set()).add(section.z)
+        parts = split(labelled, config.finetune.val_fraction, seed=config.train.seed, usable=usable)
     if not parts.val or not parts.train:
         raise InputError(
             "there is too little labelled data to set some aside for validation",

@@ -26,7 +26,7 @@ from affmae_engine.events import Event, RunStarted
 from affmae_engine.model.build import runs_kernels
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
-from affmae_engine.train.compile import compile_regions
+from affmae_engine.train.compile import compile_regions, worth_compiling
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.distributed import Ranks, current_ranks
 from affmae_engine.train.ending import Summary, ending, summarised
@@ -44,9 +44,6 @@ from affmae_engine.train.step import TrainStep, seed_forward
 from affmae_engine.train.task import Task
 
 _engine_log = logging.getLogger("affmae_engine")
-
-STEPS_WORTH_COMPILING = 2000
-"""Compiling costs two minutes the first time, and saves some 50 ms a step (base, 512 px, 32 images, H200)."""
 
 
 def fit(
@@ -230,11 +227,25 @@ def _accelerate(session: Session) -> bool:
     kernels, device = session.config.kernels, session.choice.device
     backends = kernel_backends(kernels.backend, device)
     fast = device.type == "cuda" and set(backends.values()) == {"triton"}
-    long = session.config.train.steps - session.state.step >= STEPS_WORTH_COMPILING
-    if device.type == "cuda" and (kernels.compile is True or (kernels.compile == "auto" and fast and long)):
+    if _compiles(session, fast):
         compile_regions(session.state.model)
     recordable = device.type == "cuda" and session.ranks.world == 1 and session.task.static
     return recordable and (kernels.cuda_graph is True or (kernels.cuda_graph == "auto" and fast))
+
+
+def _compiles(session: Session, fast: bool) -> bool:
+    """Whether steps are compiled, which the state remembers where there is a card. A change is told."""
+    state, steps, on_card = session.state, session.config.train.steps, session.choice.device.type == "cuda"
+    so_far = state.compiled if state.planned_steps in (0, steps) else None  # a longer run may deserve it
+    compiled = on_card and worth_compiling(session.config.kernels.compile, fast=fast, steps=steps, so_far=so_far)
+    if state.compiled not in (None, compiled):
+        change = ("not compiled", "compiled") if compiled else ("compiled", "not compiled")
+        session.warn(
+            f"steps were {change[0]} and are {change[1]} from here on: the result stays the same up to rounding and "
+            "the draws of dropout"
+        )
+    state.compiled, state.planned_steps = compiled if on_card else None, steps
+    return compiled
 
 
 def _starting_point(

@@ -1,7 +1,7 @@
 """Micro-batches: how many images go through the network at once, and what happens when they do not fit.
 
-Accumulation over micro-batches gives the gradients of the whole batch, up to rounding, so their size is a matter of
-memory and speed alone. It always divides a process's share of the batch.
+Accumulation over micro-batches gives the gradients of the whole batch, up to rounding and to what dropout draws, so
+their size is a matter of memory and speed alone. It always divides a process's share of the batch.
 
 Unusual: the size that fits a card is measured, not estimated: forward and backward passes of a few sizes on real
 samples, which change no weight and no random generator. A line through what they took leads to the size, so the card
@@ -42,6 +42,12 @@ def out_of_memory(error: BaseException) -> BaseException | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _shortage(error: BaseException) -> str | None:
+    """What an exception says of short memory. Its text alone: the exception holds the tensors of what failed."""
+    reason = out_of_memory(error)
+    return None if reason is None else str(reason)
 
 
 def largest_divisor(share: int, limit: int) -> int:
@@ -105,6 +111,7 @@ def measured_micro_batch(
         budget = free + torch.cuda.memory_reserved(choice.device) - max(int(HEADROOM * total), LEAST_HEADROOM) - extra
         size = largest_that_fits(share, peak, budget)
     free_memory(choice.device)
+    torch.cuda.reset_peak_memory_stats(choice.device)  # the peak that is logged is that of the training
     return size
 
 
@@ -144,10 +151,9 @@ def in_smaller_batches(work: Callable[[int], _T], size: int, device: torch.devic
         try:
             return work(size)
         except Exception as error:
-            reason = out_of_memory(error)
-            if reason is None:
+            text = _shortage(error)
+            if text is None:
                 raise
-            text = str(reason)
         free_memory(device)
         if size == 1:
             raise torch.OutOfMemoryError(text)

@@ -65,7 +65,8 @@ KEPT = frozenset(
 """Fields that decide what is learned or how it is scored: a continuation with others is refused."""
 
 ROUNDING = frozenset({"train.micro_batch", "train.device", "kernels.backend", "kernels.compile", "kernels.cuda_graph"})
-"""Fields that change the result by rounding only: they may change, which is recorded as a warning."""
+"""Fields that change the result by rounding, and by what dropout and drop path draw: each forward pass is seeded, and
+they change how many images it sees or which code draws. They may change, which is recorded as a warning."""
 
 FREE = frozenset(
     {
@@ -106,9 +107,11 @@ def check_continuation(run: RunDir, asked: RunConfig) -> None:
 
 
 def rounding_notes(before: RunConfig, now: RunConfig) -> list[str]:
-    """What a continuation changes that shows in the last digits; one sentence each."""
+    """What a continuation changes that shows in the last digits, or in what dropout draws; one sentence each."""
+    draws = now.model.drop_path > 0 or now.model.decoder_dropout > 0
+    kept = "up to rounding and the draws of dropout" if draws else "up to rounding"
     return [
-        f"{path} is {new} from here on, was {old}: the result stays the same up to rounding"
+        f"{path} is {new} from here on, was {old}: the result stays the same {kept}"
         for path, (old, new) in _changes(before, now, ROUNDING).items()
     ]
 

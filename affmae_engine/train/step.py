@@ -37,7 +37,7 @@ Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 EAGER_STEPS = 3
 """Steps before the recording: they compile kernels and find the largest workspaces."""
 
-_LESS = "continue with --resume and a smaller train.micro_batch; the result stays the same"
+_LESS = "continue with --resume and a smaller train.micro_batch"
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ class TrainStep:
         self._model = ranks.averaging(model, choice.device)
         self._feed = _Feed(choice.device)
         self._eager_steps = EAGER_STEPS if record else None
-        self._backward: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self._run_backward
-        self._update: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self._run_update
+        # Not the functions themselves until then: a step that refers to itself would keep the optimizer alive.
+        self._recorded_backward: _Recorded | None = None
+        self._recorded_update: _Recorded | None = None
 
     def __call__(
         self, batches: Iterator[dict[str, Tensor]], *, seed: Callable[[int], None], watch: Stopwatch
@@ -126,7 +127,7 @@ class TrainStep:
             raise torch.OutOfMemoryError(sums)
         sums = self._ranks.mean(sums)
         try:
-            update = self._update({"loss": sums["loss"]})
+            update = (self._recorded_update or self._run_update)({"loss": sums["loss"]})
         except torch.OutOfMemoryError as error:  # a part of the weights may be updated already
             raise ResourceError("out of memory while the weights were updated", _LESS) from error
         if self._eager_steps is not None:
@@ -145,7 +146,7 @@ class TrainStep:
                     self._record(batch)
                 seed(part)
                 last = self._ranks.world > 1 and part == self._accumulate - 1
-                run = partial(self._run_backward, exchange=True) if last else self._backward
+                run = self._recorded_backward or partial(self._run_backward, exchange=last)
                 shares = run(batch)
                 if part == 0:  # a copy, where a recorded pass will overwrite its results with those of the next
                     sums = {name: share.clone() for name, share in shares.items()} if self._accumulate > 1 else shares
@@ -210,9 +211,14 @@ class TrainStep:
         try:
             backward = _Recorded(self._run_backward, batch, pool)
             loss = torch.zeros((), device=self._choice.device)
-            self._backward, self._update = backward, _Recorded(self._run_update, {"loss": loss}, pool)
+            self._recorded_update = _Recorded(self._run_update, {"loss": loss}, pool)
+            self._recorded_backward = backward
         except RuntimeError as error:
             if out_of_memory(error) is not None:
+                if self._scaler.is_enabled():
+                    # Recording the update may have ended between unscaling and its end: what the scaler noted of that
+                    # is dropped, or it would refuse the step that is repeated. Its scale stays.
+                    self._scaler.update(self._scaler.get_scale())
                 raise
             # Unlike one that lacks memory, a recording that breaks does not end: PyTorch's generators stay in its
             # state, so this process cannot go on without one.

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,44 @@ def test_unfinished_and_foreign_things(tmp_path: Path) -> None:
         assert result.exit_code == 3 and text in " ".join(result.stderr.split())
     several = check(dataset(tmp_path), tiff(tmp_path), "-q")
     assert several.exit_code == 0 and several.stdout.count("whole") == 2 and not several.stderr
+
+
+def test_a_prediction_that_is_cut_short_is_damaged(tmp_path: Path) -> None:
+    whole = tiff(tmp_path).read_bytes()
+    cut = [tmp_path / f"{percent}.tif" for percent in (90, 50, 2, 0)]
+    for path in cut:
+        path.write_bytes(whole[: len(whole) * int(path.stem) // 100])
+    command = [sys.executable, "-m", "affmae_cli", "check", *cut]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 6
+    said = result.stdout + result.stderr
+    assert "written by" not in said and "origin" not in said
+    assert all(f"cannot read {path}: " in said for path in cut)
+    kinds = ("reading ", "error: ", "hint: ", f"{tmp_path}/", "  cannot read ")
+    assert all(line.startswith(kinds) for line in said.splitlines()), said  # no word of a library's own
+    assert all(check(path).exit_code == 6 for path in cut)
+
+
+def test_one_bad_path_does_not_keep_the_others_from_being_checked(tmp_path: Path) -> None:
+    good = tiff(tmp_path)
+    cut = tmp_path / "cut.tif"
+    cut.write_bytes(good.read_bytes()[: good.stat().st_size * 9 // 10])
+    (tmp_path / "torn.zarr").mkdir()
+    (tmp_path / "torn.zarr" / "zarr.json").write_text('{"attributes": {"affmae_prediction": {}}}')
+    absent = check(tmp_path / "absent", good)
+    assert absent.exit_code == 3 and "no such" in absent.stderr and f"{good} (prediction)" in absent.stdout
+    result = check(tmp_path / "torn.zarr", cut, tmp_path / "absent", good)
+    assert result.exit_code == 6 and "its array is damaged" in result.stderr and "no such" in result.stderr
+    assert f"damaged: {cut}" in result.stderr and f"{good} (prediction): 3 parts read, whole" in result.stdout
+    worst = check(tmp_path / "torn.zarr", tmp_path / "absent", "--json")
+    assert worst.exit_code == 6
+    assert [found["kind"] for found in json.loads(worst.stdout)] == [None, None]
+    assert all(len(found["problems"]) == 1 for found in json.loads(worst.stdout))
+
+
+@pytest.mark.usefixtures("permissions_count")
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tiff(tmp_path)
+    path.chmod(0)
+    result = check(path)
+    assert result.exit_code == 3 and "permission was denied" in result.stderr

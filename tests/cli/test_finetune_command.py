@@ -183,7 +183,12 @@ def test_a_run_is_not_replaced_without_being_told(finished: tuple[Path, Result],
     assert result.exit_code == 2 and "exists already" in result.stderr
     result = run(*on(data, "-o", copy, "--overwrite", "--init-from", copy))
     assert result.exit_code == 2 and "lies in the run that is to be replaced" in result.stderr
+    shutil.copytree(data, copy / "data")
+    for images in (copy / "data" / "images", tmp_path):  # in it, or around it
+        result = run("--images", images, "--labels", data / "labels", *small(), "-o", copy, "--overwrite")
+        assert result.exit_code == 2 and "lies in the run that is to be replaced" in result.stderr
     assert (copy / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(copy / "data")
     result = run(*on(data, "-o", copy, "--overwrite", "--init-from", finished[0]))
     assert result.exit_code == 0, result.output
     assert RunDir(copy).checkpoint_steps() == [1]

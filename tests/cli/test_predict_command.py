@@ -138,6 +138,23 @@ def test_a_folder_keeps_its_names_and_passes_over_what_cannot_be_read(here: Path
     assert once_more.exit_code == 0 and "2 predicted" in once_more.stdout  # earlier results are not inputs
 
 
+def test_scoring_again_with_results_and_truth_inside_the_input_folder(here: Path, trained: Path) -> None:
+    for name in ("a", "b"):
+        write(here / "in" / f"{name}.tif", (40, 40))
+        classes = np.zeros((40, 40), np.uint8)
+        (here / "in" / "truth").mkdir(exist_ok=True)
+        tifffile.imwrite(here / "in" / "truth" / f"{name}.tif", classes, photometric="minisblack")
+    command = "in", "-m", trained, "-o", "in/seg", "--no-overlay", "--labels", "in/truth", "--json"
+    for more in ((), ("--overwrite",)):
+        result = affmae(*command, *more)
+        assert result.exit_code == 0, result.output
+        assert len(json.loads(result.stdout)["score"]["per_image"]) == 2
+    (here / "in" / "b.tif").write_bytes(b"II*\0")
+    broken = affmae(*command, "--overwrite")
+    assert broken.exit_code == 3 and "b.tif: labels without an image" in one_line(broken.stderr)
+    assert "passed over before: 1 input, the first: cannot read in/b.tif" in one_line(broken.stderr)
+
+
 def test_names_that_clash_are_refused_before_any_work(here: Path, trained: Path) -> None:
     write(here / "scans" / "a.tif")
     write(here / "scans" / "a.tiff")
@@ -261,6 +278,15 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: P
     assert again.exit_code == 0, again.stderr
     assert "went on from row" in one_line(again.stderr)
     assert sorted(e.name for e in (here / "predictions").iterdir()) == ["long-labels-overlay.png", "long-labels.tif"]
+
+
+def test_a_stopped_folder_is_told_how_it_goes_on(here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write(here / "in" / f"{name}.tif")
+    monkeypatch.setattr("affmae_engine.train.signals.StopRequest.requested", property(lambda self: True))
+    many, one = affmae("in", "-m", trained, "-o", "out"), affmae("in/a.tif", "-m", trained)
+    assert many.exit_code == 130 and "run it again with --resume" in one_line(many.stderr)
+    assert one.exit_code == 130 and "run the same command again" in one_line(one.stderr)
 
 
 def test_resume_of_a_folder_passes_over_what_is_finished(here: Path, trained: Path) -> None:

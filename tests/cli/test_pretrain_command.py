@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,14 @@ def test_a_run_is_not_overwritten_without_being_told(finished: Path, dataset: Pa
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_holds_the_dataset_is_not_overwritten(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "a")
+    shutil.copytree(dataset, tmp_path / "a" / "em.zarr")
+    result = run("a/em.zarr", "-o", "a", "--overwrite", "--steps", 1)
+    assert result.exit_code == 2 and "a/em.zarr lies in the run that is to be replaced" in result.stderr
+    assert RunDir(tmp_path / "a").checkpoint_steps()
+
+
 def test_raw_images_are_sent_to_ingest(source: Path) -> None:
     result = run(source, source.parent)
     assert result.exit_code == 3
@@ -142,6 +151,21 @@ def test_resume_needs_nothing_else_and_more_steps_go_on(dataset: Path, tmp_path:
     assert RunDir(tmp_path / "a").read_config().train.steps == 3
     shorter = run("--resume", "a", "--steps", 2)
     assert shorter.exit_code == 2 and "shorter" in shorter.stderr
+
+
+def test_resume_heeds_the_environment_for_fields_that_were_not_set(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = RunDir(finished).read_config()
+    assert own.predict.tile is None and own.train.epochs is None
+    monkeypatch.setenv("AFFMAE_PREDICT__TILE", "96")
+    result = run("--resume", finished, "--steps", 3)
+    assert result.exit_code == 2 and "predict.tile: None in the run, 96 now" in result.stderr
+
+
+def test_quiet_says_the_result_only(dataset: Path) -> None:
+    result = run(dataset, *small(), "--steps", 1, "-o", "a", "-q")
+    assert result.exit_code == 0 and result.stdout.startswith("a: 1 steps") and result.stderr == ""
 
 
 def test_resume_refuses_other_settings_and_lists_them(finished: Path) -> None:

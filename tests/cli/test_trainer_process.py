@@ -228,3 +228,16 @@ def test_a_line_that_a_trainer_writes_in_pieces_is_passed_on_whole(capsys: pytes
         assert trainer.wait_for_run() is None and trainer.exit_code() == 0
     said = capsys.readouterr().err
     assert "error: the data\n" in said and "hint: no end\n" in said
+
+
+def test_of_much_that_a_trainer_said_the_end_is_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import os; [os.write(2, b'noise ' * 5000 + b'\\n') for _ in range(100)]; os.write(2, b'error: the end\\n')"
+    with tempfile.TemporaryFile() as words:
+        ours, theirs = os.pipe()
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=words, pass_fds=(theirs,))
+        os.close(theirs)
+        trainer = Trainer(process, ours, words)
+        process.wait()
+        assert trainer.wait_for_run() is None
+    said = capsys.readouterr().err
+    assert said.endswith("error: the end\n") and len(said) < 200_000

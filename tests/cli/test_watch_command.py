@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -16,6 +19,9 @@ STEP = {
     "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 412.0, "data_wait": 0.4, "step_s": 0.1, "memory_gib": 1.0,
     "memory_peak_gib": 2.0, "eta_s": 90.0,
 }  # fmt: skip
+
+
+TTY = SimpleNamespace(isatty=lambda: True)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +116,31 @@ def test_choosing_among_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert _choose(rows) == rows[1].root
     said = capsys.readouterr().err
     assert "there is no number 7" in said and "there is no number 0" in said
+
+
+def test_of_many_classes_the_worst_are_shown_and_the_others_counted() -> None:
+    scores = {f"class{n:02}": {"iou": abs(n - 10) / 20, "dice": 0.5} for n in range(40)}
+    make("a", events.Evaluated(step=10, metrics={"score": 0.5}, per_class=scores), task="finetune")
+    text = watch("runs/a", "--once").stdout
+    assert "the 12 worst of 40" in text and text.count("dice") == 12
+    assert "class10" in text and "class39" not in text and "class00" not in text
+
+
+def test_beside_json_nothing_else_is_a_result() -> None:
+    make("a", events.RunEnded(step=10, status="finished", seconds=65.0))
+    result = watch("runs/a", "--json", "--export", "a.svg", "--size", "80x24")
+    assert json.loads(result.stdout)["status"] == "finished" and "a.svg" in result.stderr
+
+
+def test_streams_that_are_closed_or_dumb(monkeypatch: pytest.MonkeyPatch) -> None:
+    make("a", events.RunEnded(step=10, status="finished", seconds=65.0))
+    code = "import sys; sys.stdin = None; from affmae_cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "watch", "runs/a", "--once"], capture_output=True, text=True)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("affmae_cli.commands.watch.sys", SimpleNamespace(stdin=TTY, stdout=TTY))
+    dumb = watch("runs/a")
+    assert dumb.exit_code == 2 and "needs a terminal" in dumb.stderr
 
 
 def test_what_is_refused() -> None:

@@ -287,6 +287,27 @@ class TestSweep:
         assert atomic.sweep(tmp_path, name) == 1
         assert names(tmp_path) == sorted([name, other.name])
 
+    @pytest.mark.parametrize(
+        ("name", "other"),
+        [
+            ("小" * 40 + "_001.tif", "小" * 40 + "_002.tif"),
+            ("Щ" * 60 + "_001.tif", "Щ" * 60 + "_002.tif"),
+            ("x" * 252 + "001", "x" * 252 + "002"),
+            ("a", "a.tif"),
+            ("a.tif", "a"),
+            (os.fsdecode(b"caf\xe9"), "caf"),
+        ],
+        ids=["japanese", "cyrillic", "longest", "longer", "shorter", "not utf-8"],
+    )
+    def test_never_of_another_name(self, tmp_path, name, other):
+        def write(partial: Path) -> None:
+            partial.write_text("x")
+            assert atomic.sweep(tmp_path, other) == 0
+
+        atomic.commit_file(tmp_path / name, write)
+        assert names(tmp_path) == [name]
+        assert all(len(os.fsencode(atomic.short_stem(text))) <= 120 for text in (name, other))
+
     def test_a_link_is_removed_not_followed(self, tmp_path):
         (tmp_path / "keep").mkdir()
         (tmp_path / "keep" / "x").write_text("x")

@@ -40,6 +40,7 @@ def test_message_and_hint():
         (errno.ENOSPC, errors.ResourceError, "the disk is full"),
         (errno.EIO, errors.ResourceError, "the device reported an input/output error"),
         (errno.ESTALE, errors.ResourceError, "the network file system has lost it"),
+        (errno.EMFILE, errors.ResourceError, "this process has too many files open"),
     ],
 )
 def test_what_the_system_refuses(code, kind, reason):
@@ -61,3 +62,26 @@ def test_a_refusal_behind_another_exception():
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, "no such file", "a"), OSError(errno.EACCES, "no file named")])
 def test_what_only_a_bug_explains(error):
     assert errors.of_system(error) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOTCONN, "in the system's words"), "the network file system is not connected"),
+        (OSError(errno.ENFILE, "in the system's words"), "this machine has too many files open"),
+        (MemoryError(), "there is not enough memory"),
+        (OSError(errno.EACCES, "in the system's words"), None),
+        (OSError("a decoder's words"), None),
+        (ValueError("damaged"), None),
+    ],
+)
+def test_what_says_nothing_about_the_file(error, reason):
+    try:
+        try:
+            raise error
+        except type(error) as first:
+            raise RuntimeError("the codec stumbled") from first
+    except RuntimeError as second:
+        found = errors.passing(second)
+    assert found == errors.passing(error)
+    assert found is None if reason is None else (found is not None and found[0] == reason and found[1])

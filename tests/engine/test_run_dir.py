@@ -129,6 +129,20 @@ class TestFind:
             run_dir.open_run(tmp_path / "nowhere" / "a")
         assert "affmae pretrain" in caught.value.hint
 
+    def test_a_run_is_known_by_its_name_where_one_stands_in_it(self, tmp_path, monkeypatch):
+        run = make(tmp_path / "em")
+        monkeypatch.chdir(run.checkpoints)
+        assert run_dir.open_run(Path("..")).root == run.root
+        monkeypatch.chdir(run.root)
+        assert run_dir.open_run(Path()).root.name == "em"
+
+    @pytest.mark.parametrize("text", ["a = " + "1" * 5000, "a = " + "[" * 3000 + "]" * 3000])
+    def test_a_configuration_beyond_all_bounds(self, tmp_path, text):
+        run = make(tmp_path / "a")
+        run.config.write_text(text)
+        with pytest.raises(CorruptError, match="not valid TOML"):
+            run.read_config()
+
     def test_list_is_ordered_by_age(self, tmp_path):
         for number, name in enumerate(["c", "a", "b"]):
             run = make(tmp_path / name)
@@ -154,11 +168,13 @@ class TestFind:
         finally:
             tmp_path.chmod(0o700)
 
-    def test_what_a_run_holds(self, tmp_path):
+    def test_a_run_that_holds_what_is_to_be_read_is_not_replaced(self, tmp_path):
         run = make(tmp_path / "a")
         (tmp_path / "link").symlink_to(run.root)
-        assert run.holds(run.root) and run.holds(tmp_path / "link" / "checkpoints" / "step-000005")
-        assert not run.holds(tmp_path) and not run.holds(tmp_path / "ab")
+        run.refuse_to_replace([tmp_path, tmp_path / "ab"])
+        for inside in (run.root, tmp_path / "link" / "images.tif"):
+            with pytest.raises(ConfigError, match=f"{inside} lies in the run"):
+                run.refuse_to_replace([tmp_path, inside])
 
     def test_free_name(self, tmp_path):
         assert run_dir.free_name(tmp_path, "a") == tmp_path / "a"

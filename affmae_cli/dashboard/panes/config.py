@@ -44,7 +44,7 @@ class ConfigPane(Pane):
         self._shown = (config, environment, problem)
         try:
             tables = {name: table for name, table in tomllib.loads(config).items() if isinstance(table, dict)}
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             tables = {}
         text = problem if tables else "\n".join(part for part in (problem, printable(config)) if part)
         said = self.query_one("#config-problem", Static)

@@ -16,7 +16,7 @@ from affmae_engine.data.labels.pairing import LabelledImage, Pairing
 from affmae_engine.data.labels.problems import listed, refusal
 from affmae_engine.data.labels.sources import ClassMasks, Renumbered
 from affmae_engine.data.readers import Source
-from affmae_engine.errors import AffmaeError, ConfigError, InputError
+from affmae_engine.errors import ConfigError, InputError
 
 _MOST_VALUES = 64
 """More different values than this, without names for them, are instance numbers or an image."""
@@ -147,7 +147,7 @@ def _scan(pair: LabelledImage, found: _Found, *, most: int) -> None:
             )
         else:
             found.add(pair.name, counts)
-    except AffmaeError as error:
+    except InputError as error:
         found.problems.append(error.message)
     finally:
         pair.labels.close()

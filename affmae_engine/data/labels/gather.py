@@ -6,12 +6,12 @@ that training and resuming need neither the original files nor the form they wer
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
+from affmae_engine.data.ingest_job import absolute
 from affmae_engine.data.labels.checks import CheckedLabels, check_labels
 from affmae_engine.data.labels.pairing import joined, pair_labels
 from affmae_engine.data.labels.problems import listed, refusal
@@ -119,8 +119,8 @@ def write_labelled_store(
         )
     store = Store.open(path)
     by_origin = {(image.source_path, image.source_series): image.name for image in store.images}
-    by_origin |= {(os.path.abspath(p.path), p.series): p.name for p in report.present}  # noqa: PTH100 (as the store)
-    names = [by_origin[os.path.abspath(p.image.info.path), p.image.info.series] for p in pairs]  # noqa: PTH100
+    by_origin |= {(present.path, present.series): present.name for present in report.present}
+    names = [by_origin[absolute(pair.image.info.path), pair.image.info.series] for pair in pairs]
     first = len(pairs) - labelled.validation
     contents = {(store[name].sha256, store[name].source_series) for name in names[:first]}
     copies = [name for name in names[first:] if (store[name].sha256, store[name].source_series) in contents]

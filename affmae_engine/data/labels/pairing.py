@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from affmae_engine.data.labels.problems import listed, refusal
-from affmae_engine.data.labels.sources import ClassMasks, Section, Stacked
+from affmae_engine.data.labels.sources import ClassMasks, EmptyMasks, Section, Stacked
 from affmae_engine.data.readers import Source, find_files, open_sources
 from affmae_engine.data.readers.files import natural_key
 from affmae_engine.errors import InputError
@@ -27,6 +27,7 @@ _SUFFIX_WORD = re.compile(rf"[ _.-]+{_WORDS}$", re.IGNORECASE)
 _PREFIX_WORD = re.compile(rf"^{_WORDS}[ _.-]*(?=[^ _.-])", re.IGNORECASE)
 _LABEL_FOLDER = re.compile(rf"^{_WORDS}$", re.IGNORECASE)
 _MOST_CHANNELS = 64
+_EITHER = -1
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,21 @@ class _Reference:
     section: int | None = None
 
 
-def pair_labels(images: Sequence[str | Path], labels: Sequence[str | Path]) -> Pairing:
+def pair_labels(
+    images: Sequence[str | Path], labels: Sequence[str | Path], *, image_files: Sequence[Path] | None = None
+) -> Pairing:
     """Find the labels of every image.
 
     Args:
         images: files, folders and patterns, as `readers.find_files` takes them.
         labels: likewise; or one folder that holds nothing but a folder of binary masks for each class.
+        image_files: what was found in `images`, where not all of it is to be labelled; None searches them.
 
     Raises:
         InputError: lists every image without labels and every label without an image, every label of another size,
             and every file that cannot be read.
     """
-    image_files = find_files(images)
+    image_files = find_files(images) if image_files is None else image_files
     folders = _class_folders(images, labels)
     groups = [[folder] for folder in folders] if folders else [list(labels)]
     problems: list[str] = []
@@ -153,7 +157,7 @@ def _match_sections(image_files: Sequence[Path], label_files: Sequence[Path]) ->
     try:
         if len(image_files) == 1 < len(label_files) == _depth(image_files[0]):
             return {image_files[0]: _Reference(tuple(sorted(label_files, key=natural_key)))}
-        if len(label_files) == 1 < len(image_files) == _depth(label_files[0]):
+        if len(label_files) == 1 < len(image_files) == _depth(label_files[0], labels=True):
             ordered = sorted(image_files, key=natural_key)
             return {image: _Reference((label_files[0],), z) for z, image in enumerate(ordered)}
     except InputError:
@@ -161,8 +165,8 @@ def _match_sections(image_files: Sequence[Path], label_files: Sequence[Path]) ->
     return {}
 
 
-def _depth(path: Path) -> int:
-    sources = open_sources(path)
+def _depth(path: Path, *, labels: bool = False) -> int:
+    sources = open_sources(path, labels=labels)
     return sources[0].info.shape_ZYX[0] if len(sources) == 1 else 0
 
 
@@ -221,14 +225,16 @@ def _open_pairs(
             problems += [f"{name} is {_size(image)}, its labels {m.info.path} are {_size(m)}" for m in wrong]
             if not wrong:
                 merged = ClassMasks(maps) if masks else maps[0]
-                counts.setdefault(0 if masks else _mask_count(merged), []).append(name)
+                counts.setdefault(_form(merged), []).append(name)
                 pairs.append(LabelledImage(name, image, merged))
+    counts.pop(_EITHER, None)
     if len(counts) > 1:
         kinds = [
             f"{len(names)} with {count or 'no'} mask channels ({listed(names, 3)})" for count, names in counts.items()
         ]
         problems.append(f"the labels differ in form: {'; '.join(kinds)}")
-    return pairs, next(iter(counts), 0)
+    count = next(iter(counts), 0)
+    return [_in_form(pair, count) for pair in pairs], 0 if masks else count
 
 
 def _open_labels(reference: _Reference, depth: int) -> list[Source]:
@@ -276,15 +282,33 @@ def _open_maps(path: Path, depth: int) -> list[Source]:
 
 
 def _masks_or_map(channels: Sequence[Source]) -> Source:
-    """Channels as masks; a grey map that was saved as colour (equal channels) stays a map."""
-    middle = slice(channels[0].info.shape_ZYX[0] // 2, channels[0].info.shape_ZYX[0] // 2 + 1)
-    planes = [channel.read(middle, slice(None), slice(None)) for channel in channels[:3]]
-    same = all(np.array_equal(planes[0], plane) for plane in planes[1:])
-    return channels[0] if same and planes[0].any() else ClassMasks(channels)
+    """Channels as masks; a grey map that was saved as colour (equal channels) stays a map.
+
+    The first section that shows anything decides, from the middle outwards.
+    """
+    depth = channels[0].info.shape_ZYX[0]
+    sections = [slice(z, z + 1) for z in sorted(range(depth), key=lambda z: abs(z - depth // 2))]
+    for z in sections:
+        planes = [channel.read(z, slice(None), slice(None)) for channel in channels[:3]]
+        if any(plane.any() for plane in planes):
+            same = all(np.array_equal(planes[0], plane) for plane in planes[1:])
+            return channels[0] if same else ClassMasks(channels)
+    further = any(channel.read(z, slice(None), slice(None)).any() for channel in channels[3:] for z in sections)
+    return ClassMasks(channels) if further else EmptyMasks(channels)
 
 
-def _mask_count(labels: Source) -> int:
+def _form(labels: Source) -> int:
+    """Number of mask channels, 0 for a map, `_EITHER` where there is nothing to tell them apart by."""
+    if isinstance(labels, EmptyMasks):
+        return _EITHER
     return len(labels.parts) if isinstance(labels, ClassMasks) else 0
+
+
+def _in_form(pair: LabelledImage, count: int) -> LabelledImage:
+    """The pair with empty labels as `count` masks, or as a map when there are no masks; any other as it is."""
+    if not isinstance(pair.labels, EmptyMasks):
+        return pair
+    return replace(pair, labels=pair.labels.as_masks(count) if count else pair.labels.as_map())
 
 
 def _size(source: Source) -> str:

@@ -50,6 +50,18 @@ class ClassMasks(_Composed):
         return classes
 
 
+class EmptyMasks(ClassMasks):
+    """Channels of which none has a value anywhere: binary masks of nothing, or a map of background saved as colour."""
+
+    def as_masks(self, count: int) -> ClassMasks:
+        """The same as `count` binary masks, however many channels there are."""
+        return ClassMasks(self.parts[:1] * count)
+
+    def as_map(self) -> Source:
+        """The same as a class map."""
+        return self.parts[0]
+
+
 class Stacked(_Composed):
     """Single sections of equal size as one stack, in the order given."""
 

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,16 +38,47 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
 
 
 def size_and_mtime(path: Path) -> tuple[int, int]:
-    """(bytes, modification time in ns) of a file; of a folder, the sum of all files and the time of the newest."""
-    if path.is_file():
-        status = path.stat()
+    """(bytes, modification time in ns) of a file; of a folder, the sum of all files and the time of the newest.
+
+    Raises:
+        OSError: it is not there, or cannot be asked just now. Folders inside that may not be read count as empty.
+    """
+    status = path.stat()
+    if not stat.S_ISDIR(status.st_mode):
         return status.st_size, status.st_mtime_ns
     size = newest = 0
-    for parent, _, names in os.walk(path):
+    for parent, _, names in os.walk(path, onerror=_unless_forbidden):
         for name in names:
             status = os.lstat(f"{parent}/{name}")
             size, newest = size + status.st_size, max(newest, status.st_mtime_ns)
     return size, newest
+
+
+class Original:
+    """A file or folder that is to be asked later whether it is still the same.
+
+    Args:
+        was: its `size_and_mtime`; None takes it now and raises OSError as that does.
+    """
+
+    def __init__(self, path: Path, was: tuple[int, int] | None = None) -> None:
+        self.is_folder = path.is_dir()
+        self._path, self._was = path, was or size_and_mtime(path)
+
+    def changed(self) -> bool:
+        """Whether what was read since may not be what was there at first.
+
+        A folder that is gone counts: chunks of a Zarr array that are not found are read as empty.
+
+        Raises:
+            OSError: it cannot be asked, a file that is gone included.
+        """
+        try:
+            return size_and_mtime(self._path) != self._was
+        except FileNotFoundError:
+            if self.is_folder:
+                return True
+            raise
 
 
 def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
@@ -57,6 +89,11 @@ def natural_key(path: Path | str) -> list[tuple[int, int, str]]:
         for part in re.split(r"([0-9]+)", str(path))
         if part
     ]
+
+
+def _unless_forbidden(error: OSError) -> None:
+    if not isinstance(error, PermissionError):
+        raise error
 
 
 def _expand(source: str | Path) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from affmae_engine.errors import AffmaeError, InputError, one_line
+from affmae_engine.errors import AffmaeError, InputError, ResourceError, one_line, passing
 
 PixelSize = tuple[float | None, float | None, float | None]
 UNKNOWN_SIZE: PixelSize = (None, None, None)
@@ -76,6 +76,7 @@ class Source(ABC):
 
         Raises:
             InputError: the data there is damaged or cannot be decoded; names the file.
+            ResourceError: it cannot be read just now, see `reading`.
         """
         bounds = [s.indices(n) for s, n in zip((z, y, x), self.info.shape_ZYX, strict=True)]
         if any(step != 1 for _, _, step in bounds):
@@ -137,23 +138,33 @@ def reading(path: Path, series: str = "") -> Iterator[None]:
     """Turn whatever a decoder raises on a damaged file into one `InputError` that names the file.
 
     Decoders of image formats raise a dozen unrelated types on hostile input (ZeroDivisionError and AssertionError
-    among them), so this one place catches `Exception`; our own errors pass through.
+    among them), so this one place catches `Exception`; our own errors pass through. What says nothing about the file,
+    a network share that is away for a moment or too little memory, becomes a `ResourceError`: a caller that throws
+    away what a damaged file has left must not do so for it.
     """
     where = f"{path} [{series}]" if series else f"{path}"
     try:
         yield
     except AffmaeError:
         raise
-    except Refused as refusal:
-        raise InputError(f"cannot read {where}: {refusal.message}", refusal.hint) from refusal
-    except MemoryError as error:
-        raise InputError(f"cannot read {where}: it asks for more memory than there is") from error
-    except FileNotFoundError as error:
-        raise InputError(f"cannot read {where}: no such file", "check the path") from error
-    except PermissionError as error:
-        raise InputError(f"cannot read {where}: permission was denied", "check who may read it") from error
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"cannot read {where}: {one_line(error)}", "is the file complete and undamaged?") from error
-    except Exception as error:  # a decoder stumbled: its message says nothing to a user
-        what = f"its structure is damaged ({type(error).__name__}: {one_line(error, 60)})"
-        raise InputError(f"cannot read {where}: {what}", "is the file complete and undamaged?") from error
+    except Exception as error:
+        raise _named(error, where) from error
+
+
+def _named(error: Exception, where: str) -> AffmaeError:
+    """What a user is told of an exception met in reading `where`."""
+    now = passing(error)
+    if now is not None:
+        return ResourceError(f"cannot read {where}: {now[0]}", f"{now[1]}; or leave it out")
+    match error:
+        case Refused():
+            return InputError(f"cannot read {where}: {error.message}", error.hint)
+        case FileNotFoundError():
+            return InputError(f"cannot read {where}: no such file", "check the path")
+        case PermissionError():
+            return InputError(f"cannot read {where}: permission was denied", "check who may read it")
+        case ValueError() | OSError() | RuntimeError():  # NotImplementedError is a RuntimeError
+            what = one_line(error)
+        case _:  # a decoder stumbled: its message says nothing to a user
+            what = f"its structure is damaged ({type(error).__name__}: {one_line(error, 60)})"
+    return InputError(f"cannot read {where}: {what}", "is the file complete and undamaged?")

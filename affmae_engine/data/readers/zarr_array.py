@@ -110,7 +110,7 @@ def open_zarr(root: Path, *, channel: int | None, labels: bool) -> tuple[list[So
     """
     sources: list[Source] = []
     refused: list[InputError] = []
-    found = list(find_arrays(root))
+    found = list(find_arrays(root, labels=labels))
     several = len(found) > 1
     for one in found:
         folder = one.folder if isinstance(one, ArrayFound) else one[0]

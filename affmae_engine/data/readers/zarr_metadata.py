@@ -52,9 +52,13 @@ def is_zarr(folder: Path) -> bool:
     return any((folder / marker).is_file() for marker in _MARKERS)
 
 
-def find_arrays(root: Path) -> Iterator[ArrayFound | tuple[Path, Refused]]:
-    """All image arrays under `root` (full resolution only), and the nodes that were refused with the reason."""
-    yield from _walk(root, root.resolve(), 0, set())
+def find_arrays(root: Path, *, labels: bool) -> Iterator[ArrayFound | tuple[Path, Refused]]:
+    """All image arrays under `root` (full resolution only), and the nodes that were refused with the reason.
+
+    Args:
+        labels: whether label maps are wanted; otherwise groups that say they are one are refused.
+    """
+    yield from _walk(root, root.resolve(), 0, set(), labels)
 
 
 def check_array(folder: Path) -> None:
@@ -100,7 +104,9 @@ def _innermost(codecs: list[dict[str, Any]], chunk: list[int]) -> tuple[list[int
     return chunk, names
 
 
-def _walk(folder: Path, root: Path, depth: int, seen: set[Path]) -> Iterator[ArrayFound | tuple[Path, Refused]]:
+def _walk(
+    folder: Path, root: Path, depth: int, seen: set[Path], labels: bool
+) -> Iterator[ArrayFound | tuple[Path, Refused]]:
     try:
         resolved = folder.resolve()
         if resolved in seen:  # links back up would multiply with every level
@@ -112,15 +118,17 @@ def _walk(folder: Path, root: Path, depth: int, seen: set[Path]) -> Iterator[Arr
         if metadata.get("node_type") == "array":
             yield _plain_array(folder, metadata)
             return
-        attributes = metadata.get("attributes", {})
-        images = _ome(attributes).get("multiscales")
+        ome = _ome(metadata.get("attributes", {}))
+        if "image-label" in ome and not labels:
+            raise Refused("it is a label map (image-label), not an image", "finetune and predict take it with --labels")
+        images = ome.get("multiscales")
         if isinstance(images, list) and images:
             for image in images:
                 yield _multiscale(folder, image, "OME-Zarr")
             return
         if depth < _DEEPEST:
             for child in _children(folder):
-                yield from _walk(child, root, depth + 1, seen)
+                yield from _walk(child, root, depth + 1, seen, labels)
     except Refused as refusal:
         yield folder, refusal
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

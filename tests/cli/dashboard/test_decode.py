@@ -80,8 +80,11 @@ def test_offsets_are_those_of_the_lines() -> None:
         b'{"kind": "evaluated", "step": 3, "metrics": {"loss": "x"}}\n',
         b'{"kind": "run_started", "step": "x"}\n', b'{"kind": "warning", "step": 3, "message": 5}\n',
         b'{"kind": "warning", "step": 3, "message": "' + b"\xc3" + b'"}\n',
+        b'{"kind": "warning", "time": 1e30, "step": 3, "message": "w"}\n',
+        b'{"kind": "warning", "time": null, "step": 3, "message": "w"}\n',
+        b'{"kind": "system", "time": 1e30, "step": 3}\n',
     ],
-    ids=range(18),
+    ids=range(21),
 )  # fmt: skip
 def test_a_damaged_line_costs_itself_only(damage: bytes) -> None:
     found = list(decode(text(started(), step(1)) + damage + text(step(2), events.Warned(step=2, message="w"))))
@@ -105,6 +108,23 @@ def test_losses_that_come_and_go() -> None:
 def test_a_last_line_that_lacks_a_field_takes_nothing_with_it() -> None:
     (segment,) = decode(text(step(1)) + b'{"kind": "step", "time": 1.0, "step": 2, "losses": {"loss": 1.0}}\n')
     assert segment.steps is not None and segment.steps.last.step == 1
+
+
+@pytest.mark.parametrize(
+    "field", [{"time": "x"}, {"time": None}, {"eta_s": "x"}, {"memory_peak_gib": []}, {"time": 1e30}]
+)
+def test_a_newest_step_that_is_odd_is_not_the_one_shown(field: dict[str, object]) -> None:
+    odd = json.dumps({**json.loads(events.to_line(step(2))), **field}).encode() + b"\n"
+    (segment,) = decode(text(step(1)) + odd)
+    assert segment.steps is not None and segment.steps.last.step == 1
+
+
+@pytest.mark.parametrize("field", [{"throttled": None}, {"gpu": None}, {"gpu": 3}, {"power": "much"}])
+def test_a_newest_sample_that_is_odd_is_not_the_one_shown(field: dict[str, object]) -> None:
+    machine = events.SystemSampled(step=2, power=300.0, time=7.0)
+    odd = json.dumps({"kind": "system", "time": 8.0, "step": 3, **field}).encode() + b"\n"
+    (segment,) = decode(text(machine) + odd)
+    assert segment.systems is not None and segment.systems.last == machine
 
 
 def test_a_loss_beyond_float32_is_not_known() -> None:

@@ -1,6 +1,7 @@
 """Following a run directory, live or not, and the table of all runs of a folder."""
 
 import fcntl
+import math
 import os
 import threading
 import time
@@ -108,6 +109,16 @@ def test_events_that_may_not_be_read_are_told_and_what_was_read_stays(run: RunDi
     assert reader.poll() and reader.state.step == 7 and reader.status.kind != "waiting"
 
 
+def test_a_run_that_is_removed_while_it_is_watched(run: RunDir, tmp_path: Path) -> None:
+    append(run, started(), *steps(1, 5))
+    reader = RunReader(run.root)
+    reader.poll()
+    run.root.rename(tmp_path / "elsewhere")
+    assert reader.poll() and reader.status.kind == "gone" and "removed or renamed" in reader.status.text
+    (tmp_path / "elsewhere").rename(run.root)
+    assert reader.poll() and reader.state.step == 5 and "removed" not in reader.status.text
+
+
 def test_the_child_that_ended_is_gone_even_while_the_lock_cannot_be_told(run: RunDir) -> None:
     append(run, started(), *steps(1, 3))
     reader = RunReader(run.root, exit_code=lambda: -9)
@@ -181,6 +192,8 @@ def test_all_runs_of_a_folder(run: RunDir, tmp_path: Path) -> None:
         False,
     )
     assert (row.loss, row.best, row.images_per_s) == (0.5, 0.25, 10.0)
+    run.best.write_text('{"value": 1' + "0" * 400 + "}")
+    assert math.isnan(glance(run.root).best)
     assert rows["b"].task == "finetune" and rows["b"].live and rows["b"].loss != rows["b"].loss
     assert {row.name: row for row in folder.rows()}["a"] is row  # not read again
     append(run, started(3000, resumed=True))

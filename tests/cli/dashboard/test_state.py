@@ -76,6 +76,8 @@ def life(**changes: object) -> Life:
         (training(ended("stopped", message="by SIGINT")), life(lock="free"), "stopped", "step 40: by SIGINT"),
         (training(ended("failed", message="disk full")), life(lock="free"), "failed", "failed at step 40: disk full"),
         (training(ended("stopped"), started(40, time=1200.0, resumed=True)), LIVE, "waiting", "first step"),
+        (run(started(time=9000.0), step(1, time=1.0)), LIVE, "running", "training"),  # the clock was set back
+        (training(started(40, time=5.0, resumed=True)), LIVE, "waiting", "first step"),  # it was ahead before
         (run(started(), step(50, time=1050.0)), life(progress_s=300.0), "running", "evaluating at step 50"),
     ],
 )  # fmt: skip
@@ -91,6 +93,15 @@ def test_what_can_be_done_is_said() -> None:
     assert "--resume" not in status_of(training(ended("failed")), LIVE).hint
     assert resume in status_of(training(saved(40)), life(lock="free")).hint
     assert resume in status_of(training(ended("stopped")), LIVE).hint
+
+
+def test_a_clock_that_was_set_back_hides_no_step() -> None:
+    state = run(started(time=9000.0), step(1, time=1000.0), step(2, time=1001.0))
+    assert state.current and state.step == 2 and state.eta_s(1001.0) == 60.0
+    for event in (started(2, time=500.0, resumed=True), step(3, time=501.0)):
+        assert state.step == 2 and (state.current or math.isnan(state.eta_s(501.0)))
+        state.apply(decode(events.to_line(event).encode() + b"\n"))
+    assert state.step == 3
 
 
 def test_a_long_evaluation_is_no_stall_once_one_was_as_long() -> None:

@@ -61,6 +61,18 @@ def test_scores_count_when_mean_and_deviation_do_not_touch(quality_document) -> 
     assert worse["small vit-mae pretrained 100% of the labels", "mean IoU"] == "worse"
 
 
+def test_scores_of_one_seed_get_no_verdict(quality_document) -> None:
+    one, three = quality_document(seeds=(0,)), quality_document()
+    better = quality_document(seeds=(0,))
+    for record in better["summary"]:
+        record["miou"] += 0.2
+    for old, new in ((one, better), (better, one), (one, three), (three, better)):
+        changes = compare(old, new).changes
+        assert {change.verdict for change in changes} == {"no spread known"} and len(changes) == 8
+    assert compare(one, better).changes[0].percent > 0
+    assert "| no spread known |" in compare(one, better).table("old.json").markdown()
+
+
 def test_kernels() -> None:
     def case(ms: float, both: float | None):
         whole = None if both is None else {"ms": both, "low_ms": both, "high_ms": both}

@@ -1,17 +1,24 @@
 """One case measured in this process, and what becomes of a failure."""
 
+import time
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
-from affmae_engine.bench import measure, step
-from affmae_engine.bench.case import CLASSES, Case, Request, VitMode
+from affmae_engine.bench import loading, measure, step
+from affmae_engine.bench.case import CLASSES, Case, Measurement, Request, VitMode
+from affmae_engine.bench.loading import with_loading
 from affmae_engine.bench.measure import answer
 from affmae_engine.bench.step import make_network, make_step, random_batches
 from affmae_engine.config import TrainConfig
+from affmae_engine.data.loading import PREFETCH
 from affmae_engine.train.device import pick_device
+from affmae_engine.train.metrics import Stopwatch
+from affmae_engine.train.step import EAGER_STEPS
+
+CPU = TrainConfig(device="cpu")
 
 
 def case(model: str = "affmae", **fields: Any) -> Case:
@@ -41,7 +48,7 @@ def test_a_try_takes_no_time() -> None:
 
 @pytest.mark.parametrize("model", ["affmae", "vit-mae"])
 def test_a_step_trains(model: str) -> None:
-    choice = pick_device(TrainConfig(device="cpu"))
+    choice = pick_device(CPU)
     asked = case(model)
     batches = random_batches(asked, choice.device)
     take = make_step(asked, make_network(asked, choice, recorded=False), choice, iter(batches * 8))
@@ -68,6 +75,42 @@ def test_steps_with_a_dataset(make_store) -> None:
     found = answer(request(case(), data=str(store.path)))
     assert found.status == "ok", found.note
     assert found.data_images_per_s > 0 and 0 <= found.data_wait <= 1
+
+
+@pytest.mark.parametrize("slower", [0.5, 1.1, 1.5])
+def test_what_the_loader_prepared_ahead_is_not_its_speed(slower: float, make_store, monkeypatch) -> None:
+    """On a clock of its own, steps of one second and a loader whose supply is full at the beginning."""
+    now, taken, ahead = [0.0], [], 2 * PREFETCH
+
+    def stream(dataset, *, batch_size: int, workers: int, **more: object):
+        assert workers == 2
+        ready = [0.0] * ahead
+        samples = [dataset.sample(i) for i in range(batch_size)]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        while True:
+            now[0] = max(now[0], ready[len(taken)])
+            taken.append(now[0])
+            ready.append(max(ready[-1], now[0]) + slower)  # whoever takes a batch has another one begun
+            yield batch
+
+    class Steps(Stopwatch):
+        def __init__(self) -> None:
+            super().__init__(lambda: now[0])
+
+        def stepped(self) -> None:
+            now[0] += 1.0
+            super().stepped()
+
+    store = make_store({"a": np.random.default_rng(0).integers(0, 255, (2, 64, 64), np.uint8)})
+    asked, choice, found = request(case(resolution=32), data=str(store.path)), pick_device(CPU), Measurement()
+    monkeypatch.setattr(loading, "batches", stream)
+    monkeypatch.setattr(loading, "worker_count", lambda setting: 2)
+    monkeypatch.setattr(loading, "Stopwatch", Steps)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with_loading(found, asked, choice, make_network(asked.case, choice, recorded=False))
+    assert found.data_wait == pytest.approx(max(0.0, 1 - 1 / slower), abs=1e-6)
+    assert found.data_images_per_s == pytest.approx(2 / max(1.0, slower))
+    assert len(taken) == (EAGER_STEPS + 2) + 4 * ahead, "first steps; the supply; as many steps; twice as many timed"
 
 
 def test_a_dataset_that_is_none(tmp_path) -> None:

@@ -37,6 +37,7 @@ def test_a_lead_in_every_seed_is_said_with_its_luck(quality_document) -> None:
     assert "800 crops and ViT-MAE on 200: 4.0 times as many. Taken were 10.0 s and 10.0 s" in text
     assert "These times" not in text
     assert "nothing was trained on, not even without labels: stack 16-19" in text
+    assert "The held-out loss is the mean squared error of the model's last output" in text
     assert "by `affmae bench --quality`" in text and "Python 3.12; 16 processors" in text
 
 

@@ -10,7 +10,7 @@ from affmae_engine.bench.quality_pace import Pace
 from affmae_engine.bench.quality_worker import Job, Work, calibrate, train_part, weights_of, work_through
 from affmae_engine.config import RunConfig
 from affmae_engine.data.phantom import CLASS_NAMES, generate
-from affmae_engine.events import RunStarted, StepLogged
+from affmae_engine.events import Evaluated, RunStarted, StepLogged
 from affmae_engine.train.losses import SegmentationLoss
 
 TINY = {
@@ -65,6 +65,25 @@ def test_pretraining_and_finetuning_give_scores(store, work, tmp_path) -> None:
         "all of the test part, and nothing else, is scored"
     )
     assert not (tmp_path / tuned.name / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("model", "terms"), [("affmae", {"step1", "step2"}), ("vit-mae", set())])
+def test_losses_are_of_the_output_that_both_models_have(model, terms, store, work, tmp_path, monkeypatch) -> None:
+    events = []
+    real = quality_worker.Pace.__call__
+    monkeypatch.setattr(quality_worker.Pace, "__call__", lambda pace, event: (events.append(event), real(pace, event)))
+    parts, first = parts_of(store, 0.2), Part("tiny", model, 0)
+    pretrained = train_part(work(first), store, parts, tmp_path, lambda message: None)
+    (held_out,) = [event.metrics for event in events if isinstance(event, Evaluated)]
+    trained = [event.losses for event in events if isinstance(event, StepLogged)][-1]
+    assert held_out.keys() - {"loss", "last"} == terms == trained.keys() - {"loss", "last"}
+    assert pretrained.held_out_loss == held_out["last"] and pretrained.loss == trained["last"]
+    assert (held_out["loss"] > 1.1 * held_out["last"]) == bool(terms)
+
+    tuned = train_part(work(Part("tiny", model, 0, "scratch", 1.0)), store, parts, tmp_path, lambda message: None)
+    trained = [event.losses for event in events if isinstance(event, StepLogged)][-1]
+    assert tuned.loss == pytest.approx(trained["focal"] + trained["dice"])
+    assert (trained["loss"] > 1.1 * tuned.loss) == bool(terms)
 
 
 def test_without_pretraining_there_is_no_finetuning_from_it(store, work, tmp_path) -> None:

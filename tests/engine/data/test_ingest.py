@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from PIL import Image
 
 from affmae_engine.data import ingest as module
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
-from affmae_engine.data.readers import open_sources
+from affmae_engine.data.readers import files, open_sources
+from affmae_engine.data.readers.tiff import TiffSource
+from affmae_engine.data.readers.zarr_array import ZarrSource
+from affmae_engine.data.split import split
 from affmae_engine.data.store import Store
 from affmae_engine.data.store_layout import StorePaths
 from affmae_engine.errors import BusyError, ConfigError, InputError, ResourceError
@@ -36,6 +40,11 @@ def write(folder: Path, **images: np.ndarray) -> None:
 
 def names(store: Path) -> list[str]:
     return [image.name for image in Store.open(store).images]
+
+
+def begun(store: Path) -> list[str]:
+    """Images of which anything is there, finished or not."""
+    return sorted(entry.name for entry in (store / "images").iterdir() if entry.is_dir())
 
 
 @pytest.fixture
@@ -107,9 +116,23 @@ def test_rerun_adds_only_what_is_new(tmp_path: Path) -> None:
 def test_same_name_with_other_content_becomes_another_image(tmp_path: Path) -> None:
     write(tmp_path / "in", a=picture((20, 30)))
     ingest([tmp_path / "in"], tmp_path / "em.zarr")
-    write(tmp_path / "in", a=picture((20, 30), 5))
-    ingest([tmp_path / "in"], tmp_path / "em.zarr")
-    assert names(tmp_path / "em.zarr") == ["a", "a-2"]
+    write(tmp_path / "in", a=picture((20, 30), 5), b=picture((20, 30), 6))
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert names(tmp_path / "em.zarr") == ["a", "a-2", "b"]
+    notes = {image.name: image.notes for image in report.taken}
+    assert "a former version" in notes["a-2"][0] and notes["b"] == ()
+
+
+def test_a_stack_that_grew_and_was_taken_again_is_not_trained_and_validated_on(tmp_path: Path) -> None:
+    stack, store = picture((40, 32, 32)), tmp_path / "em.zarr"
+    for depth in (20, 40):
+        write(tmp_path / "in", stack=stack[:depth])
+        ingest([tmp_path / "in"], store)
+    images = Store.open(store).images
+    assert [image.name for image in images] == ["stack", "stack-2"]
+    for seed in range(4):
+        parts = split(images, 0.1, seed=seed)
+        assert {region.name for region in (*parts.train, *parts.val)} == {"stack-2"}
 
 
 def test_equal_file_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -252,6 +275,125 @@ def test_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     assert "changed" in report.skipped[0].reason
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), ResourceError),
+        (OSError(errno.ENFILE, "Too many open files in system"), ResourceError),
+        (MemoryError(), ResourceError),
+        (PermissionError(errno.EACCES, "Permission denied"), InputError),
+        (FileNotFoundError(errno.ENOENT, "No such file"), InputError),
+    ],
+    ids=["stale", "descriptors", "memory", "permission", "absent"],
+)
+def test_a_read_that_fails_just_now_keeps_what_was_written(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, failure: Exception, kind: type[Exception]
+) -> None:
+    stack, store = picture((9, 64, 64)), tmp_path / "em.zarr"
+    write(tmp_path / "in", a=stack)
+    real = TiffSource._read
+
+    def read(self: TiffSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+        if z[0] >= 6:
+            raise failure
+        return real(self, handle, z, *where)
+
+    monkeypatch.setattr(TiffSource, "_read", read)
+    if kind is InputError:  # other files may be readable
+        report = ingest([tmp_path / "in"], store, workers=1)
+        assert "a.tif" in report.skipped[0].reason and not report.taken
+    else:
+        with pytest.raises(kind, match=r"a\.tif"):
+            ingest([tmp_path / "in"], store, workers=1)
+    written = {path: path.stat().st_mtime_ns for path in (store / "images" / "a").rglob("c/*/*/*")}
+    assert len(written) >= 5
+    monkeypatch.undo()
+    monkeypatch.setattr("affmae_engine.data.store_layout._SHARD_BYTES", 4096)
+    assert [image.name for image in ingest([tmp_path / "in"], store, workers=1).taken] == ["a"]
+    np.testing.assert_array_equal(Store.open(store).read("a", ALL, ALL, ALL), stack)
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+
+def test_half_of_a_folder_that_is_no_longer_there_is_not_kept(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zarr.create_array(tmp_path / "in" / "a.zarr", data=picture((9, 64, 64)), chunks=(1, 64, 64))
+    write(tmp_path / "in", b=picture((20, 20)))
+    real = ZarrSource._read
+
+    def read(self: ZarrSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+        if z[0] >= 6:  # its chunks may have been read as empty for some time already
+            raise FileNotFoundError(errno.ENOENT, "No such file")
+        return real(self, handle, z, *where)
+
+    monkeypatch.setattr(ZarrSource, "_read", read)
+    assert "no such file" in ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1).skipped[0].reason
+    assert begun(tmp_path / "em.zarr") == ["b"]
+
+
+def test_an_image_whose_file_cannot_be_asked_in_the_end_is_not_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in", a=picture((30, 30)))
+
+    def away(self: files.Original) -> bool:
+        raise OSError(errno.ETIMEDOUT, "Connection timed out")
+
+    monkeypatch.setattr(files.Original, "changed", away)
+    with pytest.raises(ResourceError, match="does not answer"):
+        ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1)
+    assert (tmp_path / "em.zarr/images/a/0/c/0/0/0").is_file()
+    monkeypatch.undo()
+    assert ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1).images == 1
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_half_an_image_that_is_begun_anew_or_whose_file_is_gone_is_removed(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, store = Path("raw") if relative else tmp_path / "raw", tmp_path / "em.zarr"
+    zarr.create_array(source / "a.zarr", data=picture((9, 64, 64)), chunks=(1, 64, 64))
+
+    def half(**options: Any) -> None:
+        bands: list[int] = []
+        options |= {"on_progress": lambda state: bands.append(1), "should_stop": lambda: len(bands) > 3}
+        assert ingest([source], store, workers=1, **options).interrupted
+
+    half()
+    report = ingest([source], store, pixel_nm=(40.0, 4.0, 4.0))
+    assert begun(store) == [report.taken[0].name]
+    half(pixel_nm=(50.0, 4.0, 4.0), channel=0)
+    Path("raw").rename("share that is away")
+    write(tmp_path / "in", other=picture((20, 20)))
+    ingest([tmp_path / "in"], store)
+    assert len(begun(store)) == 3  # the folder is not there either: it may come back
+    Path("raw").mkdir()
+    ingest([tmp_path / "in"], store)
+    assert len(begun(store)) == 2
+
+
+def test_a_file_skipped_once_and_then_taken_is_no_longer_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for name in ("taken.png", "copy.png", "broken.png"):
+        Path("in", name).write_bytes(b"\x89PNG, but only so far")
+
+    def skipped() -> list[str]:
+        manifest = json.loads(StorePaths(tmp_path / "em.zarr").manifest.read_text())
+        return [entry["path"] for entry in manifest["skipped"]]
+
+    write(tmp_path / "in", good=picture((20, 20)))
+    ingest(["in"], tmp_path / "em.zarr")
+    assert skipped() == [str(tmp_path / "in" / name) for name in ("broken.png", "copy.png", "taken.png")]
+    for name in ("taken.png", "copy.png"):
+        Image.fromarray(picture((9, 9), 3)).save(Path("in", name))
+    ingest(["in"], tmp_path / "em.zarr")
+    assert skipped() == [str(tmp_path / "in" / "broken.png")]
+
+
 def test_nothing_taken_leaves_no_store(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(b"no image at all")
     report = ingest([tmp_path / "a.tif"], tmp_path / "new" / "em.zarr")
@@ -282,6 +424,31 @@ def test_labels_beside_images(tmp_path: Path, small_shards: None) -> None:
     (short,) = open_sources(tmp_path / "labels" / "wrong.tif", labels=True)
     refused = ingest([source], tmp_path / "other.zarr", labels={source_key(source): short})
     assert "same shape" in refused.skipped[0].hint
+
+
+def test_labels_of_a_store_are_listed_as_skipped_not_taken_as_images(
+    tmp_path: Path, make_labelled_store: Callable[..., Store]
+) -> None:
+    store = make_labelled_store({"cell": (picture((2, 20, 20)), picture((2, 20, 20), 1) % 2)})
+    report = ingest([store.path], tmp_path / "em.zarr")
+    assert [image.source_series for image in report.taken] == ["images/cell/0"]
+    (skipped,) = report.skipped
+    assert "[labels/cell]: it is a label map (image-label), not an image" in skipped.reason
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_named_like_metadata_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    write(tmp_path / "in", **{"zarr.json": picture((12, 12)), "c": picture((12, 12), 1)})
+    if begun:  # as a version that knew of no reserved name left its store
+        with monkeypatch.context() as patched:
+            patched.setattr("affmae_engine.data.store_writer._RESERVED", "")
+            with pytest.raises(FileExistsError):
+                ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert not report.skipped and names(tmp_path / "em.zarr") == ["c", "zarr.json-2"]
+    block = Store.open(tmp_path / "em.zarr").read("zarr.json-2", ALL, ALL, ALL)
+    np.testing.assert_array_equal(block[0], picture((12, 12)))
+    assert sorted(zarr.open_group(tmp_path / "em.zarr", mode="r")["images"].keys()) == ["c", "zarr.json-2"]
 
 
 def test_odd_names_work(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
 
 from affmae_engine.data.labels.checks import CheckedLabels, check_labels
@@ -92,6 +93,19 @@ def test_a_stack_and_pictures_are_paired_by_order_when_counts_match(tmp_path: Pa
     assert error.value.message.count("labels without an image") == 4
 
 
+def test_a_label_map_in_a_zarr_labels_a_folder_of_pictures(tmp_path: Path):
+    stack = classes(0, (3, *SHAPE))
+    group = zarr.create_group(tmp_path / "L.zarr")
+    group.create_array("0", data=stack)
+    level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0, 1.0, 1.0]}]}
+    images = [{"axes": [{"name": axis} for axis in "zyx"], "datasets": [level]}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": images, "image-label": {}}
+    for z in range(3):
+        save(tmp_path / "P" / f"z{z + 8}.png", grey(z))
+    pairing = pair_labels([tmp_path / "P"], [tmp_path / "L.zarr"])
+    np.testing.assert_array_equal(np.concatenate([read(pair) for pair in pairing.pairs]), stack)
+
+
 def test_a_folder_of_masks_for_each_class(tmp_path: Path):
     truth = {k: classes(k) for k in range(2)}
     for k, labels in truth.items():
@@ -153,6 +167,54 @@ def test_a_grey_map_saved_as_colour_is_a_map(tmp_path: Path):
     save(tmp_path / "a.tif", grey(0))
     tifffile.imwrite(tmp_path / "l.tif", np.stack([truth] * 3, axis=-1), photometric="rgb")
     np.testing.assert_array_equal(read(check(tmp_path / "a.tif", tmp_path / "l.tif").pairs[0])[0], truth)
+
+
+def save_colour(path: Path, channels: list[np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, np.stack(channels, axis=-1), photometric="rgb")
+
+
+@pytest.mark.parametrize("empty", [[2], [0, 2, 3], [1, 2]])
+def test_a_map_saved_as_colour_is_told_by_any_section(tmp_path: Path, empty: list[int]):
+    truth = classes(0, (4, *SHAPE), count=2)
+    truth[empty] = 0
+    save(tmp_path / "a.tif", grey(0, (4, *SHAPE)))
+    save_colour(tmp_path / "l.tif", [truth] * 3)
+    checked = check(tmp_path / "a.tif", tmp_path / "l.tif")
+    assert checked.class_names == ("class0", "class1")
+    np.testing.assert_array_equal(read(checked.pairs[0]), truth)
+    masks = [truth * (np.arange(4) == k)[:, None, None].astype(np.uint8) for k in (3, 1, 0)]
+    save_colour(tmp_path / "l.tif", masks)
+    assert len(check(tmp_path / "a.tif", tmp_path / "l.tif").class_names) == 4
+
+
+@pytest.mark.parametrize("form", ["map", "masks", "four masks"])
+def test_empty_labels_take_the_form_of_the_others(tmp_path: Path, form: str):
+    for k in range(3):
+        save(tmp_path / "I" / f"{k}.tif", grey(k))
+        truth = classes(k, count=2) * np.uint8(255 * (k != 1))
+        other = np.zeros_like(truth)
+        if form == "four masks" and k != 1:
+            save(tmp_path / "L" / f"{k}.tif", np.stack([truth, other, other, other]))
+        else:
+            save_colour(tmp_path / "L" / f"{k}.tif", [truth] * 3 if form == "map" else [truth, other, other])
+    checked = check(tmp_path / "I", tmp_path / "L")
+    assert len(checked.class_names) == {"map": 2, "masks": 4, "four masks": 5}[form]
+    assert len(checked.pairs) == 3 and not read(checked.pairs[1]).any()
+    np.testing.assert_array_equal(read(checked.pairs[0])[0], classes(0, count=2))
+
+
+def test_masks_whose_first_channels_are_empty_stay_masks(tmp_path: Path):
+    save(tmp_path / "a.tif", grey(0))
+    masks = np.zeros((4, *SHAPE), np.uint8)
+    masks[3, :5] = 1
+    save(tmp_path / "l.tif", masks)
+    with pytest.raises(InputError, match="nothing to tell apart"):  # maps without a single value
+        save_colour(tmp_path / "empty.tif", [masks[0]] * 3)
+        check(tmp_path / "a.tif", tmp_path / "empty.tif")
+    tifffile.imwrite(tmp_path / "l.tif", masks, imagej=True, metadata={"axes": "CYX"})
+    checked = check(tmp_path / "a.tif", tmp_path / "l.tif")
+    assert len(checked.class_names) == 5 and checked.counts[4] == 5 * SHAPE[1]
 
 
 @pytest.mark.parametrize("value", [1, 255, 7])

@@ -141,6 +141,28 @@ def test_hierarchy_takes_images_and_names_refusals(tmp_path: Path) -> None:
     assert "complex64" in refused[0].message
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_label_maps_are_no_images(tmp_path: Path, version: str) -> None:
+    root = tmp_path / "h.zarr"
+    zarr.create_group(root, zarr_format=2 if version == "0.4" else 3)
+    for name in ("images/cell", "labels/cell"):
+        ome(root / name, picture((2, 16, 15)), "zyx", [40, 4, 4], version)
+    labels = zarr.open_group(root / "labels" / "cell")
+    mark = {"image-label": {"source": {"image": "../../images/cell"}}}
+    labels.attrs.update(mark if version == "0.4" else {"ome": labels.attrs["ome"] | mark})
+    sources, refused = scan_sources(root)
+    assert [source.info.series for source in sources] == ["images/cell/0"]
+    assert [error.message for error in refused] == [
+        f"cannot read {root} [labels/cell]: it is a label map (image-label), not an image"
+    ]
+    assert [source.info.series for source in open_sources(root, labels=True)] == ["images/cell/0", "labels/cell/0"]
+    with pytest.raises(InputError, match="it is a label map") as caught:
+        open_sources(root / "labels" / "cell")
+    assert "--labels" in caught.value.hint
+    (alone,) = open_sources(root / "labels" / "cell", labels=True)
+    np.testing.assert_array_equal(alone.read(ALL, ALL, ALL), picture((2, 16, 15)))
+
+
 def test_missing_chunks_of_a_strangers_zarr_are_fill_values(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "a.zarr", shape=(64, 64), dtype="uint8", chunks=(32, 32), fill_value=7)
     assert (read(tmp_path / "a.zarr") == 7).all()

@@ -1,12 +1,19 @@
 """The held-out part: deterministic, contiguous, never beside what is trained on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from affmae_engine.data.ingest import ingest
 from affmae_engine.data.split import Region, Split, natural_key, split
+from affmae_engine.data.store import Store
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,14 @@ class Image:
     shape_ZYX: tuple[int, int, int]
     pixel_nm: tuple[float | None, float | None, float | None] = (None, None, None)
     series_group: str = ""
+    source_path: str = ""
+    source_series: str = ""
+    source_mtime_ns: int = 0
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for field, value in (("source_path", f"/data/{self.name}.tif"), ("sha256", self.name)):
+            object.__setattr__(self, field, getattr(self, field) or value)
 
 
 def single(name: str, height: int = 100, width: int = 100) -> Image:
@@ -100,6 +115,113 @@ def test_many_short_stacks_are_held_out_whole() -> None:
     result = split([Image(f"vol{i}", (4, 64, 64)) for i in range(20)], 0.1, seed=0)
     assert sorted(region.z1 - region.z0 for region in result.val) == [4, 4]
     assert len(result.train) == 18
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_image_labelled_twice_stays_on_one_side(seed: int) -> None:
+    twice = [Image(f"a by {who}", (1, 50, 50), series_group=who, sha256="a") for who in ("Ann", "Ben")]
+    result = split([*twice, *(single(letter) for letter in "bcdef")], 0.3, seed=seed)
+    train, val = ({region.name for region in part} for part in (result.train, result.val))
+    assert val and train | val == {"a by Ann", "a by Ben", *"bcdef"}
+    assert not ({"a by Ann", "a by Ben"} & train and {"a by Ann", "a by Ben"} & val)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_series_labelled_twice_is_held_out_section_by_section(seed: int) -> None:
+    images = [
+        Image(f"{who}{i}", (1, 64, 64), series_group=who, sha256=f"{i}", source_path=f"/{who}/{i}.tif")
+        for who in ("ann", "ben") for i in range(40)
+    ]  # fmt: skip
+    images.append(Image("stack", (40, 64, 64)))
+    images.append(Image("stack-ben", (40, 64, 64), sha256="stack"))
+    result = split(images, 0.1, seed=seed)
+    val, train = sections(result.val), sections(result.train)
+    assert len(val) == 16 and len(train) == 4 * 32
+    for part in (val, train):
+        assert {(name.replace("ann", "ben"), z) for name, z in part if name.startswith("ann")} == {
+            place for place in part if place[0].startswith("ben")
+        }
+        assert {z for name, z in part if name == "stack"} == {z for name, z in part if name == "stack-ben"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_versions_of_a_file_do_not_face_each_other(seed: int) -> None:
+    grown = [
+        Image("stack", (20, 64, 64), source_path="/s.tif", source_mtime_ns=1),
+        Image("stack-2", (40, 64, 64), source_path="/s.tif", source_mtime_ns=2),
+    ]
+    result = split(grown, 0.1, seed=seed)
+    assert {name for name, _ in sections(result.train) | sections(result.val)} == {"stack-2"}
+    brighter = [grown[1], Image("stack-3", (40, 64, 64), source_path="/s.tif", source_mtime_ns=3)]
+    result = split(brighter, 0.1, seed=seed)
+    for part in (result.train, result.val):
+        assert {z for name, z in sections(part) if name == "stack-2"} == {
+            z for name, z in sections(part) if name == "stack-3"
+        }
+    assert sections(split(grown, 0.0, seed=seed).train) == {(i.name, z) for i in grown for z in range(i.shape_ZYX[0])}
+    whole = split([*grown, *(Image(f"v{i}", (400, 64, 64)) for i in range(3))], 0.01, seed=seed)
+    assert {"stack", "stack-2"} <= {region.name for region in whole.train}
+
+
+def test_channels_of_one_section_stay_on_one_side() -> None:
+    channels = [Image(name, (40, 64, 64), source_path="/s.tif", sha256="s") for name in ("se", "bse")]
+    result = split(channels, 0.1, seed=0)
+    held = sections(result.val)
+    assert {z for name, z in held if name == "se"} == {z for name, z in held if name == "bse"} != set()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("labelled", [[50, 51, 52, 53, 54, 55], [3, 20, 40, 60, 99], list(range(0, 100, 4))])
+def test_only_usable_sections_are_divided(labelled: list[int], seed: int) -> None:
+    result = split([Image("vol", (100, 64, 64))], 0.1, seed=seed, usable={"vol": labelled})
+    train, val = ({z for _, z in sections(part)} for part in (result.train, result.val))
+    assert val and train and (train | val) <= set(labelled)
+    assert min(abs(a - b) for a in train for b in val) >= 2
+    assert max(val) < min(train) or max(train) < min(val)
+    assert len(train) + len(val) >= len(labelled) - 1
+    two = split([Image("vol", (100, 64, 64))], 0.1, seed=seed, usable={"vol": [7, 70]})
+    assert {z for _, z in sections(two.val)} == {7, 70} and all(region.y1 for region in two.val)
+    assert split([Image("vol", (100, 64, 64)), single("a")], 0.0, seed=seed, usable={"a": [0]}).train == [
+        Region("a", 0, 1)
+    ]
+
+
+def _zarr_group(folder: Path, sections: list[np.ndarray]) -> None:
+    group = zarr.create_group(folder / "stack.zarr")
+    for number, section in enumerate(sections):
+        group.create_array(f"s{number:03}", data=section)
+
+
+def _ome_series(folder: Path, sections: list[np.ndarray]) -> None:
+    with tifffile.TiffWriter(folder / "stack.ome.tif") as file:
+        for section in sections:
+            file.write(section, metadata={"axes": "YX"})
+
+
+def _folder_each(folder: Path, sections: list[np.ndarray]) -> None:
+    for number, section in enumerate(sections):
+        (folder / f"Section_{number:03}").mkdir()
+        tifffile.imwrite(folder / f"Section_{number:03}" / "em.tif", section)
+
+
+def _long_names(folder: Path, sections: list[np.ndarray]) -> None:
+    for number, section in enumerate(sections):
+        tifffile.imwrite(folder / f"{'specimen_3_run_02_' * 6}slice_{number:05}.tif", section)
+
+
+@pytest.mark.parametrize("save", [_zarr_group, _ome_series, _folder_each, _long_names])
+def test_sections_that_were_taken_in_one_by_one_are_a_series(
+    tmp_path: Path, save: Callable[[Path, list[np.ndarray]], None]
+) -> None:
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in", [np.eye(24, dtype=np.uint8) + np.uint8(number) for number in range(1, 21)])
+    store = ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1).store
+    images = Store.open(store)
+    for seed in range(3):
+        result = split(images.images, 0.1, seed=seed)
+        train, val = ({int(images[r.name].statistics.minimum) for r in part} for part in (result.train, result.val))
+        assert (len(val), len(train)) == (2, 16) and val in ({1, 2}, {19, 20})
+        assert min(abs(a - b) for a in train for b in val) == 3
 
 
 def test_zero_fraction_holds_nothing_out() -> None:

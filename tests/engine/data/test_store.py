@@ -71,6 +71,19 @@ def test_round_trip(tmp_path: Path, dtype: str, shape: tuple[int, int, int]) -> 
         store.read_labels("cell", ALL, ALL, ALL)
 
 
+@pytest.mark.parametrize(
+    ("path", "series", "group"),
+    [
+        ("/raw/mouse3/s007.tif", "", "/raw/mouse#/s#"),
+        ("/raw/Section_007/em.tif", "", "/raw/Section_#/em"),
+        ("/raw/stack.zarr", "images/s007/0", "/raw/stack[images/s#/#]"),
+        ("/raw/stack.ome.tif", "12", "/raw/stack.ome[#]"),
+    ],
+)
+def test_numbers_anywhere_make_a_series(path: str, series: str, group: str) -> None:
+    assert record(picture((1, 9, 9)), source_path=path, source_series=series).series_group == group
+
+
 def test_is_valid_ome_zarr_with_labels(tmp_path: Path) -> None:
     block = picture((3, 300, 280))
     labels = (block > 100).astype(np.uint8)

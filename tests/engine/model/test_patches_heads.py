@@ -55,3 +55,13 @@ def test_effective_rank_of_known_spectra() -> None:
     assert 7.5 < rank[1] <= 8.0001
     assert rank[2] == pytest.approx(1.0)
     assert effective_rank(line[None].bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), torch.finfo(torch.float32).max])
+def test_effective_rank_of_features_that_overflowed_is_not_a_number(value: float) -> None:
+    feat = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
+    expected = effective_rank(feat)
+    feat[1, 7:20, 3] = value  # so that the largest of all overflows in the mean
+    rank = effective_rank(feat)
+    assert rank[1].isnan()
+    torch.testing.assert_close(rank[[0, 2]], expected[[0, 2]])

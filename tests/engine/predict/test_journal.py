@@ -14,7 +14,7 @@ import torch
 from affmae_engine.data.readers import open_sources
 from affmae_engine.errors import BusyError, ConfigError, InputError, ResourceError
 from affmae_engine.predict import journal as journals
-from affmae_engine.predict.identity import recorded_fingerprint
+from affmae_engine.predict.identity import is_finished, recorded_fingerprint
 from affmae_engine.predict.journal import Journal, Rows
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
@@ -105,6 +105,18 @@ def test_killed_many_times_it_still_ends(
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def test_long_names_that_begin_alike_have_journals_of_their_own(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
+) -> None:
+    outs = [Outputs(tmp_path / "out" / f"{'小' * 40}_{number}.tif", with_overlay=False) for number in (1, 2)]
+    path, options = write_stack(blobs), PredictOptions()
+    with pytest.raises(Killed):
+        run(path, make_predictor(), outs[0], options, stop_at=30)
+    assert not run(write_stack(blobs[:1], "b.tif"), make_predictor(), outs[1], options).notes
+    assert any("went on from" in note for note in run(path, make_predictor(), outs[0], options).notes)
+    assert sorted(content(tmp_path / "out")) == [out.labels.name for out in outs]
+
+
 def test_another_model_image_or_option_is_refused(
     tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray, toys: SimpleNamespace
 ) -> None:
@@ -129,6 +141,26 @@ def test_another_model_image_or_option_is_refused(
     report = run(path, make_predictor(), targets, PredictOptions(overwrite=True))
     assert not any("went on" in note for note in report.notes)
     assert recorded_fingerprint(targets.labels) is not None
+
+
+def test_who_wrote_a_file_is_not_guessed(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
+) -> None:
+    path, targets, options = write_stack(blobs), Outputs(tmp_path / "labels.tif"), PredictOptions()
+    run(path, make_predictor(), targets, options)
+    (tmp_path / "notes.tif").write_text("text")
+    os.mkfifo(tmp_path / "pipe.tif")
+    for foreign in (path, tmp_path / "notes.tif", tmp_path / "pipe.tif", tmp_path, tmp_path / "absent.tif"):
+        assert recorded_fingerprint(foreign) is None
+    with open_sources(path)[0] as source:
+        assert is_finished(source, make_predictor(), targets, options)
+        for length in (100, 0):
+            os.truncate(targets.labels, length)
+            with pytest.raises(InputError, match=r"cannot read .*labels\.tif"):
+                recorded_fingerprint(targets.labels)
+            with pytest.raises(ConfigError, match="cannot be used") as caught:
+                is_finished(source, make_predictor(), targets, options)
+            assert "--overwrite" in caught.value.hint
 
 
 def test_a_second_process_is_refused_and_a_damaged_image_leaves_no_journal(

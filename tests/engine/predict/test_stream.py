@@ -1,11 +1,13 @@
 """Prediction of whole files: labels, metadata, pixel sizes, failures halfway, memory."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import tifffile
 import torch
 import yaozarrs
 import zarr
+from PIL import Image
 
 from affmae_engine.data.readers import open_sources
-from affmae_engine.errors import ConfigError, Interrupted, ResourceError
-from affmae_engine.predict import outputs
+from affmae_engine.data.readers.tiff import TiffSource
+from affmae_engine.errors import AffmaeError, ConfigError, InputError, Interrupted, ResourceError
+from affmae_engine.predict import outputs, sections, stream
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, PredictProgress, PredictReport, predict
@@ -60,7 +64,7 @@ def test_labels_fractions_scale_and_picture(
         dict(zip(("background", "membrane", "mitochondria"), np.bincount(blobs.ravel()) / blobs.size, strict=True))
     )
     assert report.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
-    assert open_sources(out)[0].info.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
+    assert open_sources(out, labels=True)[0].info.pixel_nm == pytest.approx((40.0, 4.0, 4.0))
     assert report.overlay == tmp_path / "results" / "out-overlay.png" and report.overlay.is_file()
     assert seen[-1] == PredictProgress("stack", 3, 3, seen[-1].tiles, seen[-1].tiles)
     assert [p.tiles_done for p in seen] == sorted(p.tiles_done for p in seen)
@@ -175,6 +179,69 @@ def test_a_stop_or_an_error_leaves_nothing_but_the_journal(
         shutil.rmtree(folder / f".{name}.unfinished")
 
 
+PASSING = [
+    (OSError(errno.ESTALE, "Stale file handle"), ResourceError, "the network file system has lost it"),
+    (OSError(errno.EMFILE, "Too many open files"), ResourceError, "too many files open"),
+    (MemoryError(), ResourceError, "not enough memory"),
+    (PermissionError(errno.EACCES, "Permission denied"), InputError, "permission was denied"),
+    (ValueError("corrupt strip"), InputError, "undamaged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "told"), PASSING, ids=["stale", "descriptors", "memory", "permission", "damage"]
+)
+def test_a_read_that_fails_in_the_middle_costs_no_finished_row(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray, monkeypatch: pytest.MonkeyPatch,
+    failure: Exception, kind: type[Exception], told: str,
+) -> None:  # fmt: skip
+    path, out = write_stack(blobs), tmp_path / "results" / "out.tif"
+    real, measured = TiffSource._read, stream.measure
+    monkeypatch.setattr(sections, "SLAB_PIXELS", blobs[0].size)
+    armed: list[bool] = []
+
+    def measure(source: Any) -> Any:
+        found = measured(source)
+        armed.append(True)
+        return found
+
+    def read(self: TiffSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+        if armed and z[1] > 2:
+            raise failure
+        return real(self, handle, z, *where)
+
+    monkeypatch.setattr(stream, "measure", measure)
+    monkeypatch.setattr(TiffSource, "_read", read)
+    with pytest.raises(kind) as caught:
+        run(path, make_predictor(), out)
+    assert isinstance(caught.value, AffmaeError)
+    assert "stack.tif" in caught.value.message and told in caught.value.message + caught.value.hint
+    assert not out.exists()
+    monkeypatch.undo()
+    report = run(path, make_predictor(), out)
+    assert any("went on from row 0 of section 2" in note for note in report.notes), report.notes
+    assert np.array_equal(tifffile.imread(out), blobs)
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_rows_of_an_input_that_changed_meanwhile_are_not_kept(
+    tmp_path: Path, make_predictor: Make, blobs: np.ndarray, how: str
+) -> None:
+    path, folder = tmp_path / "stack.zarr", tmp_path / "results"
+    zarr.create_array(path, data=np.asarray((0, 100, 200), np.uint8)[blobs], chunks=(1, 90, 70))
+
+    def change(progress: PredictProgress) -> None:
+        if progress.sections_done == 1 and path.exists():
+            if how == "gone":  # as when a share is unmounted: chunks that are not found would read as zeros
+                path.rename(tmp_path / "elsewhere")
+            else:
+                os.utime(path / "zarr.json", ns=(1, time.time_ns() + 10**9))
+
+    with pytest.raises(InputError, match=r"stack\.zarr"):
+        run(path, make_predictor(), folder / "out.tif", on_progress=change)
+    assert list(folder.iterdir()) == []
+
+
 def test_overwriting_keeps_the_old_file_until_the_new_one_is_complete(
     tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
 ) -> None:
@@ -191,9 +258,13 @@ def test_overwriting_keeps_the_old_file_until_the_new_one_is_complete(
 
         with pytest.raises(KeyboardInterrupt):
             run(path, make_predictor(), tmp_path, again, targets=targets, on_progress=fail)
-        assert np.array_equal(open_sources(first.labels)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs)
+        assert np.array_equal(
+            open_sources(first.labels, labels=True)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs
+        )
         run(path, make_predictor(), tmp_path, again, targets=targets)
-        assert np.array_equal(open_sources(first.labels)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs)
+        assert np.array_equal(
+            open_sources(first.labels, labels=True)[0].read(slice(0, 3), slice(0, 90), slice(0, 70)), blobs
+        )
         assert not left_behind(tmp_path / "results")
 
 
@@ -257,8 +328,6 @@ def test_the_ignored_value_is_not_predicted(
 def test_large_sections_are_reduced_in_the_picture(
     tmp_path: Path, make_predictor: Make, write_stack: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from PIL import Image
-
     labels = np.zeros((1, 200, 130), np.uint8)
     labels[:, 100:] = 2
     monkeypatch.setattr("affmae_engine.predict.overlay.LONGEST_EDGE", 50)
@@ -267,6 +336,42 @@ def test_large_sections_are_reduced_in_the_picture(
     assert picture.shape[1] < 130
     assert (picture[:50].max(-1) == picture[:50].min(-1)).all()  # the plain section above is grey
     assert (picture[90:108, 20] != picture[90:108, 20, :1]).any()  # class 2 in the lower half below is not
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1999), (1, 1999, 3), (2, 1, 1400)])
+def test_thin_images_have_a_picture_too(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, shape: tuple[int, int, int]
+) -> None:
+    labels = np.zeros(shape, np.uint8)
+    labels[:, shape[1] // 4 :, shape[2] // 4 :] = 2
+    report = run(write_stack(labels), make_predictor(), tmp_path / "out.tif", PredictOptions(tile=32))
+    assert np.array_equal(tifffile.imread(tmp_path / "out.tif"), labels[0] if shape[0] == 1 else labels)
+    assert report.overlay is not None and not report.warnings
+    picture = np.asarray(Image.open(report.overlay).convert("RGB")).astype(int)[8:, 8:]  # without the margin
+    step = -(-max(shape) // 768)
+    rows, columns = (edge // min(step, edge) for edge in shape[1:])
+    section = picture[rows + 8 : 2 * rows + 8, :columns]  # the first one with labels, below the same one without
+    assert (section[-1, -1] != section[-1, -1, 0]).any() and (np.ptp(picture[:rows, :columns], axis=-1) == 0).all()
+
+
+@pytest.mark.parametrize("failure", [ResourceError("the disk is full"), ValueError("cannot reshape")])
+def test_a_picture_that_fails_costs_nothing_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_predictor: Make,
+    write_stack: Write,
+    blobs: np.ndarray,
+    failure: Exception,
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("affmae_engine.predict.overlay.save_png", fail)
+    report = run(write_stack(blobs), make_predictor(), tmp_path / "results" / "out.tif")
+    assert np.array_equal(tifffile.imread(report.labels), blobs) and report.overlay is None
+    (warning,) = report.warnings
+    assert "no picture of stack" in warning and str(failure) in warning
+    assert [entry.name for entry in (tmp_path / "results").iterdir()] == ["out.tif"]
 
 
 MEMORY = """
@@ -303,6 +408,7 @@ weights.touch()
 about = WeightsMetadata(task="finetune", model={}, image_size=128, normalisation={}, class_names=("a", "b", "c"))
 choice = DeviceChoice(torch.device("cpu"), torch.float32, "fp32", "CPU")
 predictor = Predictor(weights, about, Model().eval(), choice, Normalisation("dataset", 100.0, 50.0), 1)
+(folder / "none").touch()
 for depth, height in ((2, 1024), (32, 1024), (1, 32768)):
     info = SourceInfo(folder / "none", "", "ramp", (depth, height, 256), np.dtype("u1"), (40.0, 4.0, 4.0), "made up")
     predict(Ramp(info), predictor, Outputs(folder / f"{depth}-{height}.tif"), PredictOptions(batch_size=8))

@@ -71,11 +71,25 @@ def test_big_volumes_become_ome_bigtiff_with_tiles(
     assert source.info.shape_ZYX == shape
 
 
-def test_unknown_pixel_size_stays_unknown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("known", "read_back"),
+    [
+        ((None, None, None), (None, None, None)),
+        ((40.0, None, None), (None, None, None)),
+        ((40.0, 5.0, None), (None, None, None)),
+        ((None, 5.0, 4.0), (None, 5.0, 4.0)),
+    ],
+)
+def test_unknown_pixel_size_stays_unknown(
+    tmp_path: Path, known: tuple[float | None, ...], read_back: tuple[float | None, ...]
+) -> None:
     labels = volume((2, 8, 8))
-    write_tiff(tmp_path / "a.tif", info(labels, (None, None, None)), pieces(labels))
+    write_tiff(tmp_path / "a.tif", info(labels, known), pieces(labels))
     (source,) = open_sources(tmp_path / "a.tif")
-    assert source.info.pixel_nm == (None, None, None)
+    assert source.info.pixel_nm == pytest.approx(read_back)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        record = json.loads(tiff.imagej_metadata["Info"])["affmae"]
+    assert record["pixel_nm_zyx"] == list(known)  # nothing that was known is lost
 
 
 def test_imagej_limits() -> None:
@@ -109,7 +123,7 @@ def test_ome_zarr_is_valid_and_complete(tmp_path: Path, shape: tuple[int, int, i
     assert group is not None
     array = zarr.open_group(tmp_path / "a.ome.zarr", mode="r")["0"]
     assert np.array_equal(array[:], labels)
-    (source,) = open_sources(tmp_path / "a.ome.zarr")
+    (source,) = open_sources(tmp_path / "a.ome.zarr", labels=True)
     assert source.info.pixel_nm == (40.0, None, 4.6)
     attributes = json.loads((tmp_path / "a.ome.zarr" / "zarr.json").read_text())["attributes"]
     assert attributes["ome"]["image-label"]["properties"][2] == {"label-value": 2, "class": "mitochondria"}

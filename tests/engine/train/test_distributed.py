@@ -15,12 +15,20 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from affmae_engine import events
+from affmae_engine.config import FinetuneConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from affmae_engine.data.labels import IGNORE
 from affmae_engine.errors import AffmaeError, ConfigError, Interrupted
+from affmae_engine.model.build import build_segmenter, encoder_layers
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
+from affmae_engine.train.device import pick_device
 from affmae_engine.train.distributed import Ranks, current_ranks, joined
 from affmae_engine.train.loop import fit
+from affmae_engine.train.losses import SegmentationLoss
+from affmae_engine.train.metrics import Stopwatch
+from affmae_engine.train.optim import build_adamw, layer_decay_groups
 from affmae_engine.train.signals import StopRequest
+from affmae_engine.train.step import TrainStep
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a process that uses a card cannot")
 Make = Callable[..., object]
@@ -147,6 +155,36 @@ def test_gradients_are_exchanged_once_per_step(
         return len(exchanged)
 
     assert in_processes(tmp_path, work) == [3, 3]
+
+
+@pytest.mark.parametrize("weights", [{}, {"step1": 0.0}, {"step2": 0.0, "step1": 0.0}])
+def test_a_segmenter_trains_in_two_processes_like_in_one(weights: dict[str, float], tmp_path: Path) -> None:
+    """Whatever each process sees: unlabelled images, a rare class. Heads without a weight are no obstacle either."""
+    config = ModelConfig(size="tiny", drop_path=0, decoder_dropout=0)
+    loss = SegmentationLoss(FinetuneConfig(), LossConfig(**weights), [0.5, 1.0, 1.5])
+    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = (images[:, 0] > 0).long()
+    labels[1] = IGNORE
+    labels[3, :4, :4] = 2
+    choice, optim = pick_device(TrainConfig(device="cpu")), OptimConfig(lr=1e-3)
+
+    def work(rank: int, world: int = 2) -> list[float]:
+        torch.manual_seed(0)
+        model = build_segmenter(config, 3).train()
+        optimizer = build_adamw(layer_decay_groups(model, optim, encoder_layers(config)), optim)
+        take_step = TrainStep(
+            model, lambda net, batch: loss(net(batch["image"]), batch["labels"]), optimizer,
+            torch.amp.GradScaler("cpu", enabled=False), choice,
+            accumulate=1, clip_norm=1.0, ranks=Ranks(rank, world), agree=lambda out: out,
+        )  # fmt: skip
+        share = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        batches = itertools.repeat({"image": images[share], "labels": labels[share]})
+        taken = [take_step(batches, seed=torch.manual_seed, watch=Stopwatch()) for _ in range(3)]
+        return [float(step.losses["loss"]) for step in taken] + [float(step.grad_norm) for step in taken]
+
+    alone = work(0, 1)
+    first, second = in_processes(tmp_path, work)
+    assert first == second == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(

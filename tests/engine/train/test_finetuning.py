@@ -113,6 +113,38 @@ def test_too_little_to_validate_on_is_refused(make_labelled_store: Callable[...,
         finetune_task(make_config(), store)
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("labelled", [(0, 1, 2), (2, 3, 4, 5, 9), (1, 10)])
+def test_only_labelled_sections_are_divided(
+    make_labelled_store: Callable[..., Store], labelled: tuple[int, ...], seed: int
+):
+    images, labels = blobs(12, 80)
+    labels[[z for z in range(12) if z not in labelled]] = 255
+    store = make_labelled_store({"stack": (images, labels)}, ignore_label=255)
+    config = make_config(finetune=FinetuneConfig(ignore_label=255))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+    _, task, _ = finetune_task(config, store)
+    trained = task.dataset.sections  # type: ignore[attr-defined]
+    held_out = task.evaluate.__self__.sections  # type: ignore[attr-defined]
+    assert {s.z for s in (*trained, *held_out)} <= set(labelled)
+    if len(labelled) > 2:
+        assert min(abs(s.z - t.z) for s in trained for t in held_out) >= 2
+    else:  # two sections give a strip each
+        assert all(s.height < 80 for s in (*trained, *held_out))
+    assert task.evaluate(task.model.eval(), CPU).score >= 0  # which it would not be of nothing
+
+
+def test_a_validation_set_without_a_labelled_pixel_is_refused(make_labelled_store: Callable[..., Store]):
+    sets = {name: blobs(1, 80, seed=k) for k, name in enumerate("abc")}
+    sets["b"][1][:] = 255
+    store = make_labelled_store(sets, ignore_label=255)
+    with pytest.raises(InputError, match="set aside for validation is labelled") as error:
+        finetune_task(make_config(finetune=FinetuneConfig(val_images=("b",), ignore_label=255)), store)
+    assert "--val-images" in error.value.hint
+    _, task, _ = finetune_task(make_config(finetune=FinetuneConfig(val_images=("b", "c"), ignore_label=255)), store)
+    assert {s.name for s in task.evaluate.__self__.sections} == {"c"}  # type: ignore[attr-defined]
+
+
 def test_the_learning_rate_falls_by_layer(store: Store):
     _, task, _ = finetune_task(make_config(), store)
     groups = task.parameter_groups(OptimConfig(layer_decay=0.5, weight_decay=0.1))

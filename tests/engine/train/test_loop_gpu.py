@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tifffile
 import torch
 
-from affmae_engine.config import RunConfig, TrainConfig
+from affmae_engine.config import KernelsConfig, RunConfig, TrainConfig
 from affmae_engine.data.ingest import ingest
 from affmae_engine.data.store import Store
 from affmae_engine.errors import Interrupted
@@ -109,6 +110,44 @@ def test_a_recorded_step_gives_the_same_bits(
         losses.append(float(taken.losses["loss"]))
     assert losses[0] == losses[1]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("where", ["losses", "update"])
+def test_memory_short_in_a_recording_halves_the_micro_batch(
+    where: str, precision: str, make_toy: Make, make_config: Make, make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at any shortage: the step is repeated in halves, which are recorded in their turn."""
+    failures, replays = [], []
+    norm, replay = torch.nn.utils.get_total_norm, torch.cuda.CUDAGraph.replay
+
+    def allocate_too_much(here: str) -> None:
+        if here == where and not failures and torch.cuda.is_current_stream_capturing():
+            failures.append(here)
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+    def short_norm(*arguments: object, **options: object) -> torch.Tensor:  # between unscaling and the update
+        allocate_too_much("update")
+        return norm(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", short_norm)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
+    events = {}
+    for record in (False, True):
+        config = make_config(device="cuda", precision=precision, steps=12, batch_size=8, log_every=1)
+        config = config.model_copy(update={"kernels": KernelsConfig(compile=False, cuda_graph=record)})
+        run = make_run(config, f"run-{record}")
+        toy = make_toy(before=lambda batch: allocate_too_much("losses"))
+        toy.task.model[3].p = 0.0  # dropout depends on the micro-batch
+        fit(run, config, replace(toy.task, static=True))
+        events[record] = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert failures == [where]
+    assert len(replays) == (12 - 3 - EAGER_STEPS) * 3, "two micro-batches and the update, from the seventh step on"
+    warnings = [event["message"] for event in events[True] if event["kind"] == "warning"]
+    (warning,) = [message for message in warnings if message.startswith("out of memory")]
+    assert "in step 4, which is repeated: 4 images at a time, 2 times a step" in warning
+    plain, recorded = ([e["losses"]["loss"] for e in events[r] if e["kind"] == "step"] for r in (False, True))
+    assert recorded == pytest.approx(plain, rel=1e-3 if precision == "fp32" else 2e-2)
 
 
 @pytest.mark.parametrize(("family", "workers"), [("affmae", 0), ("affmae", 4), ("vit-mae", 4)])

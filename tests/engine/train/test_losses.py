@@ -32,11 +32,49 @@ def test_focal_and_dice_follow_their_formulas():
     w = torch.tensor(WEIGHTS)
     p_true = (p * onehot).sum(1)
     focal = (w[labels] * -((1 - p_true) ** 2) * p_true.log()).mean()
-    hit, size = (p * onehot).sum((0, 2, 3)), (p + onehot).sum((0, 2, 3))
-    dice = ((1 - 2 * hit / size) * w).sum() / w.sum()
+    hit, size = (p * onehot).sum((2, 3)), (p + onehot).sum((2, 3))
+    dice = (((1 - 2 * hit / size) * w).sum(1) / w.sum()).mean()
     torch.testing.assert_close(losses["focal"], focal)
     torch.testing.assert_close(losses["dice"], dice, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(losses["loss"], losses["focal"] + losses["dice"])
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_micro_batches_add_up_to_the_batch(precision: torch.dtype) -> None:
+    """Four images, one without labels, one with a rare class, one labelled in part: the same gradients in any cut."""
+    generator = torch.Generator().manual_seed(0)
+    logits = {
+        name: torch.randn(4, 3, 8, 8, generator=generator).to(precision).requires_grad_()
+        for name in ("logits", "logits_step2", "logits_step1")
+    }
+    labels = torch.randint(0, 2, (4, 8, 8), generator=generator)
+    labels[1] = IGNORE
+    labels[2, :6] = IGNORE
+    labels[3, :2, :2] = 2
+    loss = make_loss()
+    totals, gradients = {}, {}
+    for cut in ((4,), (2, 2), (1, 3), (1, 1, 1, 1)):
+        pieces = zip(*(tensor.split(cut) for tensor in (*logits.values(), labels)), strict=True)
+        shares = [
+            loss(dict(zip(logits, piece[:-1], strict=True)), piece[-1])["loss"] * len(piece[-1]) / 4 for piece in pieces
+        ]
+        totals[cut] = torch.stack(shares).sum()
+        gradients[cut] = torch.autograd.grad(totals[cut], list(logits.values()))
+    for cut, total in totals.items():
+        torch.testing.assert_close(total, totals[4,])
+        for gradient, whole in zip(gradients[cut], gradients[4,], strict=True):
+            torch.testing.assert_close(gradient, whole)
+    for gradient in gradients[4,]:
+        assert (gradient[1] == 0).all() and (gradient[[0, 2, 3]].flatten(1).abs().amax(1) > 0).all()
+
+
+def test_an_image_without_labels_counts_as_nothing() -> None:
+    logits, labels = make_batch()
+    labels[1] = IGNORE
+    both, first = make_loss()({"logits": logits}, labels), make_loss()({"logits": logits[:1]}, labels[:1])
+    assert first["loss"] > 0
+    for name in ("loss", "focal", "dice"):
+        torch.testing.assert_close(both[name], first[name] / 2)
 
 
 def test_without_focusing_the_focal_loss_is_cross_entropy():
@@ -90,6 +128,18 @@ def test_auxiliary_logits_count_with_their_weights():
     alone = loss({"logits": aux2}, labels)["loss"]
     torch.testing.assert_close(losses["step2"], alone)
     torch.testing.assert_close(losses["loss"], losses["focal"] + losses["dice"] + 0.25 * alone)
+
+
+def test_logits_of_weight_0_get_a_gradient_of_zeros() -> None:
+    """Processes that exchange gradients wait for one of every parameter. Not even values that are not finite count."""
+    logits, labels = make_batch()
+    unused = torch.full_like(logits, float("inf"), requires_grad=True)
+    loss = SegmentationLoss(FinetuneConfig(), LossConfig(step2=0.0, step1=0.0), WEIGHTS)
+    losses = loss({"logits": logits, "logits_step2": unused, "logits_step1": unused * 2}, labels)
+    losses["loss"].backward()
+    assert list(losses) == ["loss", "focal", "dice"]
+    assert torch.equal(losses["loss"], loss({"logits": logits}, labels)["loss"])
+    assert unused.grad is not None and (unused.grad == 0).all()
 
 
 def test_half_precision_logits_are_scored_in_float32():

@@ -1,5 +1,6 @@
 """Micro-batches: how their size is found, and that running out of memory changes nothing but their size."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -184,6 +185,27 @@ def test_work_in_smaller_batches() -> None:
         in_smaller_batches(lambda size: size // 0, 2, CPU)
 
 
+def test_an_attempt_that_failed_leaves_no_tensor_to_the_next_one() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def work(size: int) -> int:
+        alive.append(sum(tensor() is not None for tensor in made))
+        activations = torch.zeros(size)
+        made.append(weakref.ref(activations))
+        if size == 1:
+            return size
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError as error:
+            if size == 2:  # behind another error, as the compiler wraps it
+                raise RuntimeError("backend='inductor' raised") from error
+            raise
+
+    assert in_smaller_batches(work, 4, CPU) == 1
+    assert alive == [0, 0, 0]
+
+
 @pytest.mark.gpu
 def test_a_measured_size_fits_and_leaves_headroom(make_toy: Make, make_config: Make) -> None:
     from affmae_engine.config import TrainConfig
@@ -197,8 +219,9 @@ def test_a_measured_size_fits_and_leaves_headroom(make_toy: Make, make_config: M
         named = task.losses(net, batch)
         return {**named, "ballast": ballast[0, 0].float()}
 
-    before = torch.cuda.get_rng_state()
+    before, held = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
     size = memory.measured_micro_batch(model, losses, task.dataset.sample(0), choice, 512)
+    assert torch.cuda.max_memory_allocated() < held + (1 << 20), "the peak is not that of the measurement"
     free, total = torch.cuda.mem_get_info()
     room = free / 2**30 - max(1, 0.1 * total / 2**30)
     assert size == largest_divisor(512, int(room)) or size == largest_divisor(512, int(room) - 1)

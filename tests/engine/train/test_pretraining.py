@@ -111,6 +111,20 @@ def test_preview(store: Store) -> None:
     assert picture.shape[0] > 700
 
 
+def test_an_overflow_in_an_evaluation_costs_figures_not_the_run(store: Store) -> None:
+    _, task = pretrain_task(config(), store)
+    task.model.eval()
+    with torch.no_grad():
+        for layer in (0, 2):  # finite weights, whose product is none in fp16
+            task.model.encoder.stages[0].blocks[0].mlp[layer].weight.mul_(1e4)
+        with torch.autocast("cpu", dtype=torch.float16):
+            found = task.evaluate(task.model, CPU)
+            picture = task.preview(task.model, CPU)[""]
+    assert not np.isfinite(found.score)
+    assert len(found.effective_rank) == 4 and np.isnan(found.effective_rank).all()
+    assert picture.shape[0] > 700
+
+
 def test_short_run_learns_and_leaves_everything(store: Store, tmp_path: Path) -> None:
     resolved, task = pretrain_task(config(steps=12), store)
     run = create(tmp_path / "run")
