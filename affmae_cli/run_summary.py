@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from affmae_cli import output
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.status import Kind
 from affmae_cli.dashboard.verdicts import Level
 from affmae_cli.progress import sparks
@@ -140,7 +141,7 @@ def _held_out_rows(state: RunState) -> Iterator[tuple[str, Text]]:
     for index, (name, scores) in enumerate(classes):
         figures = "  ".join(f"{key} {number(value)}" for key, value in scores.items())
         label = "classes" if index == 0 and len(classes) == len(evaluated.per_class) else ""
-        yield label, Text(f"{output.printable(name)}  {figures}".replace("\n", " "))
+        yield label, Text(f"{one_line(name)}  {figures}")
     if evaluated.effective_rank:
         ranks = "  ".join(f"stage {stage} {rank:.1f}" for stage, rank in enumerate(evaluated.effective_rank, 1))
         yield "ranks", Text(ranks)

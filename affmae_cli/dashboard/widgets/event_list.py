@@ -9,8 +9,8 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.widgets.title import retitle
-from affmae_cli.output import printable
 from affmae_engine.events import CheckpointSaved, Evaluated, Event, RequestTaken, RunEnded, Warned
 from affmae_engine.train.report import line
 
@@ -38,7 +38,7 @@ class EventList(Widget):
         for event, words in shown:
             kind, sign = _kind(event)
             text = Text(time.strftime("%H:%M:%S ", time.localtime(event.time)), style("events--time"))
-            text.append(f"{sign} {printable(words)}".replace("\n", " "), style(f"events--{kind}"))
+            text.append(f"{sign} {one_line(words)}", style(f"events--{kind}"))
             text.truncate(self.size.width, overflow="ellipsis")
             lines.append(text)
         return Text("\n", end="").join(lines)
