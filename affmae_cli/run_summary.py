@@ -18,6 +18,7 @@ from affmae_cli import output
 from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.status import Kind
 from affmae_cli.dashboard.verdicts import Level
+from affmae_cli.dashboard.worst import worst
 from affmae_cli.progress import sparks
 from affmae_engine.train.report import duration, line, number, rate
 
@@ -137,7 +138,7 @@ def _held_out_rows(state: RunState) -> Iterator[tuple[str, Text]]:
     classes = list(evaluated.per_class.items())
     if len(classes) > _CLASSES:
         yield "classes", Text(f"the {_CLASSES} worst of {len(classes)}; --json lists them all", style="dim")
-        classes = sorted(classes, key=lambda each: each[1].get("iou", math.inf))[:_CLASSES]
+        classes = worst(evaluated.per_class, _CLASSES)
     for index, (name, scores) in enumerate(classes):
         figures = "  ".join(f"{key} {number(value)}" for key, value in scores.items())
         label = "classes" if index == 0 and len(classes) == len(evaluated.per_class) else ""

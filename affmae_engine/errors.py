@@ -118,17 +118,22 @@ _OF_THE_DISK = "see to the disk, then run the same command again"
 _PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, *_OF_THE_MACHINE}
 
 
-def of_system(error: BaseException | None) -> AffmaeError | None:
+def of_system(error: BaseException | None, *, unnamed: str = "") -> AffmaeError | None:
     """The error that a user is shown when the system refused a file, itself or behind another exception.
 
     None where it did not: the reason is another one, a bug of ours perhaps.
+
+    Args:
+        unnamed: what was used, for errors that name no file, as those of reading an open one; "": such do not count.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in REASONS and isinstance(error.filename, (str, bytes)):
-            message = f"cannot use {os.fsdecode(error.filename)}: {REASONS[error.errno]}"
-            if error.errno in _OF_THE_USER:
+        if isinstance(error, OSError) and error.errno in REASONS:
+            name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else unnamed
+            message = f"cannot use {name}: {REASONS[error.errno]}"
+            if name and error.errno in _OF_THE_USER:
                 return InputError(message, _OF_THE_USER[error.errno])
-            return ResourceError(message, _OF_THE_MACHINE.get(error.errno, _OF_THE_DISK))
+            if name:
+                return ResourceError(message, _OF_THE_MACHINE.get(error.errno, _OF_THE_DISK))
         error = error.__cause__ or error.__context__
     return None
 

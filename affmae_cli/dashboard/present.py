@@ -9,6 +9,7 @@ from rich.cells import cell_len, set_cell_size
 from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Bar, Figure, Tone
+from affmae_cli.dashboard.worst import worst
 from affmae_engine.train.report import number, rate
 
 _TONES: dict[str, Tone] = {"good": "good", "note": "warn", "bad": "bad"}
@@ -61,7 +62,7 @@ def classes(view: RunView, most: int | None = None) -> tuple[Figure, ...]:
     found = view.evaluated.per_class if view.evaluated else {}
     shown = list(found.items())
     if most is not None and len(shown) > most:
-        shown = sorted(shown, key=lambda item: _or_last(item[1].get("iou")))[: most - 1]
+        shown = worst(found, most - 1)
     rows = [
         Figure(
             shortened(name),
@@ -204,10 +205,6 @@ def of(value: float, total: float, unit: str, digits: int = 0) -> str:
 
 def _bar(value: float | None) -> Bar | None:
     return Bar(min(max(value, 0.0), 1.0)) if value is not None and math.isfinite(value) else None
-
-
-def _or_last(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def _or_zero(value: float) -> float:

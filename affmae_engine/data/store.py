@@ -126,9 +126,10 @@ class Store:
         except MemoryError as error:
             raise ResourceError(f"not enough memory to read {name} of {self.path}") from error
         except Exception as error:
+            what = f"{self.path}: {'labels of ' if labels else ''}{name}"
             # A disk that cannot be read just now, or by this user, holds nothing damaged.
-            raise of_system(error) or CorruptError(
-                f"{self.path}: {'labels of ' if labels else ''}{name}: a chunk is damaged ({one_line(error, 80)})",
+            raise of_system(error, unnamed=what) or CorruptError(
+                f"{what}: a chunk is damaged ({one_line(error, 80)})",
                 "delete the dataset and ingest it again",
             ) from error
 

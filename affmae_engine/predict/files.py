@@ -86,14 +86,7 @@ def plan(
         ResourceError: the output folder cannot be written to.
     """
     single = len(inputs) == 1 and find_files(inputs) == [Path(inputs[0]).expanduser()]
-    named_file = out is not None and outputs.is_label_file(out)
-    if out is not None and out.suffix and not named_file and not out.is_dir():
-        raise ConfigError(
-            f"{out}: labels are written as .tif, .tiff or .zarr (OME-Zarr)",
-            "name the output with one of these extensions, or name a folder without one",
-        )
-    if named_file and not single:
-        raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
+    named_file = out is not None and _is_one_file(out, single)
     folder = _folder(inputs, out, single=single, named_file=named_file)
     ending = "-labels" if single else ""
     jobs, refused, readable = [], [], []
@@ -168,6 +161,23 @@ def run(
     if not reports and not planned.finished:
         raise InputError(f"none of the {len(refused)} images could be read; the first: {refused[0].reason}")
     return Outcome(reports, refused, planned.finished)
+
+
+def _is_one_file(out: Path, single: bool) -> bool:
+    """Whether the output that was named is a file for one image; else it is a folder.
+
+    Raises:
+        ConfigError: a file of another kind, or one file for several inputs.
+    """
+    named_file = outputs.is_label_file(out)
+    if out.suffix and not named_file and not out.is_dir():
+        raise ConfigError(
+            f"{out}: labels are written as .tif, .tiff or .zarr (OME-Zarr)",
+            "name the output with one of these extensions, or name a folder without one",
+        )
+    if named_file and not single:
+        raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
+    return named_file
 
 
 def _folder(inputs: Sequence[Path], out: Path | None, *, single: bool, named_file: bool) -> Path:

@@ -159,9 +159,8 @@ class _Run:
         """Raises InputError when the image is not the one that was opened, ResourceError when that cannot be asked."""
         path = self.source.info.path
         with reading(path):
-            changed = self.original.changed()
-        if changed:
-            raise InputError(f"{path} changed while it was read", "predict it when it is complete")
+            if self.original.changed():
+                raise InputError(f"{path} changed while it was read", "predict it when it is complete")
 
     def tell(self) -> None:
         """Pass on how far it is."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from affmae_engine.config import OptimConfig, RunConfig
+from affmae_engine.config import RunConfig
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.segmentation import Section, SegmentationDataset, labelled_pixels, sections_of
 from affmae_engine.data.split import Region, Split, split
@@ -68,9 +67,6 @@ def finetune_task(
     def losses(module: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return loss(module(batch["image"]), batch["labels"])
 
-    def parameter_groups(optim: OptimConfig) -> list[dict[str, Any]]:
-        return layer_decay_groups(model, optim, encoder_layers(config.model))
-
     task = Task(
         name="finetune",
         model=model,
@@ -78,7 +74,7 @@ def finetune_task(
         losses=losses,
         evaluate=evaluation.evaluate,
         preview=evaluation.preview,
-        parameter_groups=parameter_groups,
+        parameter_groups=lambda optim: layer_decay_groups(model, optim, encoder_layers(config.model)),
         metadata=WeightsMetadata.of_run(
             "finetune",
             config,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from affmae_engine.config import ModelConfig, OptimConfig, RunConfig
+from affmae_engine.config import ModelConfig, RunConfig
 from affmae_engine.data.dataset import PretrainDataset, croppable_planes
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.split import Split, split
@@ -67,9 +66,6 @@ def pretrain_task(
     if init_from is not None:
         notes += load_initial(model, init_from, config)
 
-    def parameter_groups(optim: OptimConfig) -> list[dict[str, Any]]:
-        return layer_decay_groups(model, optim, encoder_layers(config.model))
-
     task = Task(
         name="pretrain",
         model=model,
@@ -77,7 +73,7 @@ def pretrain_task(
         losses=reconstruction_losses,
         evaluate=evaluation.evaluate,
         preview=evaluation.preview,
-        parameter_groups=parameter_groups,
+        parameter_groups=lambda optim: layer_decay_groups(model, optim, encoder_layers(config.model)),
         metadata=WeightsMetadata.of_run(
             "pretrain",
             config,

@@ -218,26 +218,26 @@ def test_the_dashboard_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None
     assert not dashboard_wanted(no_tui=False, quiet=False, as_json=False)
 
 
-def test_a_line_that_a_trainer_writes_in_pieces_is_passed_on_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import os, time; os.write(2, b'error: the da'); time.sleep(0.5); os.write(2, b'ta\\nhint: no end')"
+def said_before_a_run(code: str, capsys: pytest.CaptureFixture[str], *, ended: bool = False) -> str:
+    """What is passed on of a trainer that runs `code` and ends without a run. ended: nobody looked before it had."""
     with tempfile.TemporaryFile() as words:
         ours, theirs = os.pipe()
         process = subprocess.Popen([sys.executable, "-c", code], stderr=words, pass_fds=(theirs,))
         os.close(theirs)
+        if ended:
+            process.wait()
         trainer = Trainer(process, ours, words)
         assert trainer.wait_for_run() is None and trainer.exit_code() == 0
-    said = capsys.readouterr().err
+    return capsys.readouterr().err
+
+
+def test_a_line_that_a_trainer_writes_in_pieces_is_passed_on_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import os, time; os.write(2, b'error: the da'); time.sleep(0.5); os.write(2, b'ta\\nhint: no end')"
+    said = said_before_a_run(code, capsys)
     assert "error: the data\n" in said and "hint: no end\n" in said
 
 
 def test_of_much_that_a_trainer_said_the_end_is_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
     code = "import os; [os.write(2, b'noise ' * 5000 + b'\\n') for _ in range(100)]; os.write(2, b'error: the end\\n')"
-    with tempfile.TemporaryFile() as words:
-        ours, theirs = os.pipe()
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=words, pass_fds=(theirs,))
-        os.close(theirs)
-        trainer = Trainer(process, ours, words)
-        process.wait()
-        assert trainer.wait_for_run() is None
-    said = capsys.readouterr().err
+    said = said_before_a_run(code, capsys, ended=True)
     assert said.endswith("error: the end\n") and len(said) < 200_000

@@ -1,6 +1,7 @@
 """`affmae watch`: which run is meant, the summary in every state, what is refused."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -120,10 +121,11 @@ def test_choosing_among_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_of_many_classes_the_worst_are_shown_and_the_others_counted() -> None:
     scores = {f"class{n:02}": {"iou": abs(n - 10) / 20, "dice": 0.5} for n in range(40)}
+    scores["class20"] = {"iou": math.nan, "dice": math.nan}
     make("a", events.Evaluated(step=10, metrics={"score": 0.5}, per_class=scores), task="finetune")
     text = watch("runs/a", "--once").stdout
     assert "the 12 worst of 40" in text and text.count("dice") == 12
-    assert "class10" in text and "class39" not in text and "class00" not in text
+    assert "class10" in text and "class39" not in text and "class20" not in text and "class00" not in text
 
 
 def test_beside_json_nothing_else_is_a_result() -> None:
