@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from affmae_kernels import launch
+from affmae_kernels import launch, precompile
 
 OPERATIONS = (
     "neighbourhoods",
@@ -55,6 +55,8 @@ def choose_backend(backend: str, op: str, device: torch.device, unsupported: str
         raise ValueError(f"backend of {op} must be one of {', '.join(_BACKENDS)}; got {backend!r}")
     if backend == "reference":
         return Choice("reference", "asked for")
+    if precompile.rehearsing():
+        return Choice("triton", "its kernels are being compiled")
     if backend == "auto" and device.type == "cpu":
         return Choice("reference", "the tensors are on the CPU")
     obstacle = launch.obstacle(device.type, device.index or 0)

@@ -1,4 +1,4 @@
-"""What all references share: the dtype they compute in, and working through rows in tiles of bounded memory."""
+"""Dtypes of features and of arithmetic, and working through rows in tiles of bounded memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ TILE_ELEMENTS = 2**28
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """fp32 for fp32, bf16 and fp16 features; float64 for float64 (gradient checks)."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def feature_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that features have in an operation: autocast's where that is on, else the tensor's own.
+
+    Tensors on the meta device stand for CUDA tensors (see `precompile.rehearse`).
+    """
+    kind = "cuda" if tensor.is_meta else tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def in_tiles(rows: int, elements_per_row: int, compute: Callable[[slice], Tensor], dim: int) -> Tensor:
