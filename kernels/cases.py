@@ -74,6 +74,12 @@ class Case:
         return {name: _map(value, leaf) for name, value in made.items()}
 
 
+def scattered_positions(random: torch.Generator, batch: int, tokens: int, canvas_hw: tuple[int, int]) -> Tensor:
+    """int32 (x, y) cells [B, N, 2], distinct within an image, in random order."""
+    index_BN = torch.rand(batch, canvas_hw[0] * canvas_hw[1], generator=random).argsort(1)[:, :tokens]
+    return torch.stack([index_BN % canvas_hw[1], index_BN // canvas_hw[1]], -1).int()
+
+
 def cases(operation: str, *, network: bool | None = None) -> list[Case]:
     """The cases of one operation; `network`: only those of the network, or only the small ones."""
     found: list[Case] = importlib.import_module(f"affmae_kernels.{operation}.cases").CASES

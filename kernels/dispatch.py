@@ -69,6 +69,11 @@ def choose_backend(backend: str, op: str, device: torch.device, unsupported: str
     return Choice("reference", reason)
 
 
+def fp32_only(parameter: torch.Tensor) -> str | None:
+    """Why fused operations cannot take parameters of this dtype; None: they can."""
+    return None if parameter.dtype == torch.float32 else f"parameters of {parameter.dtype}, only fp32"
+
+
 @launch.constant_when_compiled
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
