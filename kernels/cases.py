@@ -25,6 +25,7 @@ OPERATIONS = (
     "point_attention",
     "decoder_step",
     "residual_norm",
+    "norm_linear",
     "pixel_loss",
     "segmentation_loss",
 )
