@@ -27,6 +27,11 @@ def feature_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Inside, operations compute in the dtypes of their arguments."""
+    return torch.autocast("cuda" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
 def in_tiles(rows: int, elements_per_row: int, compute: Callable[[slice], Tensor], dim: int) -> Tensor:
     """Concatenates `compute(slice of rows)` along `dim`, every tile's temporaries at most `TILE_ELEMENTS`.
 

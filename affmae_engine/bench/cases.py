@@ -16,7 +16,7 @@ from torch import Tensor
 
 from affmae_engine.config import MaskConfig, ModelConfig
 from affmae_engine.model.masking import draw_mask, visible_count
-from affmae_engine.model.merging import survivor_count
+from affmae_engine.model.encoder import survivor_count
 from affmae_engine.model.patches import cell_positions
 from affmae_engine.model.sizes import SIZES
 from affmae_kernels.neighbourhoods import Neighbourhoods

@@ -22,9 +22,9 @@ from affmae_engine.config import ModelConfig
 from affmae_engine.model.decoder import SAMPLES
 from affmae_engine.model.heads import STEP_OF_HEAD
 from affmae_engine.model.masking import visible_count
-from affmae_engine.model.merging import survivor_count
+from affmae_engine.model.encoder import survivor_count
 from affmae_engine.model.sizes import SIZES
-from affmae_engine.model.stem import LARGEST_MATRIX
+from affmae_engine.model.encoder import LARGEST_MATRIX
 from affmae_engine.model.vit_mae import MLP_RATIO, VIT_SIZES
 from affmae_kernels.point_attention.reference import NEAREST
 

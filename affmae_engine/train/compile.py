@@ -17,8 +17,8 @@ from affmae_engine.model.block import Block
 from affmae_engine.model.decoder import DecoderStep, SineEmbedding
 from affmae_engine.model.encoder import Stage
 from affmae_engine.model.heads import Head
-from affmae_engine.model.merging import ClusterMerging, NormMerging
-from affmae_engine.model.stem import Stem
+from affmae_engine.model.encoder import ClusterMerging, NormMerging
+from affmae_engine.model.encoder import Stem
 from affmae_engine.model.vit_mae import VitDecoder, VitEncoder
 
 REGIONS = (Stem, Block, ClusterMerging, NormMerging, SineEmbedding, DecoderStep, Head, VitEncoder, VitDecoder)

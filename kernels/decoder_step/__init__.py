@@ -11,7 +11,7 @@ from affmae_kernels import point_attention, residual_norm
 from affmae_kernels.decoder_step import reference
 from affmae_kernels.dispatch import choose_backend, fp32_only
 from affmae_kernels.point_attention import NearestTable, nearest_table
-from affmae_kernels.precision import feature_dtype
+from affmae_kernels.precision import feature_dtype, without_autocast
 
 __all__ = ["AttentionWeights", "Points", "StepWeights", "decoder_step", "points"]
 
@@ -118,7 +118,7 @@ def decoder_step(
         or fp32_only(weights.norm1_weight_C)
     )
     choice = choose_backend(backend, "decoder_step", x_BQC.device, obstacle)
-    with torch.autocast(x_BQC.device.type, enabled=False):
+    with without_autocast(x_BQC):
         arguments = x_BQC.to(dtype), queries, feat_BNE.to(dtype), tokens, code_TC.to(dtype), weights, heads, dropout
         if choice.name == "triton":
             from affmae_kernels.decoder_step import triton

@@ -12,7 +12,7 @@ from affmae_kernels import cluster_attention, residual_norm
 from affmae_kernels.dispatch import choose_backend, fp32_only
 from affmae_kernels.encoder_blocks import reference
 from affmae_kernels.neighbourhoods import Neighbourhoods
-from affmae_kernels.precision import feature_dtype
+from affmae_kernels.precision import feature_dtype, without_autocast
 
 __all__ = ["BlockWeights", "encoder_blocks"]
 
@@ -80,7 +80,7 @@ def encoder_blocks(
         or fp32_only(norm_weight_C)
     )
     choice = choose_backend(backend, "encoder_blocks", feat_BNC.device, obstacle)
-    with torch.autocast(feat_BNC.device.type, enabled=False):
+    with without_autocast(feat_BNC):
         if choice.name == "triton":
             from affmae_kernels.encoder_blocks import triton
 

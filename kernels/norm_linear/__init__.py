@@ -8,7 +8,7 @@ from torch import Tensor
 from affmae_kernels import residual_norm
 from affmae_kernels.dispatch import choose_backend, fp32_only
 from affmae_kernels.norm_linear import reference
-from affmae_kernels.precision import feature_dtype
+from affmae_kernels.precision import feature_dtype, without_autocast
 
 __all__ = ["norm_linear"]
 
@@ -45,7 +45,7 @@ def norm_linear(
     dtype = feature_dtype(x_BNC)
     obstacle = residual_norm.unsupported(dtype, channels) or fp32_only(weight_FC)
     choice = choose_backend(backend, "norm_linear", x_BNC.device, obstacle)
-    with torch.autocast(x_BNC.device.type, enabled=False):
+    with without_autocast(x_BNC):
         if choice.name == "triton":
             from affmae_kernels.norm_linear import triton
 

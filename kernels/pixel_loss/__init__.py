@@ -8,6 +8,7 @@ from torch import Tensor
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
 from affmae_kernels.pixel_loss import reference
+from affmae_kernels.precision import without_autocast
 
 __all__ = ["pixel_loss"]
 
@@ -34,7 +35,7 @@ def pixel_loss(
             raise ValueError(f"{name} must be {list(pred_BQP.shape)}, as pred_BQP; got {list(tensor.shape)}")
     obstacle = None if pred_BQP.dtype in DTYPES else f"predictions of {pred_BQP.dtype}"
     choice = choose_backend(backend, "pixel_loss", pred_BQP.device, obstacle)
-    with torch.autocast(pred_BQP.device.type, enabled=False):
+    with without_autocast(pred_BQP):
         if choice.name == "triton":
             from affmae_kernels.pixel_loss import triton
 

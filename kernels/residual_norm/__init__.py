@@ -7,6 +7,7 @@ from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
+from affmae_kernels.precision import without_autocast
 from affmae_kernels.residual_norm import reference
 
 __all__ = ["residual_norm", "unsupported"]
@@ -51,7 +52,7 @@ def residual_norm(
     """
     _check(x_BNC, branch_BNC, {"weight_C": weight_C, "bias_C": bias_C, "offset_C": offset_C}, scale_B, dropout)
     choice = choose_backend(backend, "residual_norm", x_BNC.device, unsupported(x_BNC.dtype, x_BNC.shape[-1]))
-    with torch.autocast(x_BNC.device.type, enabled=False):
+    with without_autocast(x_BNC):
         if choice.name == "triton":
             from affmae_kernels.residual_norm import triton
 

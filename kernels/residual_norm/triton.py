@@ -67,7 +67,7 @@ def _fwd_kernel(
         s = rounded.to(tl.float32)
     mean = tl.sum(s, 1) / C
     centered = tl.where(real, s - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centered * centered, 1) / C + eps)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / C + eps)
     tl.store(STAT + row * 2, mean, mask=row < N)
     tl.store(STAT + row * 2 + 1, rstd, mask=row < N)
     w = tl.load(WEIGHT + c, mask=c < C, other=0.0)  # [CP]
@@ -135,9 +135,10 @@ def _bwd_kernel(
 
 def launch_config(width: int, *, backward: bool = False) -> dict[str, int]:
     """Rows of a tile (R), padded channels (CP) and warps: 16 elements a thread, in whole rows. In the backward pass the
-    sums over a row stay within one warp, because barriers in every turn of the loop cost more than anything else."""
+    sums over a row stay within one warp up to 1024 channels, because barriers in every turn of the loop cost more than
+    anything else; wider rows would not fit into its registers."""
     padded = triton.next_power_of_2(width)
-    warps = 1 if backward else 4
+    warps = max(1, padded // 1024) if backward else 4
     return {"CP": padded, "R": max(1, 512 * warps // padded), "num_warps": warps}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from affmae_engine.config import LossConfig, ModelConfig
-from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.model.sizes import SIZES
 
 PUBLISHED = {"small": 22.9e6, "base": 65.6e6}

@@ -8,9 +8,9 @@ import torch
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.block import DropPath
 from affmae_engine.model.encoder import Encoder
-from affmae_engine.model.merging import NormMerging, largest, survivor_count
+from affmae_engine.model.encoder import NormMerging, largest, survivor_count
 from affmae_engine.model.patches import unpatchify
-from affmae_engine.model.stem import Stem
+from affmae_engine.model.encoder import Stem
 from affmae_kernels.neighbourhoods import build
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from affmae_engine.model.patches import take_rows
-from affmae_engine.model.stem import Stem
+from affmae_engine.model.encoder import Stem
 
 
 def dense(stem, image, visible, patch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from affmae_engine.config import KernelsConfig, LossConfig, MaskConfig, ModelConfig
-from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.train import checkpoint, loop
 from affmae_engine.train.compile import STEPS_WORTH_COMPILING, compile_regions

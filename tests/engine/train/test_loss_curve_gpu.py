@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from affmae_engine.config import LossConfig, MaskConfig, ModelConfig, OptimConfig, TrainConfig
-from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.train.compile import compile_regions
 from affmae_engine.train.device import exact_fp32, pick_device
