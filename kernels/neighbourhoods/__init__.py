@@ -116,3 +116,5 @@ def build(
     if choice.name == "triton" and cluster_size == KERNEL_CLUSTER_SIZE and near.count < KERNEL_CLUSTERS:
         _ = near.walks  # here and not inside a block, which may be compiled
     return order_BN, near
+
+build_neighbourhoods = build

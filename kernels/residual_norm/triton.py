@@ -138,7 +138,7 @@ def launch_config(width: int, *, backward: bool = False) -> dict[str, int]:
     sums over a row stay within one warp up to 1024 channels, because barriers in every turn of the loop cost more than
     anything else; wider rows would not fit into its registers."""
     padded = triton.next_power_of_2(width)
-    warps = max(1, padded // 1024) if backward else 4
+    warps = max(1, padded // 1024) if backward else max(4, padded // 256)
     return {"CP": padded, "R": max(1, 512 * warps // padded), "num_warps": warps}
 
 
