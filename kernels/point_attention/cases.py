@@ -172,7 +172,7 @@ CASES = [
     _attention("cross, heads of 64, tau []", Shape(1, 9, 5, (9, 2), 2, 64), tau=torch.tensor(1.3)),
     _attention("cross, heads of 128", Shape(2, 6, 3, (4, 5), 1, 128)),
     _attention("cross, 3 tokens", Shape(2, 3, 7, (4, 5), 1, 16)),
-    _attention("cross, 1 token", Shape(1, 1, 3, (4, 5), 2, 16)),
+    _attention("cross, 2 tokens", Shape(1, 2, 15, (4, 5), 2, 16)),
     _attention("cross, far offsets", Shape(1, 6, 9, (4, 5), 1, 16, spread=6.0)),
     _slices("slices of rows of 50", Shape(2, 9, 9, (4, 5), 1, 32, itself=True), padding=6),
     _slices("slices of rows of 64", Shape(1, 9, 9, (4, 5), 1, 32, itself=True), padding=20),

@@ -345,7 +345,7 @@ def _bwd_dvalue_kernel(
         step_exponent = scale - WIDE_STEP_BITS
     else:
         step_exponent = scale - STEP_BITS + tl.maximum(_ceil_log2(longest.to(tl.float32)) - LIST_BITS, 0)
-    steps_per_unit = _power_of_two(WIDE_STEP_BITS - scale)
+    steps_per_unit = _power_of_two(-step_exponent)
     magic = 1.5 * _power_of_two(step_exponent + MANTISSA_BITS)
     # Sum of the lists, in steps.
     dout = DOUT + b * NQ * (H * D) + h * D

@@ -1,6 +1,6 @@
 """What the forward and backward kernels of point attention share: where a sample lies and which tokens it reads.
 
-Axes: B batch, N tokens, H heads, D head width, Q queries, S samples; in tiles QB queries of a program, 4 nearest tokens.
+Axes: B batch, N tokens, H heads, D head width, Q queries, S samples; of tiles QB queries, 4 nearest tokens.
 """
 
 from __future__ import annotations
