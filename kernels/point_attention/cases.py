@@ -174,6 +174,7 @@ CASES = [
     _attention("cross, 3 tokens", Shape(2, 3, 7, (4, 5), 1, 16)),
     _attention("cross, 2 tokens", Shape(1, 2, 15, (4, 5), 2, 16)),
     _attention("cross, far offsets", Shape(1, 6, 9, (4, 5), 1, 16, spread=6.0)),
+    _attention("cross, table of 2 blocks", Shape(1, 20, 6, (9, 30), 1, 16)),
     _slices("slices of rows of 50", Shape(2, 9, 9, (4, 5), 1, 32, itself=True), padding=6),
     _slices("slices of rows of 64", Shape(1, 9, 9, (4, 5), 1, 32, itself=True), padding=20),
     *(_table(f"table of {n} tokens", BATCH, n, CANVAS, network=True) for n in STAGE_TOKENS),

@@ -389,12 +389,12 @@ def edge_lists(
     offset_BQHS2, offset_stride = in_rows(offset_BQHS2)
     batch, queries, heads = offset_BQHS2.shape[:3]
     cells = canvas_hw[0] * canvas_hw[1]
-    ints = {"dtype": torch.int32, "device": offset_BQHS2.device}
+    ints = table.packed_BT4
     # One launch sets all counters to 0; each begins at a multiple of 16 bytes. `begin` is among them so that tokens
     # without entries, which positions that are not distinct would leave, do not lead out of the lists.
     sizes = [-(-size // 4) * 4 for size in (batch * heads * cells, batch * heads * (tokens + 1), batch * heads)]
-    count_BHT, begin_BHN, top_BH = torch.zeros(sum(sizes), **ints).split(sizes)
-    rank_BQHS = torch.empty(batch, queries, heads, SAMPLES, **ints)
+    count_BHT, begin_BHN, top_BH = ints.new_zeros(sum(sizes)).split(sizes)
+    rank_BQHS = ints.new_empty(batch, queries, heads, SAMPLES)
     _bwd_count_kernel[triton.cdiv(queries * heads * SAMPLES, _COUNT_BLOCK), batch](
         QUERY_POS=query_pos_BQ2.contiguous(),
         OFFSET=offset_BQHS2,
@@ -410,7 +410,7 @@ def edge_lists(
         num_warps=4,
     )
     blocks = triton.cdiv(cells * 4, _PLACE_BLOCK)
-    sum_BHP = torch.empty(batch, heads, blocks, **ints)
+    sum_BHP = ints.new_empty(batch, heads, blocks)
     _bwd_block_sums_kernel[blocks, heads, batch](
         COUNT=count_BHT,
         ENTRY=table.entry_BE,
@@ -420,7 +420,7 @@ def edge_lists(
         BLOCK=_PLACE_BLOCK,
         num_warps=4,
     )
-    place_BHE = torch.empty(batch, heads, cells * 4, **ints)
+    place_BHE = ints.new_empty(batch, heads, cells * 4)
     _bwd_place_kernel[blocks, heads, batch](
         COUNT=count_BHT,
         ENTRY=table.entry_BE,

@@ -209,8 +209,9 @@ def test_zero_gradients_give_zero(scatter) -> None:
     assert all((gradient == 0).all() for gradient in problem.run()[1:])
 
 
-def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor) -> Tensor:
-    """The values' gradient of one token whose list holds query r // 4 with weights[r], in the given order."""
+def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor, dtau_P: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The values' gradient of one token whose list holds query r // 4 with weights[r], in the given order; and the sum
+    of the parts of tau's gradient."""
     queries = grad_1Q1D.shape[1]
     query = torch.arange(4 * queries, device=DEVICE) // 4
     if grad_1Q1D.dtype == torch.float32:
@@ -218,7 +219,7 @@ def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor) -> Tensor:
     else:
         edges = ((query << 16) | (weights * 65535 + 0.5).int()).int()
     ints = {"dtype": torch.int32, "device": DEVICE}
-    dvalue_111D = grad_1Q1D.new_empty(1, 1, 1, 16)
+    dvalue_111D, dtau = grad_1Q1D.new_empty(1, 1, 1, 16), torch.empty(1, device=DEVICE)
     lists = EdgeLists(
         rank_BQHS=torch.empty(0, **ints),
         place_BHE=torch.empty(0, **ints),
@@ -229,12 +230,12 @@ def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor) -> Tensor:
         grad_1Q1D,
         edges[order].view(1, 1, -1),
         lists,
-        torch.zeros(1, device=DEVICE),
+        torch.zeros(1, device=DEVICE) if dtau_P is None else dtau_P,
         LaunchConfig(4, 8, 1, 64),
         dvalue_BNHD=dvalue_111D,
-        dtau=torch.empty(1, device=DEVICE),
+        dtau=dtau,
     )
-    return dvalue_111D
+    return dvalue_111D, dtau
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,14 +245,22 @@ def test_long_lists_neither_overflow_nor_depend_on_their_order(dtype) -> None:
     ones = torch.ones(4 * queries, device=DEVICE)
     largest = torch.full((1, queries, 1, 16), 1.99, device=DEVICE, dtype=dtype)
     forward = torch.arange(4 * queries, device=DEVICE)
-    total = listed(ones, largest, forward).double()
+    total = listed(ones, largest, forward)[0].double()
     torch.testing.assert_close(total, 4 * queries * largest[:, :1].double(), rtol=LARGEST_ERROR[dtype], atol=0)
     weights = torch.rand(4 * queries, generator=generator).to(DEVICE)
     grad = torch.randn(1, queries, 1, 16, generator=generator).to(DEVICE, dtype)
-    total = listed(weights, grad, forward)
+    total = listed(weights, grad, forward)[0]
     expected = (weights.double().view(-1, 4).sum(1) @ grad[0, :, 0].double()).view_as(total)
     assert (total.double() - expected).norm() < LARGEST_ERROR[dtype] * expected.norm()
-    assert torch.equal(total, listed(weights, grad, torch.randperm(4 * queries, generator=generator).to(DEVICE)))
+    assert torch.equal(total, listed(weights, grad, torch.randperm(4 * queries, generator=generator).to(DEVICE))[0])
+
+
+@pytest.mark.parametrize("parts", [1, 256, 700])
+def test_all_parts_of_the_gradient_of_tau_are_summed(parts) -> None:
+    dtau_P = torch.arange(1.0, parts + 1, device=DEVICE)
+    one = torch.ones(4, device=DEVICE)
+    _, dtau = listed(one, torch.ones(1, 1, 1, 16, device=DEVICE), torch.arange(4, device=DEVICE), dtau_P)
+    assert dtau.item() == parts * (parts + 1) / 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
