@@ -111,9 +111,11 @@ def decoder_step(
     """
     _check(x_BQC, queries, feat_BNE, tokens, code_TC, weights, heads, dropout)
     dtype = feature_dtype(x_BQC)
-    channels = x_BQC.shape[2]
+    (batch, count, channels), samples = x_BQC.shape, len(weights.self_attention.logit_bias_L) // heads
+    values = torch.Size((batch, count, heads, channels // heads))
     obstacle = (
-        point_attention.unsupported(dtype, channels // heads, len(weights.self_attention.logit_bias_L) // heads)
+        point_attention.unsupported(dtype, values, count, samples, queries.table)
+        or point_attention.unsupported(dtype, values, count, samples, tokens.table)
         or residual_norm.unsupported(dtype, channels)
         or fp32_only(weights.norm1_weight_C)
     )

@@ -6,7 +6,8 @@ kernels read in place; gradients that meet at a query are added in the accumulat
 the inputs of the products, the sums before each LayerNorm with their statistics, and the results of both attentions.
 
 Axes: B batch, Q queries, N tokens, C decoder channels, E channels of the stage, F hidden channels, H heads, S samples,
-R rows of a matrix; a row of `asked` holds 2 H S offsets and H S logits, one of `projected` C values before these.
+R rows of a matrix; a row of `asked` holds 2 H S offsets and H S logits, one of `projected` C values before these and
+padding after them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from affmae_kernels.products import rows, weight_gradient
 from affmae_kernels.residual_norm import triton as norm
 
 _ATTENTION = len(AttentionWeights._fields)
+_ALIGNED = 16
+"""Columns of the self-attention's product are padded to a multiple: Triton then loads 16 bytes of a row at a time."""
 
 
 def decoder_step(
@@ -58,8 +61,9 @@ class _DecoderStep(torch.autograd.Function):
         channels = x.shape[2]
         # The queries ask each other.
         projected = torch.addmm(low.self_bias, rows(x), low.self_matrix.t()).view(*x.shape[:2], -1)
+        used = channels + low.asked.shape[0]
         found1 = attention.forward(
-            projected[..., :channels].unflatten(-1, (heads, -1)), *_asked(projected[..., channels:], heads),
+            projected[..., :channels].unflatten(-1, (heads, -1)), *_asked(projected[..., channels:used], heads),
             queries.table, queries.pos_BN2, w.self_attention.tau, queries.canvas_hw,
         )  # fmt: skip
         branch = (rows(found1.flatten(2)) @ low.self_out.t()).view_as(x)
@@ -140,21 +144,22 @@ class _DecoderStep(torch.autograd.Function):
         # Self-attention
         of_norm1 = norm.backward(dy, None, sum1, stat1, w.norm1_weight_C, salt=0, **drop)
         dbranch = rows(of_norm1.dbranch)
-        dprojected = torch.empty_like(projected)
+        dprojected, used = torch.empty_like(projected), channels + low.asked.shape[0]
         dself_tau = attention.backward(
             (dbranch @ low.self_out).view_as(found1), projected[..., :channels].unflatten(-1, (heads, -1)),
-            *_asked(projected[..., channels:], heads), queries.table, queries.pos_BN2, w.self_attention.tau,
-            queries.canvas_hw, **_gradients_into(dprojected[..., :channels], dprojected[..., channels:], heads),
+            *_asked(projected[..., channels:used], heads), queries.table, queries.pos_BN2, w.self_attention.tau,
+            queries.canvas_hw, **_gradients_into(dprojected[..., :channels], dprojected[..., channels:used], heads),
         )  # fmt: skip
-        dmatrix = weight_gradient(rows(dprojected), rows(x))
+        dprojected_RP = rows(dprojected)[:, :used]
+        dmatrix = weight_gradient(dprojected_RP, rows(x))
         asked_rows = len(w.self_attention.offset_bias_O), len(w.self_attention.logit_bias_L)
         doffset_weight, dlogit_weight = dmatrix[channels:].split(asked_rows)
-        doffset_bias, dlogit_bias = column_sums(rows(dprojected)[:, channels:]).split(asked_rows)
+        doffset_bias, dlogit_bias = column_sums(dprojected_RP[:, channels:]).split(asked_rows)
         dself = AttentionWeights(
             dmatrix[:channels], _value_bias_gradient(of_norm1, w.self_attention), doffset_weight, doffset_bias,
             dlogit_weight, dlogit_bias, weight_gradient(dbranch, rows(found1.flatten(2))), of_norm1.doffset, dself_tau,
         )  # fmt: skip
-        dx = torch.addmm(rows(of_norm1.dx), rows(dprojected), low.self_matrix).view_as(x)
+        dx = torch.addmm(rows(of_norm1.dx), dprojected_RP, low.self_matrix[:used]).view_as(x)
         gradients = StepWeights(
             weight_gradient(dsource_in, rows(feat)), of_source.doffset, of_source.dweight, of_source.dbias, dself,
             of_norm1.dweight, of_norm1.dbias, dcross, of_norm2.dweight, of_norm2.dbias, dhidden_weight, dhidden_bias,
@@ -167,7 +172,7 @@ class _Lowered(NamedTuple):
     """The parameters that take part in matrix products, in the features' dtype, those of one product side by side."""
 
     self_matrix: Tensor
-    """Value, offset and logit of the self-attention, [C + 3 H S, C]."""
+    """Value, offset and logit of the self-attention, and rows of zeros up to a multiple of `_ALIGNED`, [P, C]."""
     self_bias: Tensor
     self_out: Tensor
     source: Tensor
@@ -202,10 +207,13 @@ def _lowered(w: StepWeights, dtype: torch.dtype) -> _Lowered:
     ]
     whole: list[Tensor] = []
     targets: list[Tensor] = []
-    for tensors in parts:
+    for index, tensors in enumerate(parts):
         lengths = [len(tensor) for tensor in tensors]
-        whole.append(tensors[0].new_empty(sum(lengths), *tensors[0].shape[1:], dtype=dtype))
-        targets += whole[-1].split(lengths)
+        padding = -sum(lengths) % _ALIGNED if index < 2 else 0
+        whole.append(tensors[0].new_empty(sum(lengths) + padding, *tensors[0].shape[1:], dtype=dtype))
+        targets += whole[-1].split([*lengths, padding])[: len(lengths)]
+        if padding:
+            whole[-1][-padding:].zero_()
     # All copies by a launch or two.
     torch._foreach_copy_(targets, [tensor.detach() for tensors in parts for tensor in tensors])
     return _Lowered(*whole)

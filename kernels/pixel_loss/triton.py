@@ -21,7 +21,7 @@ PROGRAMS_PER_SM = 4
 
 
 @triton.jit(do_not_specialize=["E"])
-def _fwd_kernel(PRED, TARGET, REAL, DIFFERENCE, PART, E, BLOCK: tl.constexpr):
+def _pixel_loss_kernel(PRED, TARGET, REAL, DIFFERENCE, PART, E, BLOCK: tl.constexpr):
     """One program: every P-th block; the differences, and their squares' sum and count in its row of PART [P, 2]."""
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
@@ -48,7 +48,7 @@ class _PixelLoss(torch.autograd.Function):
         programs = min(triton.cdiv(elements, BLOCK), PROGRAMS_PER_SM * multiprocessors(pred.device))
         difference = torch.empty_like(pred)
         part_P2 = torch.empty(programs, 2, dtype=torch.float32, device=pred.device)
-        _fwd_kernel[(programs,)](
+        _pixel_loss_kernel[(programs,)](
             PRED=pred, TARGET=target, REAL=real, DIFFERENCE=difference, PART=part_P2, E=elements, BLOCK=BLOCK
         )
         total, count = column_sums(part_P2).unbind()

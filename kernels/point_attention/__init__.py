@@ -15,8 +15,9 @@ from torch import Tensor
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
 from affmae_kernels.point_attention import reference
+from affmae_kernels.precision import without_autocast
 
-__all__ = ["NearestTable", "nearest_table", "point_attention"]
+__all__ = ["NearestTable", "nearest_table", "point_attention", "unsupported"]
 
 GRID_LIMIT = 65_535
 """Most images of one launch: CUDA's limit on grid axes y and z."""
@@ -104,13 +105,16 @@ def point_attention(
         ValueError: when shapes do not fit together.
     """
     _check(value_BNHD, pos_BN2, table.table_BT4, query_pos_BQ2, offset_BQHS2, logit_BQHS, tau, canvas_hw)
-    unsupported = _unsupported(value_BNHD, table, offset_BQHS2, logit_BQHS, tau)
-    choice = choose_backend(backend, "point_attention", value_BNHD.device, unsupported)
+    _, queries, _, samples, _ = offset_BQHS2.shape
+    obstacle = unsupported(value_BNHD.dtype, value_BNHD.shape, queries, samples, table)
+    if any(x.dtype not in DTYPES for x in (offset_BQHS2, logit_BQHS, tau)):
+        obstacle = f"offsets of {offset_BQHS2.dtype} (fp32, bf16 or fp16)"
+    choice = choose_backend(backend, "point_attention", value_BNHD.device, obstacle)
     if choice.name == "triton":
         from affmae_kernels.point_attention import triton
 
         return triton.point_attention(value_BNHD, offset_BQHS2, logit_BQHS, table, query_pos_BQ2, tau, canvas_hw)
-    with torch.autocast(value_BNHD.device.type, enabled=False):
+    with without_autocast(value_BNHD):
         return reference.point_attention(
             value_BNHD, pos_BN2, table.table_BT4, query_pos_BQ2, offset_BQHS2, logit_BQHS, tau, canvas_hw
         )
@@ -128,20 +132,15 @@ def _table_unsupported(pos_BN2: Tensor, canvas_hw: tuple[int, int]) -> str | Non
     return None
 
 
-def _unsupported(
-    value_BNHD: Tensor,
-    table: NearestTable,
-    offset_BQHS2: Tensor,
-    logit_BQHS: Tensor,
-    tau: Tensor,
+def unsupported(
+    dtype: torch.dtype, value_shape: torch.Size, queries: int, samples: int, table: NearestTable
 ) -> str | None:
-    """Why the kernels cannot take these arguments."""
-    batch, _, heads, width = value_BNHD.shape
-    _, queries, _, samples, _ = offset_BQHS2.shape
+    """Why the kernels cannot take values [B, N, H, D] of this dtype and so many queries and samples; None: they can."""
+    batch, _, heads, width = value_shape
     if table.packed_BT4 is None:
         return "a table that the reference made"
-    if any(x.dtype not in DTYPES for x in (value_BNHD, offset_BQHS2, logit_BQHS, tau)):
-        return f"{value_BNHD.dtype} values with {offset_BQHS2.dtype} offsets (fp32, bf16 or fp16)"
+    if dtype not in DTYPES:
+        return f"features of {dtype} (fp32, bf16 or fp16)"
     if width not in (16, 32, 64, 128):
         return f"a head width of {width} (16, 32, 64 or 128)"
     if samples != 4:

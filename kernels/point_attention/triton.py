@@ -39,7 +39,7 @@ __all__ = ["backward", "forward", "point_attention"]
 
 
 @triton.jit(do_not_specialize=["NQ", "N", "OFFSET_STRIDE", "LOGIT_STRIDE", "CANVAS_H", "CANVAS_W"])
-def _fwd_kernel(
+def _points_fwd_kernel(
     QUERY_POS,
     OFFSET,
     LOGIT,
@@ -99,7 +99,7 @@ def forward(
     queries = offset_BQHS2.shape[1]
     out_BQHD = torch.empty(batch, queries, heads, width, dtype=value_BNHD.dtype, device=value_BNHD.device)
     block = launch_config(queries, tokens, width * value_BNHD.element_size()).queries
-    _fwd_kernel[triton.cdiv(queries, block), heads, batch](
+    _points_fwd_kernel[triton.cdiv(queries, block), heads, batch](
         QUERY_POS=query_pos_BQ2.contiguous(),
         OFFSET=offset_BQHS2,
         LOGIT=logit_BQHS,

@@ -78,7 +78,7 @@ _DTAU_BLOCK = 256
 
 
 @triton.jit(do_not_specialize=["NQ", "OFFSET_STRIDE", "CANVAS_H", "CANVAS_W"])
-def _bwd_count_kernel(
+def _points_bwd_count_kernel(
     QUERY_POS,
     OFFSET,
     COUNT,
@@ -121,7 +121,7 @@ def _entry_counts(COUNT, ENTRY, bh, b, T, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _bwd_block_sums_kernel(COUNT, ENTRY, SUM, T, H: tl.constexpr, BLOCK: tl.constexpr):
+def _points_bwd_block_sums_kernel(COUNT, ENTRY, SUM, T, H: tl.constexpr, BLOCK: tl.constexpr):
     """One program: edges of BLOCK entries of the inverse table, for one head of one image."""
     block, h, b = program()
     bh = b * H + h
@@ -130,7 +130,7 @@ def _bwd_block_sums_kernel(COUNT, ENTRY, SUM, T, H: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def _bwd_place_kernel(
+def _points_bwd_place_kernel(
     COUNT, ENTRY, PACKED, SUM, PLACE, BEGIN, T, N, H: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """One program: where the edges of BLOCK entries begin, and those of the tokens whose first entry is among them.
@@ -177,7 +177,7 @@ def _edge(q, weight, WIDE: tl.constexpr):
         "CANVAS_W",
     ]
 )
-def _bwd_main_kernel(
+def _points_bwd_main_kernel(
     QUERY_POS,
     OFFSET,
     LOGIT,
@@ -297,7 +297,7 @@ def _products(DOUT, EDGE, at, inside, NQ, H: tl.constexpr, D: tl.constexpr, WIDE
 
 
 @triton.jit(do_not_specialize=["NQ", "N", "PARTS"])
-def _bwd_dvalue_kernel(
+def _points_bwd_dvalue_kernel(
     DOUT,
     EDGE,
     BEGIN,
@@ -395,7 +395,7 @@ def edge_lists(
     sizes = [-(-size // 4) * 4 for size in (batch * heads * cells, batch * heads * (tokens + 1), batch * heads)]
     count_BHT, begin_BHN, top_BH = ints.new_zeros(sum(sizes)).split(sizes)
     rank_BQHS = ints.new_empty(batch, queries, heads, SAMPLES)
-    _bwd_count_kernel[triton.cdiv(queries * heads * SAMPLES, _COUNT_BLOCK), batch](
+    _points_bwd_count_kernel[triton.cdiv(queries * heads * SAMPLES, _COUNT_BLOCK), batch](
         QUERY_POS=query_pos_BQ2.contiguous(),
         OFFSET=offset_BQHS2,
         COUNT=count_BHT,
@@ -411,7 +411,7 @@ def edge_lists(
     )
     blocks = triton.cdiv(cells * 4, _PLACE_BLOCK)
     sum_BHP = ints.new_empty(batch, heads, blocks)
-    _bwd_block_sums_kernel[blocks, heads, batch](
+    _points_bwd_block_sums_kernel[blocks, heads, batch](
         COUNT=count_BHT,
         ENTRY=table.entry_BE,
         SUM=sum_BHP,
@@ -421,7 +421,7 @@ def edge_lists(
         num_warps=4,
     )
     place_BHE = ints.new_empty(batch, heads, cells * 4)
-    _bwd_place_kernel[blocks, heads, batch](
+    _points_bwd_place_kernel[blocks, heads, batch](
         COUNT=count_BHT,
         ENTRY=table.entry_BE,
         PACKED=table.packed_BT4,
@@ -450,7 +450,7 @@ def sum_edges(
 ) -> None:
     """Step 4: writes the gradient of the values, and that of tau as the sum of `dtau_P`."""
     batch, tokens, heads, width = dvalue_BNHD.shape
-    _bwd_dvalue_kernel[triton.cdiv(tokens, config.tokens), heads, batch](
+    _points_bwd_dvalue_kernel[triton.cdiv(tokens, config.tokens), heads, batch](
         DOUT=dout_BQHD,
         EDGE=edge_BHL,
         BEGIN=lists.begin_BHN,
@@ -520,7 +520,7 @@ def backward(
     )
     dtau_P = torch.empty(programs, dtype=torch.float32, device=device)
     scratch_PR = torch.empty(programs, SAMPLES * 4 * block, dtype=torch.float32, device=device)
-    _bwd_main_kernel[tiles, heads, batch](
+    _points_bwd_main_kernel[tiles, heads, batch](
         QUERY_POS=query_pos_BQ2,
         OFFSET=offset_BQHS2,
         LOGIT=logit_BQHS,

@@ -44,7 +44,7 @@ def _kept(SEED, salt, row, c, C: tl.constexpr, DROP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "PER", "salt"])
-def _fwd_kernel(
+def _norm_fwd_kernel(
     X, BRANCH, OFFSET, SCALE, SEED, WEIGHT, BIAS, CODE, CELL, SUM, Y, STAT, N, PER, salt, eps,
     C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "PER", "salt"])
-def _bwd_kernel(
+def _norm_bwd_kernel(
     DY, DS, SUM, STAT, SCALE, SEED, WEIGHT, BIAS, DX, DBRANCH, Y, PART, N, PER, salt,
     C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr, SUM_BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def forward(
     total = x if branch is None else torch.empty_like(x)
     stat = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
     config = launch_config(width)
-    _fwd_kernel[(triton.cdiv(rows, config["R"]),)](
+    _norm_fwd_kernel[(triton.cdiv(rows, config["R"]),)](
         X=x, BRANCH=branch, OFFSET=offset, SCALE=scale, SEED=seed, WEIGHT=weight, BIAS=bias, CODE=code, CELL=cell,
         SUM=total, Y=y, STAT=stat, N=rows, PER=rows // x.shape[0], salt=salt, eps=eps, C=width, DROP=dropout, **config,
     )  # fmt: skip
@@ -218,7 +218,7 @@ def backward(
     fewest, most = (per * multiprocessors(total.device) for per in PROGRAMS_PER_SM)
     programs = min(tiles, most, max(fewest, tiles // 8))
     part = torch.empty(programs, (3 if sum_branch else 2) * width, dtype=torch.float32, device=total.device)
-    _bwd_kernel[(programs,)](
+    _norm_bwd_kernel[(programs,)](
         DY=dy, DS=ds, SUM=total, STAT=stat, SCALE=scale, SEED=seed, WEIGHT=weight, BIAS=bias, DX=dx, DBRANCH=dbranch,
         Y=y, PART=part, N=rows, PER=rows // total.shape[0], salt=salt, C=width, DROP=dropout, SUM_BRANCH=sum_branch,
         **config,

@@ -34,7 +34,7 @@ def attention_cases(dtype: str, width: int) -> list[CompileCase]:
     cases = [
         case(
             f"forward {kind}",
-            triton._fwd_kernel,
+            triton._points_fwd_kernel,
             shape | {"QB": config.queries},
             1,
             dtype,
@@ -42,7 +42,7 @@ def attention_cases(dtype: str, width: int) -> list[CompileCase]:
         ),
         case(
             f"main {kind}",
-            triton_backward._bwd_main_kernel,
+            triton_backward._points_bwd_main_kernel,
             shape | {"QB": config.backward_queries} | wide,
             2,
             dtype,
@@ -52,7 +52,7 @@ def attention_cases(dtype: str, width: int) -> list[CompileCase]:
         lists = launch_config(2048, tokens, row_bytes)
         constants = shape | {"TB": lists.tokens, "R": lists.edges, "DTAU_BLOCK": 256} | wide
         few = FEW_SHUFFLES if lists.tokens > 1 else None
-        cases.append(case(f"dvalue {kind} of {tokens}", triton_backward._bwd_dvalue_kernel, constants, 1, dtype, few))
+        cases.append(case(f"dvalue {kind} of {tokens}", triton_backward._points_bwd_dvalue_kernel, constants, 1, dtype, few))
     return cases
 
 
@@ -63,9 +63,9 @@ CASES = [
     case("merge 256", triton_table._merge_kernel, {"CELLS": 32, "BITS": 8}, 1),
     case("rank", triton_table._rank_kernel, {"BLOCK": 1024}, 4),
     case("invert", triton_table._invert_kernel, {"BLOCK": 1024}, 4),
-    case("count", triton_backward._bwd_count_kernel, {"H": 6, "S": 4, "BLOCK": 512}, 4),
-    case("block sums", triton_backward._bwd_block_sums_kernel, {"H": 6, "BLOCK": 1024}, 4),
-    case("place", triton_backward._bwd_place_kernel, {"H": 6, "BLOCK": 1024, "BLOCKS": 16}, 4),
+    case("count", triton_backward._points_bwd_count_kernel, {"H": 6, "S": 4, "BLOCK": 512}, 4),
+    case("block sums", triton_backward._points_bwd_block_sums_kernel, {"H": 6, "BLOCK": 1024}, 4),
+    case("place", triton_backward._points_bwd_place_kernel, {"H": 6, "BLOCK": 1024, "BLOCKS": 16}, 4),
     *(c for dtype in ("bf16", "fp32") for width in (32, 64) for c in attention_cases(dtype, width)),
     *attention_cases("bf16", 128),
 ]
