@@ -8,7 +8,8 @@ sees them, so that what a user sets is what is used. The docstring under each fi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -230,11 +231,8 @@ class KernelsConfig(Section):
 
     backend: Literal["auto", "triton", "reference"] = "auto"
     """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
-    compile: bool | Literal["auto"] = "auto"
-    """Fuse the layers between the operations with torch.compile; `auto`: on a card that runs the kernels, for runs of
-    at least 2000 steps, since it costs two minutes the first time; a resumed run goes on as it was."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Record the pretraining step once and replay it; `auto`: on a card that runs the kernels."""
+    """Record the training step once as CUDA graphs and replay it; `auto`: on a card that runs the kernels."""
 
 
 class RunConfig(Section):
@@ -266,3 +264,17 @@ class RunConfig(Section):
         """`data.crop_size` rounded up to whole tokens, in pixels."""
         patch = self.model.patch_size
         return -(-self.data.crop_size // patch) * patch
+
+
+REMOVED_FIELDS = frozenset({"kernels.compile"})
+"""Fields of earlier versions. Files may still contain them; they are ignored."""
+
+
+def without_removed(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a file, without the fields in `REMOVED_FIELDS`."""
+    return {
+        section: {name: value for name, value in fields.items() if f"{section}.{name}" not in REMOVED_FIELDS}
+        if isinstance(fields, dict)
+        else fields
+        for section, fields in sections.items()
+    }

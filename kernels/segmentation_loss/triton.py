@@ -223,7 +223,7 @@ def _forward(
     options = _launch_options(logits, labels, classes, gamma, patch)
     grid = _grid(options, images)
     padded = options["KP"]
-    fp32 = {"dtype": torch.float32, "device": logits.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     part = torch.empty(images, grid[0], SUMS.value, padded, **fp32)
     loss = torch.empty(images, 2, **fp32)
     slope = torch.empty(images, SLOPES.value, padded, **fp32)
