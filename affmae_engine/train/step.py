@@ -8,9 +8,9 @@ A step that runs out of memory while gradients are gathered has changed nothing:
 smaller pieces. With several processes they agree on that just before they exchange gradients, which happens once per
 step, in the backward pass of the last micro-batch.
 
-Where that is asked for, everything after the batch's copy is captured once as CUDA graphs and replayed, so that the host
-launches two graphs a step instead of thousands of kernels. The captured functions are the same that run before, so the
-numbers do not change.
+On request, everything after the batch's copy is captured once as CUDA graphs and replayed, so that the host launches
+two graphs a step instead of thousands of kernels. The captured functions are the same that run before, so the numbers
+do not change.
 """
 
 from __future__ import annotations

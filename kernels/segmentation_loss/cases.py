@@ -60,12 +60,8 @@ def _case(
     scale: float = 2.0,
     network: bool = False,
 ) -> Case:
-    made = partial(
-        _make, shape_BHW=shape_BHW, classes=classes, patch=patch, label_dtype=label_dtype, scale=scale
-    )  # fmt: skip
-    return Case(
-        "segmentation_loss", name, made, partial(_call, gamma=gamma, patch=patch), network=network
-    )  # fmt: skip
+    make = partial(_make, shape_BHW=shape_BHW, classes=classes, patch=patch, label_dtype=label_dtype, scale=scale)
+    return Case("segmentation_loss", name, make, partial(_call, gamma=gamma, patch=patch), network=network)
 
 
 CASES = [

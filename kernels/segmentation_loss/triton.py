@@ -136,7 +136,7 @@ def _sum_of_parts(PART, image, row, G, KP: tl.constexpr, GP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["G"])
 def _finish_kernel(PART, WEIGHT, LOSS, SLOPE, G, K: tl.constexpr, KP: tl.constexpr, GP: tl.constexpr):
-    """One program: the losses of one image to LOSS [B, 2], and what the backward pass needs to SLOPE [B, SLOPES, KP]."""
+    """One program: the losses of one image to LOSS [B, 2], what the backward pass needs to SLOPE [B, SLOPES, KP]."""
     image = tl.program_id(0)
     images = tl.num_programs(0)
     k = tl.arange(0, KP)

@@ -3,16 +3,22 @@
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from affmae_engine.config import TrainConfig
+from affmae_engine.config import RunConfig, TrainConfig
+from affmae_engine.data.labels import IGNORE
+from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.train import step as step_module
 from affmae_engine.train.device import pick_device
+from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch
-from affmae_engine.train.optim import build_adamw
+from affmae_engine.train.optim import build_adamw, layer_decay_groups
+from affmae_engine.train.pretraining import reconstruction_losses
 from affmae_engine.train.step import EAGER_STEPS, TrainStep
 
 Make = Callable[..., object]
@@ -151,6 +157,50 @@ def test_memory_short_in_the_capture_of_the_update_changes_nothing(
     (scale, weights), (scale_again, weights_again) = outcomes
     assert scale == scale_again
     assert all(torch.equal(tensor, weights_again[name]) for name, tensor in weights.items())
+
+
+class HostReads(TorchDispatchMode):
+    """Collects the operations that would wait for a GPU: they read a value, or have a shape that depends on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.__name__
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        by_mask = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
+        if by_mask or any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["affmae", "vit-mae"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_nothing_in_a_step_waits_for_the_device(name: str, family: str) -> None:
+    """Else it could not be captured."""
+    torch.manual_seed(0)
+    config = RunConfig.model_validate({"model": {"family": family, "size": "tiny"}})
+    image = torch.randn(2, 1, 64, 64)
+    if name == "pretrain":
+        model: nn.Module = build_autoencoder(config.model, config.loss)
+        cells = torch.stack([torch.randperm(64) for _ in range(2)])
+        batch, losses = {"image": image, "visible": cells[:, :32], "masked": cells[:, 32:]}, reconstruction_losses
+    else:
+        model = build_segmenter(config.model, 3)
+        loss = SegmentationLoss(config.finetune, config.loss, [1.0, 2.0, 0.5])
+        batch = {"image": image, "labels": torch.randint(IGNORE, 3, (2, 64, 64))}
+
+        def losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return loss(model(batch["image"]), batch["labels"])
+
+    groups = layer_decay_groups(model, config.optim, encoder_layers(config.model))
+    optimizer = build_adamw(groups, config.optim)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    take_step = TrainStep(model, losses, optimizer, scaler, pick_device(CPU), accumulate=2, clip_norm=1.0)
+    with HostReads() as reads:
+        take(take_step, batch, batch)
+    assert reads.found == []
 
 
 def _out_of_memory(*arguments: object) -> None:
