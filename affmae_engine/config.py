@@ -33,8 +33,8 @@ class ModelConfig(Section):
 
     family: Literal["affmae", "vit-mae"] = "affmae"
     """Architecture: AFFMAE, or the plain ViT-MAE of the same size that it is compared with. A ViT merges nothing, so
-    the fields marked "AFFMAE only" mean nothing to it, nor do `[loss]` and `kernels.backend`; it takes about three
-    times the memory, so a preset's `train.micro_batch` may have to be lowered."""
+    the fields marked "AFFMAE only" mean nothing to it, nor does `[loss]`; it takes about three times the memory, so a
+    preset's `train.micro_batch` may have to be lowered."""
     size: Literal["tiny", "small", "base"] = "small"
     """Widths and depths: `small` (23 M parameters; ViT-MAE 22 M), `base` (65 M; 64 M), `tiny` (1 M, for CPUs and
     tests)."""
@@ -230,7 +230,8 @@ class KernelsConfig(Section):
     """Which implementation of each operation runs."""
 
     backend: Literal["auto", "triton", "reference"] = "auto"
-    """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
+    """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force.
+    A ViT is compiled where the kernels run."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Record the training step once as CUDA graphs and replay it; `auto`: on a card that runs the kernels."""
 

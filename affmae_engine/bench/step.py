@@ -21,6 +21,7 @@ from affmae_engine.config import FinetuneConfig, LossConfig, OptimConfig
 from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.vit_mae import VitMae
+from affmae_engine.train.cuda_graphs import capture
 from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.environment import kernel_backends
 from affmae_engine.train.losses import SegmentationLoss
@@ -75,7 +76,7 @@ def make_network(case: Case, choice: DeviceChoice, *, recorded: bool) -> Network
     model = model.to(choice.device)
     model.train(case.work != "predict")
     on_card = choice.device.type == "cuda"
-    recordable = on_card and case.work == "pretrain"  # of the tasks, the trainer records this one
+    recordable = on_card and case.work != "predict"  # as the trainer does
     if case.model == "affmae":
         recorded, how = _accelerate_affmae(case, choice)
     else:
@@ -119,8 +120,7 @@ def make_forward(network: Network, choice: DeviceChoice, batch: dict[str, Tensor
     with torch.cuda.stream(side):
         forward()
     torch.cuda.current_stream(choice.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture() as graph:
         loss = forward()
 
     def replay() -> Tensor:

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from affmae_engine.errors import ResourceError, one_line
+from affmae_engine.train.cuda_graphs import CudaGraphedFunction
 from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.distributed import Ranks
 from affmae_engine.train.memory import memory_shortage, out_of_memory
@@ -235,58 +235,6 @@ class TrainStep:
 
 class _PeerOutOfMemory(Exception):
     """Another process ran out of memory, so this step is given up everywhere."""
-
-
-class CudaGraphedFunction:
-    """A function of tensors of fixed shapes as one CUDA graph. Its results live in the graph and are overwritten.
-
-    Args:
-        function: what to capture; it must not wait for the device.
-        example: arguments.
-        pool: memory that several graphs share.
-
-    Raises:
-        RuntimeError: the function cannot be captured, or memory ran out. The process can go on without the graph.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-        example: dict[str, Tensor],
-        pool: Any,
-    ) -> None:
-        self._inputs = {name: tensor.clone() for name, tensor in example.items()}
-        self._graph = torch.cuda.CUDAGraph()
-        try:
-            # The outer block restores the stream, which `torch.cuda.graph` does not when a capture breaks. In "global"
-            # mode the data loader's thread, which allocates pinned memory at any moment, would break it.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
-            ):
-                self._results = function(self._inputs)
-        except BaseException:
-            _leave_capture(pool)
-            raise
-
-    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, tensor in inputs.items():
-            if tensor.shape != self._inputs[name].shape:
-                raise ValueError(f"{name} was captured as {list(self._inputs[name].shape)}; got {list(tensor.shape)}")
-            self._inputs[name].copy_(tensor, non_blocking=True)
-        self._graph.replay()
-        return self._results
-
-
-def _leave_capture(pool: Any) -> None:
-    """Ends what PyTorch leaves open when a capture breaks: else every later random number in this process would fail
-    ("Offset increment outside graph capture"), and the allocator would go on as if it was captured."""
-    with contextlib.suppress(RuntimeError):
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())  # a clone has seed and offset, and is in no capture
-    with contextlib.suppress(RuntimeError):  # raised by the first where the capture ended properly
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watch: Stopwatch) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ def test_a_recorded_finetuning_step_gives_the_same_bits(family: str, precision: 
 
 BROKEN_CAPTURE = """
 import torch
-from affmae_engine.train.step import CudaGraphedFunction
+from affmae_engine.train.cuda_graphs import CudaGraphedFunction
 
 def waits(inputs):
     torch.rand(4, device="cuda")
