@@ -8,7 +8,8 @@ sees them, so that what a user sets is what is used. The docstring under each fi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,8 +36,8 @@ class ModelConfig(Section):
 
     family: Literal["affmae", "vit-mae"] = "affmae"
     """Architecture: AFFMAE, or the plain ViT-MAE of the same size that it is compared with. A ViT merges nothing, so
-    the fields marked "AFFMAE only" mean nothing to it, nor do `[loss]` and `kernels.backend`; it takes about three
-    times the memory, so a preset's `train.micro_batch` may have to be lowered."""
+    the fields marked "AFFMAE only" mean nothing to it, nor does `[loss]`; it takes about three times the memory, so a
+    preset's `train.micro_batch` may have to be lowered."""
     size: Literal["tiny", "small", "base"] = "small"
     """Widths and depths: `small` (23 M parameters; ViT-MAE 22 M), `base` (65 M; 64 M), `tiny` (1 M, for CPUs and
     tests). The next six fields override parts of it."""
@@ -267,12 +268,10 @@ class KernelsConfig(Section):
     """Which implementation of each operation runs."""
 
     backend: Literal["auto", "triton", "reference"] = "auto"
-    """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
-    compile: bool | Literal["auto"] = "auto"
-    """Fuse the layers between the operations with torch.compile; `auto`: on a card that runs the kernels, for runs of
-    at least 2000 steps, since it costs two minutes the first time; a resumed run goes on as it was."""
+    """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force.
+    A ViT is compiled where the kernels run."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Record the pretraining step once and replay it; `auto`: on a card that runs the kernels."""
+    """Record the training step once as CUDA graphs and replay it; `auto`: on a card that runs the kernels."""
 
 
 class RunConfig(Section):
@@ -304,3 +303,17 @@ class RunConfig(Section):
         """`data.crop_size` rounded up to whole tokens, in pixels."""
         patch = self.model.patch_size
         return -(-self.data.crop_size // patch) * patch
+
+
+REMOVED_FIELDS = frozenset({"kernels.compile"})
+"""Fields of earlier versions. Files may still contain them; they are ignored."""
+
+
+def without_removed(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a file, without the fields in `REMOVED_FIELDS`."""
+    return {
+        section: {name: value for name, value in fields.items() if f"{section}.{name}" not in REMOVED_FIELDS}
+        if isinstance(fields, dict)
+        else fields
+        for section, fields in sections.items()
+    }

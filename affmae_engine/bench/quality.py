@@ -24,10 +24,6 @@ MODELS: tuple[Model, ...] = get_args(Model)
 INITS: tuple[Init, ...] = get_args(Init)
 TASKS: tuple[Task, ...] = get_args(Task)
 
-COMPILE_FROM_S = 300.0
-"""Pretraining budget from which `kernels.compile = "auto"` compiles, both models alike: compiling costs up to two
-minutes the first time. It is not part of the budget, but somebody waits for it."""
-
 FEWEST_STEPS: Mapping[Task, int] = {"pretrain": 10, "finetune": 100}
 """Steps that a budget must allow. In fewer, pretraining has no schedule to speak of, and a segmenter stays near its
 random beginning and gives every pixel the same class, so that all scores are equally bad."""
@@ -142,16 +138,12 @@ class QualityPlan:
             "checkpoint_every": 0, "keep_checkpoints": 1, "log_every": max(1, min(config.train.log_every, steps // 20)),
             "micro_batch": micro_batch or config.train.micro_batch,
         }  # fmt: skip
-        compile_ = config.kernels.compile
-        if compile_ == "auto":
-            compile_ = self.budget_s >= COMPILE_FROM_S
         decay = 1.0 if part.init == "scratch" else config.optim.layer_decay
         return config.model_copy(
             update={
                 "optim": config.optim.model_copy(update={"layer_decay": decay}),
                 "model": config.model.model_copy(update={"family": part.model}),
                 "train": config.train.model_copy(update=train),
-                "kernels": config.kernels.model_copy(update={"compile": compile_}),
             }
         )
 

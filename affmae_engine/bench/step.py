@@ -21,7 +21,7 @@ from affmae_engine.config import FinetuneConfig, LossConfig, OptimConfig
 from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.vit_mae import VitMae
-from affmae_engine.train.compile import compile_regions
+from affmae_engine.train.cuda_graphs import capture
 from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.environment import kernel_backends
 from affmae_engine.train.losses import SegmentationLoss
@@ -76,9 +76,9 @@ def make_network(case: Case, choice: DeviceChoice, *, recorded: bool) -> Network
     model = model.to(choice.device)
     model.train(case.work != "predict")
     on_card = choice.device.type == "cuda"
-    recordable = on_card and case.work == "pretrain"  # of the tasks, the trainer records this one
+    recordable = on_card and case.work != "predict"  # as the trainer does
     if case.model == "affmae":
-        recorded, how = _accelerate_affmae(model, case, choice)
+        recorded, how = _accelerate_affmae(case, choice)
     else:
         how = _compile_vit(model, case, on_card)
     network = Network(model, losses, False, recordable, how)
@@ -120,8 +120,7 @@ def make_forward(network: Network, choice: DeviceChoice, batch: dict[str, Tensor
     with torch.cuda.stream(side):
         forward()
     torch.cuda.current_stream(choice.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture() as graph:
         loss = forward()
 
     def replay() -> Tensor:
@@ -160,14 +159,11 @@ def _autoencoder(case: Case) -> nn.Module:
     return build_autoencoder(case.network, LossConfig(), backend=case.backend)
 
 
-def _accelerate_affmae(model: nn.Module, case: Case, choice: DeviceChoice) -> tuple[bool, str]:
+def _accelerate_affmae(case: Case, choice: DeviceChoice) -> tuple[bool, str]:
     """As the trainer runs it on a card with all kernels; the predictor compiles and records nothing."""
     backends = set(kernel_backends(case.backend, choice.device).values())
     operations = f"{' and '.join(sorted(backends))} operations"
     fast = choice.device.type == "cuda" and backends == {"triton"} and case.work != "predict"
-    if fast and case.compile:
-        compile_regions(model)
-        operations += ", compiled regions"
     return fast, operations
 
 

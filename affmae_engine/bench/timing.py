@@ -15,6 +15,8 @@ from itertools import pairwise
 
 import torch
 
+from affmae_engine.train.cuda_graphs import capture
+
 Call = Callable[[], object]
 
 FLUSH_BYTES = 256 * 2**20
@@ -123,7 +125,6 @@ def _per_graph(calls: Sequence[Call]) -> int:
 
 def _captured(calls: Sequence[Call]) -> Call | None:
     """A replay of `_per_graph` calls in turn; None when they cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -131,7 +132,7 @@ def _captured(calls: Sequence[Call]) -> Call | None:
             for call in calls:
                 call()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        with capture() as graph:
             for i in range(_per_graph(calls)):
                 calls[i % len(calls)]()
         graph.replay()

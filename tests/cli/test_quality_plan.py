@@ -68,14 +68,6 @@ def test_from_scratch_no_layer_is_held_back() -> None:
     assert decays == {None: 0.6, "pretrained": 0.6, "scratch": 1.0}
 
 
-def test_long_budgets_compile_both_models() -> None:
-    for budget, compiled in (("299s", False), ("5m", True)):
-        plan, _ = make_plan(options(budget=budget))
-        assert {plan.config_of(part, 100).kernels.compile for part in plan.parts()} == {compiled}
-    plan, _ = make_plan(options(budget="1h", set_=["kernels.compile=false"]))
-    assert {plan.config_of(part, 100).kernels.compile for part in plan.parts()} == {False}
-
-
 def test_steps_follow_from_speeds() -> None:
     plan, _ = make_plan(options(budget="60s", finetune_budget="20s"))
     speeds = {

@@ -176,4 +176,4 @@ def test_on_a_card(model: str, mode: str, work: str) -> None:
     assert found.note == "" and found.forward_ms > 0
     assert found.reserved_gib >= found.allocated_gib > 0
     assert found.profile["total_ms"] > 0
-    assert (len(found.modes_ms) == 2) == (mode == "auto" and model == "vit-mae" and work == "pretrain")
+    assert (len(found.modes_ms) == 2) == (mode == "auto" and model == "vit-mae" and work != "predict")

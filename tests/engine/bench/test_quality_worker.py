@@ -14,7 +14,7 @@ from affmae_engine.events import Evaluated, RunStarted, StepLogged
 from affmae_engine.train.losses import SegmentationLoss
 
 TINY = {
-    "model": {"size": "tiny"}, "data": {"crop_size": 32, "workers": 0}, "kernels": {"compile": False},
+    "model": {"size": "tiny"}, "data": {"crop_size": 32, "workers": 0},
     "train": {"batch_size": 4, "micro_batch": 2, "device": "cpu"},
 }  # fmt: skip
 
