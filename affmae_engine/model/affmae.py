@@ -127,7 +127,8 @@ class Segmenter(nn.Module):
             image_BCHW: normalized images, floating.
 
         Returns:
-            "logits" [B, K, H, W], at least fp32; in train mode also "logits_step2" and "logits_step1".
+            In eval mode "logits" [B, K, H, W], at least fp32. In train mode the values of the heads as they are, for
+            `segmentation_loss`: "logits", "logits_step2" and "logits_step1", [B, T, P] with P = (row, column, class).
 
         Raises:
             ValueError: when the number of channels is wrong.
@@ -139,13 +140,11 @@ class Segmenter(nn.Module):
         every_BT = torch.arange(canvas_hw[0] * canvas_hw[1], device=image_BCHW.device).expand(batch, -1)
         stages = self.encoder(pad_to_patches(image_BCHW, self.patch), every_BT)
         steps = self.decoder(stages, cell_positions(every_BT, canvas_hw), canvas_hw)
-        logits: dict[str, Tensor] = {}
-        for name, step in STEP_OF_HEAD.items():
-            if name == "last" or self.training:
-                value_BTP = at_least_fp32(self.heads[name](steps[step]))
-                whole_BKHW = unpatchify(value_BTP, canvas_hw, self.patch)
-                logits["logits" if name == "last" else f"logits_{name}"] = whole_BKHW[..., :height, :width]
-        return logits
+        last_BTP = self.heads["last"](steps[STEP_OF_HEAD["last"]])
+        if not self.training:
+            return {"logits": unpatchify(at_least_fp32(last_BTP), canvas_hw, self.patch)[..., :height, :width]}
+        auxiliary = {f"logits_{name}": self.heads[name](steps[STEP_OF_HEAD[name]]) for name in ("step2", "step1")}
+        return {"logits": last_BTP, **auxiliary}
 
 
 def class_head_from_pixel_head(

@@ -37,7 +37,7 @@ class VitSegmenter(nn.Module):
             image_BCHW: normalised images, floating.
 
         Returns:
-            "logits" [B, classes, H, W], at least fp32.
+            "logits", as those of `Segmenter`: [B, K, H, W], in train mode [B, T, P].
 
         Raises:
             ValueError: when the number of channels is wrong.
@@ -47,5 +47,7 @@ class VitSegmenter(nn.Module):
         canvas_hw = canvas_of(height, width, self.patch)
         patch_BTP = patchify(pad_to_patches(image_BCHW, self.patch), self.patch)
         feat_BTC = self.decoder(self.encoder(patch_BTP, canvas_hw, None), canvas_hw)
-        whole_BKHW = unpatchify(at_least_fp32(self.heads["last"](feat_BTC)), canvas_hw, self.patch)
-        return {"logits": whole_BKHW[..., :height, :width]}
+        value_BTP = self.heads["last"](feat_BTC)
+        if self.training:
+            return {"logits": value_BTP}
+        return {"logits": unpatchify(at_least_fp32(value_BTP), canvas_hw, self.patch)[..., :height, :width]}

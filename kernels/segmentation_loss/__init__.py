@@ -7,6 +7,7 @@ from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
+from affmae_kernels.precision import without_autocast
 from affmae_kernels.segmentation_loss import reference
 
 __all__ = ["segmentation_loss"]
@@ -56,7 +57,7 @@ def segmentation_loss(
     unsupported = None if logits.dtype in DTYPES else f"logits of {logits.dtype}"
     choice = choose_backend(backend, "segmentation_loss", logits.device, unsupported)
     weights_K = class_weights_K.detach()
-    with torch.autocast("cuda" if logits.is_meta else logits.device.type, enabled=False):
+    with without_autocast(logits):
         if choice.name == "triton":
             from affmae_kernels.segmentation_loss import triton
 

@@ -92,7 +92,7 @@ def _softmax_tile(
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "COLUMNS"])
-def _fwd_kernel(
+def _seg_loss_fwd_kernel(
     X, LABEL, PART, N, H, W, COLUMNS, SB, SN, SK,
     K: tl.constexpr, KP: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GAMMA: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def _sum_of_parts(PART, image, row, G, KP: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["G"])
-def _finish_kernel(PART, WEIGHT, LOSS, SLOPE, G, K: tl.constexpr, KP: tl.constexpr, GP: tl.constexpr):
+def _seg_loss_finish_kernel(PART, WEIGHT, LOSS, SLOPE, G, K: tl.constexpr, KP: tl.constexpr, GP: tl.constexpr):
     """One program: the losses of one image to LOSS [B, 2], what the backward pass needs to SLOPE [B, SLOPES, KP]."""
     image = tl.program_id(0)
     images = tl.num_programs(0)
@@ -161,7 +161,7 @@ def _finish_kernel(PART, WEIGHT, LOSS, SLOPE, G, K: tl.constexpr, KP: tl.constex
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "COLUMNS"])
-def _bwd_kernel(
+def _seg_loss_bwd_kernel(
     X, LABEL, SLOPE, DFOCAL, DDICE, DX, N, H, W, COLUMNS, SB, SN, SK,
     K: tl.constexpr, KP: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GAMMA: tl.constexpr,
 ):  # fmt: skip
@@ -227,8 +227,8 @@ def _forward(
     part = torch.empty(images, grid[0], SUMS.value, padded, **fp32)
     loss = torch.empty(images, 2, **fp32)
     slope = torch.empty(images, SLOPES.value, padded, **fp32)
-    _fwd_kernel[grid](X=logits, LABEL=labels, PART=part, **options)
-    _finish_kernel[(images,)](
+    _seg_loss_fwd_kernel[grid](X=logits, LABEL=labels, PART=part, **options)
+    _seg_loss_finish_kernel[(images,)](
         PART=part, WEIGHT=weights, LOSS=loss, SLOPE=slope, G=grid[0],
         K=classes, KP=padded, GP=max(1, TILE // padded), num_warps=4,
     )  # fmt: skip
@@ -248,7 +248,7 @@ def _backward(
 ) -> Tensor:
     dlogits = torch.empty_like(logits)
     options = _launch_options(logits, labels, classes, gamma, patch)
-    _bwd_kernel[_grid(options, len(labels))](
+    _seg_loss_bwd_kernel[_grid(options, len(labels))](
         X=logits, LABEL=labels, SLOPE=slope, DFOCAL=dfocal, DDICE=ddice, DX=dlogits, **options
     )
     return dlogits

@@ -19,8 +19,9 @@ def test_outputs_in_both_modes(model) -> None:
     image = torch.randn(2, 2, 50, 37)
     out = model(image)
     assert list(out) == ["logits", "logits_step2", "logits_step1"]
-    assert all(x.shape == (2, 3, 50, 37) and x.dtype == torch.float32 for x in out.values())
-    assert list(model.eval()(image)) == ["logits"]
+    assert all(x.shape == (2, 7 * 5, 8 * 8 * 3) for x in out.values())
+    out = model.eval()(image)
+    assert list(out) == ["logits"] and out["logits"].shape == (2, 3, 50, 37) and out["logits"].dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(image)["logits"].dtype == torch.float32
 
