@@ -58,11 +58,11 @@ def stem(
     _check(image_BIHW, visible_BV, convs, norms, patch)
     dtype = feature_dtype(image_BIHW)
     choice = choose_backend(backend, "stem", image_BIHW.device, unsupported(dtype, convs, patch))
-    with torch.autocast(image_BIHW.device.type, enabled=False):
-        if choice.name == "triton":
-            from affmae_kernels.stem import triton
+    if choice.name == "triton":
+        from affmae_kernels.stem import triton
 
-            return triton.stem(image_BIHW, visible_BV, convs, norms, patch, dtype)
+        return triton.stem(image_BIHW, visible_BV, convs, norms, patch, dtype)
+    with torch.autocast(image_BIHW.device.type, enabled=False):
         return reference.stem(image_BIHW, visible_BV, convs, norms, patch, dtype)
 
 
