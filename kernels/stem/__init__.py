@@ -18,8 +18,8 @@ PATCHES = (8, 16)
 """Patch sizes of the kernels."""
 MOST_CHANNELS = 4
 """Most image channels of the kernels: all 9 taps of the first convolution are one product."""
-WIDEST = 256
-"""Most channels of the kernels: a row stays in registers for its LayerNorm."""
+WIDEST, WIDEST_LAST = 128, 256
+"""Most channels that the kernels take between convolutions and after the last: a row stays in registers."""
 
 
 def stem(
@@ -75,9 +75,8 @@ def unsupported(dtype: torch.dtype, convs: Sequence[tuple[Tensor, Tensor]], patc
     channels, *widths = [weight.shape[1] for weight, _ in convs] + [convs[-1][0].shape[0]]
     if channels > MOST_CHANNELS:
         return f"{channels} image channels, only up to {MOST_CHANNELS}"
-    for width in widths:
-        if width > WIDEST or width % 16:
-            return f"{width} channels, only multiples of 16 up to {WIDEST}"
+    if any(width % 16 for width in widths) or max(widths[:-1]) > WIDEST or widths[-1] > WIDEST_LAST:
+        return f"widths of {widths}, only multiples of 16 up to {WIDEST}, the last up to {WIDEST_LAST}"
     return None
 
 

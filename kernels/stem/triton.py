@@ -14,8 +14,9 @@ Gradients by convolution, nothing atomic:
     What reaches the row of the masked neighbors is W^T times the sum of dz_l over the rows that read it.
 z and x of the first convolution, the largest tensors, are computed again in the backward pass instead of kept.
 
-Axes: T tokens (visible patches of all images), M rows, C and D channels of a convolution's input and output, K inputs of
-the first convolution (9 * image channels), R rows of a tile, P programs; CP, DP, KP padded to powers of two.
+Axes: T tokens (visible patches of all images), M rows, C and D channels of a convolution's input and output, IC image
+channels, K = 9 IC inputs of the first convolution, R rows of a tile, CB and DB channels of a block, P programs; CP, DP,
+KP padded to powers of two.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ BACKWARD_PROGRAMS = 1056
 """Most of the data gradient, 8 for each of 132 multiprocessors; each leaves one line of partial sums."""
 PROGRAMS_PER_TAP = 58
 """Most of the weight gradient, for each of the 9 taps: 4 for each of 132 multiprocessors."""
+FORWARD_TILE, DATA_TILE, WEIGHT_TILE = (128, 8192), (32, 2048), (64, 8192)
+"""Most rows and elements of a tile. Forward, the weights are read again for every tile. The data gradient needs
+registers for the backward pass of LayerNorm and GELU: 168 with 32 rows of 64 channels, 255 with 64."""
+WINDOW_TILE = 1024
+"""Most inputs of the first convolution in a tile of the data gradient."""
+DEPTH = 64
+"""Most channels of one step of a sum of products."""
+SHARED_MEMORY = 101_376
+"""Bytes that a block may use on the smallest GPUs (compute capability 12.0 and 8.6)."""
 SIZES = ["M", "V", "HEIGHT", "WIDTH"]
 """Arguments that change with the batch and the image, so that a new size needs no new kernel."""
 
@@ -106,7 +116,7 @@ def _input_row(owner, y, x, rows, E: tl.constexpr):
 @triton.jit
 def _window(
     IMAGE, CELL, TABLE, row, M, V, HEIGHT, WIDTH,
-    I: tl.constexpr, PATCH: tl.constexpr, KP: tl.constexpr,
+    IC: tl.constexpr, PATCH: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """[R, KP] inputs of the first convolution, ordered as its weight [I, 3, 3]; 0 where masked or outside."""
     k = tl.arange(0, KP)
@@ -117,22 +127,24 @@ def _window(
     # [R, KP]
     y = 2 * oy[:, None] + (k % 9 // 3)[None, :] - 1
     x = 2 * ox[:, None] + (k % 3)[None, :] - 1
-    used = real[:, None] & (k < 9 * I)[None, :]
+    used = real[:, None] & (k < 9 * IC)[None, :]
     owner = _owner(TABLE, token[:, None], y, x, used)
     canvas_x = cell % (WIDTH // PATCH)
     canvas_y = cell // (WIDTH // PATCH)
-    line = (b[:, None] * I + (k // 9)[None, :]) * HEIGHT + canvas_y[:, None] * PATCH + y
+    line = (b[:, None] * IC + (k // 9)[None, :]) * HEIGHT + canvas_y[:, None] * PATCH + y
     return tl.load(IMAGE + line * WIDTH + canvas_x[:, None] * PATCH + x, mask=used & (owner >= 0), other=0.0)
 
 
 @triton.jit
-def _first_conv(window, WEIGHT, BIAS, DTYPE: tl.constexpr, I: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+def _first_conv(window, WEIGHT, BIAS, DTYPE: tl.constexpr, IC: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
                 KP: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
     """[R, CP] of the first convolution, rounded to DTYPE, as fp32."""
     k = tl.arange(0, KP)
     c = tl.arange(0, CP)
     # [KP, CP]
-    weight = tl.load(WEIGHT + c[None, :] * (9 * I) + k[:, None], mask=(k < 9 * I)[:, None] & (c < C)[None, :], other=0.0)
+    weight = tl.load(
+        WEIGHT + c[None, :] * (9 * IC) + k[:, None], mask=(k < 9 * IC)[:, None] & (c < C)[None, :], other=0.0
+    )
     z = tl.dot(window.to(DTYPE), weight.to(DTYPE), input_precision=PREC)
     return _rounded(z, BIAS, DTYPE, C, CP)
 
@@ -159,7 +171,7 @@ def _normalized(z, eps, C: tl.constexpr, CP: tl.constexpr):
 def _store_activations(
     Y, z, NORM_WEIGHT, NORM_BIAS, row, M, eps, C: tl.constexpr, CP: tl.constexpr, LAST: tl.constexpr
 ):  # fmt: skip
-    """Stores LayerNorm (and GELU unless LAST) of a tile z of rows, and once the two rows for neighbors without token."""
+    """Stores LayerNorm (and GELU unless LAST) of a tile z, and once the two rows for neighbors that are no token."""
     c = tl.arange(0, CP)
     w = tl.load(NORM_WEIGHT + c, mask=c < C, other=0.0).to(tl.float32)
     b = tl.load(NORM_BIAS + c, mask=c < C, other=0.0).to(tl.float32)
@@ -178,40 +190,42 @@ def _store_activations(
 @triton.jit(do_not_specialize=SIZES)
 def _first_fwd_kernel(
     IMAGE, CELL, TABLE, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, Y, M, V, HEIGHT, WIDTH, eps,
-    I: tl.constexpr, PATCH: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, R: tl.constexpr,
+    IC: tl.constexpr, PATCH: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, R: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """One program: R rows of x_1 from the image."""
     row = tl.program_id(0) * R + tl.arange(0, R)
-    window = _window(IMAGE, CELL, TABLE, row, M, V, HEIGHT, WIDTH, I, PATCH, KP)
-    z = _first_conv(window, WEIGHT, BIAS, Y.dtype.element_ty, I, C, CP, KP, PREC)
+    window = _window(IMAGE, CELL, TABLE, row, M, V, HEIGHT, WIDTH, IC, PATCH, KP)
+    z = _first_conv(window, WEIGHT, BIAS, Y.dtype.element_ty, IC, C, CP, KP, PREC)
     _store_activations(Y, z, NORM_WEIGHT, NORM_BIAS, row, M, eps, C, CP, False)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_fwd_kernel(
     X, TABLE, TAPS, BIAS, NORM_WEIGHT, NORM_BIAS, Z, Y, M, eps,
-    E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+    E: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
     LAST: tl.constexpr, KEEP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One program: R of the M rows of z_l and x_l. X has patches of edge E; TAPS is [9, C, D]."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     real = row < M
-    c = tl.arange(0, CP)
     d = tl.arange(0, DP)
     token, oy, ox = _split(row, E // 2)
     left = _owner(TABLE, token, 2 * oy, 2 * ox - 1, real)
     above = _owner(TABLE, token, 2 * oy - 1, 2 * ox, real)
     corner = _owner(TABLE, token, 2 * oy - 1, 2 * ox - 1, real)
     z = tl.zeros([R, DP], tl.float32)
-    for tap in range(9):
+    BLOCKS: tl.constexpr = (C + CB - 1) // CB
+    for step in range(9 * BLOCKS):
+        tap = step // BLOCKS
         ky = tap // 3
         kx = tap % 3
+        c = step % BLOCKS * CB + tl.arange(0, CB)
         owner = tl.where(ky == 0, tl.where(kx == 0, corner, above), tl.where(kx == 0, left, token))
         source = _input_row(owner, 2 * oy + ky - 1, 2 * ox + kx - 1, M * 4, E).to(tl.int64)
-        # [R, CP]
+        # [R, CB]
         x = tl.load(X + source[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
-        # [CP, DP]
+        # [CB, DP]
         weight = tl.load(
             TAPS + (tap * C + c[:, None]) * D + d[None, :], mask=(c < C)[:, None] & (d < D)[None, :], other=0.0
         )
@@ -236,8 +250,8 @@ def _norm_gradient(dy, h, rstd, w, C: tl.constexpr):
 def _norm_bwd_kernel(
     DY, Z, NORM_WEIGHT, DZ, PART, M, eps, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """One program: every P-th tile of R rows of dz_L, from the gradient of the result. Its sums of dweight, dbias of the
-    LayerNorm and dbias of the convolution go to its line of PART [P, 3, C]."""
+    """One program: every P-th tile of R rows of dz_L, from the gradient of the result. Its sums of dweight, dbias of
+    the LayerNorm and dbias of the convolution go to its line of PART [P, 3, C]."""
     c = tl.arange(0, CP)
     inside = c < C
     w = tl.load(NORM_WEIGHT + c, mask=inside, other=0.0).to(tl.float32)
@@ -266,19 +280,19 @@ def _norm_bwd_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _conv_bwd_dx_kernel(
     DZ, TABLE, TAPS, Z, IMAGE, CELL, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, DX, PART, M, V, HEIGHT, WIDTH, eps,
-    E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-    FIRST: tl.constexpr, I: tl.constexpr, PATCH: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr,
+    E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, R: tl.constexpr,
+    FIRST: tl.constexpr, IC: tl.constexpr, PATCH: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One program: dz_{l-1} in DX [4 M, C] from dz_l in DZ [M, D]; every P-th pair of R output rows and parity.
 
-    Input rows of one parity of (y, x) have the same taps. FIRST: z_1 comes from the image again, dz_1 is not stored, and
-    the gradient of the first convolution's weight is summed instead.
+    Input rows of one parity of (y, x) have the same taps. FIRST: z_1 comes from the image again, dz_1 is not stored,
+    and the gradient of the first convolution's weight is summed instead.
     PART [P, 3 (+ KP), C]: sums of dweight and dbias of the LayerNorm, dbias of convolution l - 1 (and its dweight).
     """
     DTYPE: tl.constexpr = DZ.dtype.element_ty
-    O: tl.constexpr = E // 2
+    HALF: tl.constexpr = E // 2
+    BLOCKS: tl.constexpr = (D + DB - 1) // DB
     c = tl.arange(0, CP)
-    d = tl.arange(0, DP)
     inside = c < C
     w = tl.load(NORM_WEIGHT + c, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(NORM_BIAS + c, mask=inside, other=0.0).to(tl.float32)
@@ -292,31 +306,35 @@ def _conv_bwd_dx_kernel(
         odd_x = unit % 2
         row = unit // 4 * R + tl.arange(0, R)
         real = row < M
-        token, oy, ox = _split(row, O)
+        token, oy, ox = _split(row, HALF)
         # Tokens that may read the last row and column of this one.
         at = TABLE + token * DIRECTIONS
-        last_y = (oy == O - 1) & real
-        last_x = (ox == O - 1) & real
+        last_y = (oy == HALF - 1) & real
+        last_x = (ox == HALF - 1) & real
         right = tl.load(at + RIGHT, mask=last_x, other=OUTSIDE)
         below = tl.load(at + BELOW, mask=last_y, other=OUTSIDE)
         lower_right = tl.load(at + LOWER_RIGHT, mask=last_x & last_y, other=OUTSIDE)
         # dx: the outputs that read an input position, one for an even coordinate and two for an odd one.
         dx = tl.zeros([R, CP], tl.float32)
-        for reader in range((1 + odd_y) * (1 + odd_x)):
+        for step in range((1 + odd_y) * (1 + odd_x) * BLOCKS):
+            reader = step // BLOCKS
+            d = step % BLOCKS * DB + tl.arange(0, DB)
             next_y = reader // (1 + odd_x)
             next_x = reader % (1 + odd_x)
             ky = 1 + odd_y * (1 - 2 * next_y)
             kx = 1 + odd_x * (1 - 2 * next_x)
             y = oy + next_y
             x = ox + next_x
-            owner = tl.where(y == O, tl.where(x == O, lower_right, below), tl.where(x == O, right, token))
-            source = ((owner * O + (y & (O - 1))) * O + (x & (O - 1))).to(tl.int64)
-            # [R, DP]
+            owner = tl.where(y == HALF, tl.where(x == HALF, lower_right, below), tl.where(x == HALF, right, token))
+            source = ((owner * HALF + (y & (HALF - 1))) * HALF + (x & (HALF - 1))).to(tl.int64)
+            # [R, DB]
             there = (real & (owner >= 0))[:, None] & (d < D)[None, :]
             dz = tl.load(DZ + source[:, None] * D + d[None, :], mask=there, other=0.0)
-            # [DP, CP]
+            # [DB, CP]
             weight = tl.load(
-                TAPS + ((ky * 3 + kx) * C + c[None, :]) * D + d[:, None], mask=(d < D)[:, None] & inside[None, :], other=0.0
+                TAPS + ((ky * 3 + kx) * C + c[None, :]) * D + d[:, None],
+                mask=(d < D)[:, None] & inside[None, :],
+                other=0.0,
             )
             dx = tl.dot(dz, weight, dx, input_precision=PREC)
         # z of these input rows, and LayerNorm and GELU backward.
@@ -324,8 +342,8 @@ def _conv_bwd_dx_kernel(
         at = input_row.to(tl.int64)[:, None] * C + c[None, :]
         used = real[:, None] & inside[None, :]
         if FIRST:
-            window = _window(IMAGE, CELL, TABLE, input_row, M * 4, V, HEIGHT, WIDTH, I, PATCH, KP)
-            z = _first_conv(window, WEIGHT, BIAS, DTYPE, I, C, CP, KP, PREC)
+            window = _window(IMAGE, CELL, TABLE, input_row, M * 4, V, HEIGHT, WIDTH, IC, PATCH, KP)
+            z = _first_conv(window, WEIGHT, BIAS, DTYPE, IC, C, CP, KP, PREC)
         else:
             z = tl.load(Z + at, mask=used, other=0.0).to(tl.float32)
         h, rstd = _normalized(z, eps, C, CP)
@@ -410,7 +428,7 @@ class _Patches(NamedTuple):
         _, channels, height, width = self.image.shape
         padded = max(16, triton.next_power_of_2(9 * channels))
         return {
-            "V": self.cell.shape[1], "HEIGHT": height, "WIDTH": width, "I": channels, "PATCH": self.patch, "KP": padded,
+            "V": self.cell.shape[1], "HEIGHT": height, "WIDTH": width, "IC": channels, "PATCH": self.patch, "KP": padded,
         }  # fmt: skip
 
 
@@ -418,13 +436,19 @@ def _padded(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def _tile(dtype: torch.dtype, channels: int) -> dict[str, int]:
+def _tile(dtype: torch.dtype, channels: int, most_rows: int, most: int) -> dict[str, int]:
     """Rows of a tile (R) and warps, where `channels` of a row stay in registers. Products of fp32 have no tensor cores
     and need more registers."""
     if dtype == torch.float32:
         return {"R": 16, "num_warps": 4}
     padded = _padded(channels)
-    return {"R": 128 if padded <= 32 else 64, "num_warps": 8 if padded > 128 else 4}
+    rows = min(most_rows, most // padded)
+    return {"R": rows, "num_warps": 8 if rows * padded > 4096 else 4}
+
+
+def _stages(dtype: torch.dtype, rows: int, most: int) -> int:
+    """Steps under way at a time, each with `rows` of both factors in shared memory."""
+    return min(most, SHARED_MEMORY // (rows * DEPTH * dtype.itemsize))
 
 
 def launch_neighbors(cell_BV: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
@@ -445,7 +469,7 @@ def launch_first_fwd(patches: _Patches, layer: _Layer, dtype: torch.dtype) -> Te
     rows = len(patches.table) * (patches.patch // 2) ** 2
     channels = len(layer.bias)
     y = torch.empty(rows + 2, channels, dtype=dtype, device=patches.image.device)
-    tile = _tile(dtype, channels)
+    tile = _tile(dtype, channels, *FORWARD_TILE)
     _first_fwd_kernel[(triton.cdiv(rows, tile["R"]),)](
         IMAGE=patches.image, CELL=patches.cell, TABLE=patches.table, WEIGHT=layer.weight, BIAS=layer.bias,
         NORM_WEIGHT=layer.norm_weight, NORM_BIAS=layer.norm_bias, Y=y, M=rows, eps=EPS, C=channels,
@@ -457,16 +481,16 @@ def launch_first_fwd(patches: _Patches, layer: _Layer, dtype: torch.dtype) -> Te
 def launch_conv_fwd(
     x: Tensor, table: Tensor, taps: Tensor, layer: _Layer, edge: int, *, last: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """z [M, D] (empty unless it is kept) and x_l [M + 2, D] (the last one [M, D]) from x_{l-1} with patches of `edge`."""
+    """z_l [M, D] (empty unless kept) and x_l [M + 2, D] (the last [M, D]) from x_{l-1} with patches of `edge`."""
     rows = len(table) * (edge // 2) ** 2
     _, channels, width = taps.shape
     z = torch.empty(rows if keep else 0, width, dtype=x.dtype, device=x.device)
     y = torch.empty(rows if last else rows + 2, width, dtype=x.dtype, device=x.device)
-    tile = _tile(x.dtype, width)
+    tile = _tile(x.dtype, width, *FORWARD_TILE)
     _conv_fwd_kernel[(triton.cdiv(rows, tile["R"]),)](
-        X=x, TABLE=table, TAPS=taps, BIAS=layer.bias, NORM_WEIGHT=layer.norm_weight, NORM_BIAS=layer.norm_bias, Z=z, Y=y,
-        M=rows, eps=EPS, E=edge, C=channels, CP=_padded(channels), D=width, DP=_padded(width), LAST=last, KEEP=keep,
-        PREC=precision_of(x.dtype), num_stages=3, **tile,
+        X=x, TABLE=table, TAPS=taps, BIAS=layer.bias, NORM_WEIGHT=layer.norm_weight, NORM_BIAS=layer.norm_bias, Z=z,
+        Y=y, M=rows, eps=EPS, E=edge, C=channels, CB=min(DEPTH, _padded(channels)), D=width, DP=_padded(width), LAST=last,
+        KEEP=keep, PREC=precision_of(x.dtype), num_stages=_stages(x.dtype, tile["R"] + _padded(width), 3), **tile,
     )  # fmt: skip
     return z, y
 
@@ -498,15 +522,18 @@ def launch_conv_bwd_dx(
     sizes = patches.sizes()
     first = z is None
     dx = dz.new_empty(0 if first else 4 * rows, channels)
-    tile = _tile(dz.dtype, channels)
+    block = min(DEPTH, _padded(width))
+    tile = _tile(dz.dtype, channels, *DATA_TILE)
+    if first:
+        tile["R"] = min(tile["R"], WINDOW_TILE // sizes["KP"])
     programs = min(triton.cdiv(rows, tile["R"]) * 4, BACKWARD_PROGRAMS)
     lines = 3 + sizes["KP"] if first else 3
     part = torch.empty(programs, lines * channels, dtype=torch.float32, device=dz.device)
     _conv_bwd_dx_kernel[(programs,)](
         DZ=dz, TABLE=patches.table, TAPS=taps, Z=dz if z is None else z, IMAGE=patches.image, CELL=patches.cell,
-        WEIGHT=below.weight, BIAS=below.bias, NORM_WEIGHT=below.norm_weight, NORM_BIAS=below.norm_bias, DX=dx, PART=part,
-        M=rows, eps=EPS, E=edge, C=channels, CP=_padded(channels), D=width, DP=_padded(width), FIRST=first,
-        PREC=precision_of(dz.dtype), num_stages=2, **sizes, **tile,
+        WEIGHT=below.weight, BIAS=below.bias, NORM_WEIGHT=below.norm_weight, NORM_BIAS=below.norm_bias, DX=dx,
+        PART=part, M=rows, eps=EPS, E=edge, C=channels, CP=_padded(channels), D=width, DB=block, FIRST=first,
+        PREC=precision_of(dz.dtype), num_stages=_stages(dz.dtype, tile["R"] + _padded(channels), 2), **sizes, **tile,
     )  # fmt: skip
     return dx, column_sums(part).view(lines, channels)
 
@@ -515,8 +542,8 @@ def launch_conv_bwd_dw(x: Tensor, dz: Tensor, table: Tensor, edge: int) -> tuple
     """fp32 dW [9, C, D], and [9, D]: the sum of dz over the rows whose tap is in a masked neighbor."""
     rows, width = dz.shape
     channels = x.shape[1]
-    block = min(64, _padded(width))
-    tile = _tile(dz.dtype, channels)
+    block = min(DEPTH, _padded(width))
+    tile = _tile(dz.dtype, channels, *WEIGHT_TILE)
     programs = min(triton.cdiv(rows, tile["R"]), PROGRAMS_PER_TAP)
     part = torch.empty(programs, 9 * (channels + 1) * width, dtype=torch.float32, device=x.device)
     _conv_bwd_dw_kernel[(programs, 9, triton.cdiv(width, block))](
