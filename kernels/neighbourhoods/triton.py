@@ -18,12 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from affmae_kernels.neighbourhoods.pairs import image_and_part
 from affmae_kernels.neighbourhoods.reference import anchor_grid
 
 TOKENS = 128
 """Tokens of one program where each is handled on its own."""
 TILE = 2048
 """Keys of one tile of the search for the nearest clusters: 64 registers of 32 bits in each thread of one warp."""
+MOST_ROWS = 16
+"""Most tokens of a tile: with more of them the running results take too many registers."""
 
 
 @triton.jit
@@ -37,21 +40,23 @@ def _centre(walk, rows, columns, width, height):
     return x, y
 
 
-@triton.jit(do_not_specialize=["N", "rows", "columns", "width", "height", "slots", "epsilon_bits"])
+@triton.jit(do_not_specialize=["N", "blocks", "rows", "columns", "width", "height", "slots", "epsilon_bits"])
 def _cell_kernel(
     POS, WALK, RATIO, COUNT, CELL_RATIO, CELL_CANVAS,
-    N, rows, columns, width, height, slots, epsilon_bits,
+    N, blocks, rows, columns, width, height, slots, epsilon_bits,
     ONE_CELL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK tokens. Anchor cell, |p - prev|^2 / (|p - next|^2 + epsilon) and a slot of the cell for each.
 
     Distances are whole numbers and the division is IEEE float64; positive doubles order like their bits.
     """
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, block = image_and_part(blocks)
+    i = block * BLOCK + tl.arange(0, BLOCK)
     live = i < N
     # A position outside the canvas gives a wrong order, but never a store outside the tables.
+    # [BLOCK]
     x = tl.minimum(tl.maximum(tl.load(POS + (b * N + i) * 2, mask=live, other=0), 0), width - 1)
+    # [BLOCK]
     y = tl.minimum(tl.maximum(tl.load(POS + (b * N + i) * 2 + 1, mask=live, other=0), 0), height - 1)
     if ONE_CELL:
         cells = 1
@@ -85,24 +90,26 @@ def _cell_kernel(
     tl.store(CELL_CANVAS + cell * slots + slot, y.to(tl.int64) * width + x, mask=held)
 
 
-@triton.jit(do_not_specialize=["N", "cells", "width", "slots"])
-def _place_kernel(
+@triton.jit(do_not_specialize=["N", "blocks", "cells", "width", "slots"])
+def _order_kernel(
     POS, WALK, RATIO, COUNT, FILLED, CELL_RATIO, CELL_CANVAS, ORDER, ORDERED,
-    N, cells, width, slots, BLOCK: tl.constexpr,
+    N, blocks, cells, width, slots, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK tokens to their places: tokens of earlier cells, plus those of the own cell that come before
     by (ratio, canvas index)."""
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, block = image_and_part(blocks)
+    i = block * BLOCK + tl.arange(0, BLOCK)
     live = i < N
+    # All of [BLOCK]
     x = tl.load(POS + (b * N + i) * 2, mask=live, other=0)
     y = tl.load(POS + (b * N + i) * 2 + 1, mask=live, other=0)
-    canvas = y.to(tl.int64) * width + x
     ratio = tl.load(RATIO + b * N + i, mask=live, other=0)
     cell = b * cells + tl.load(WALK + b * N + i, mask=live, other=0)
     count = tl.load(COUNT + cell, mask=live, other=0)
     place = tl.load(FILLED + cell, mask=live, other=0) - count
+    canvas = y.to(tl.int64) * width + x
     for slot in range(tl.max(count, 0)):
+        # [BLOCK], one other token of each token's cell
         other_ratio = tl.load(CELL_RATIO + cell * slots + slot, mask=slot < count, other=0)
         other_canvas = tl.load(CELL_CANVAS + cell * slots + slot, mask=slot < count, other=0)
         first = (other_ratio < ratio) | ((other_ratio == ratio) & (other_canvas < canvas))
@@ -112,15 +119,16 @@ def _place_kernel(
     tl.store(ORDERED + (b * N + place) * 2 + 1, y, mask=live)
 
 
-@triton.jit(do_not_specialize=["N", "K", "scale", "last_scale"])
-def _sum_kernel(ORDERED, SUM, N, K, scale, last_scale, M: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "K", "blocks", "scale", "last_scale"])
+def _sum_kernel(ORDERED, SUM, N, K, blocks, scale, last_scale, M: tl.constexpr, BLOCK: tl.constexpr):
     """One program: the scaled position sums (x, y) of BLOCK clusters of M rows."""
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, block = image_and_part(blocks)
+    c = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.zeros([BLOCK], tl.int32)
     y = tl.zeros([BLOCK], tl.int32)
     for member in range(M):
         row = c * M + member
+        # [BLOCK]
         x += tl.load(ORDERED + (b * N + row) * 2, mask=row < N, other=0)
         y += tl.load(ORDERED + (b * N + row) * 2 + 1, mask=row < N, other=0)
     factor = tl.where(c == K - 1, last_scale, scale)
@@ -128,9 +136,9 @@ def _sum_kernel(ORDERED, SUM, N, K, scale, last_scale, M: tl.constexpr, BLOCK: t
     tl.store(SUM + (b * K + c) * 2 + 1, y * factor, mask=c < K)
 
 
-@triton.jit(do_not_specialize=["N", "K", "size"])
+@triton.jit(do_not_specialize=["N", "K", "blocks", "size"])
 def _nearest_kernel(
-    ORDERED, SUM, NEAREST, N, K, size,
+    ORDERED, SUM, NEAREST, N, K, blocks, size,
     C: tl.constexpr, CP: tl.constexpr, NB: tl.constexpr, KB: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: the C smallest of key(i, c) = |size p_i - sum_c|^2 K + c, ascending, for NB tokens i.
@@ -139,14 +147,16 @@ def _nearest_kernel(
     """
     dtype: tl.constexpr = tl.int64 if WIDE else tl.int32
     limit: tl.constexpr = 2**63 - 1 if WIDE else 2**31 - 1
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * NB + tl.arange(0, NB)
+    b, block = image_and_part(blocks)
+    i = block * NB + tl.arange(0, NB)
+    # [NB]
     x = tl.load(ORDERED + (b * N + i) * 2, mask=i < N, other=0) * size
     y = tl.load(ORDERED + (b * N + i) * 2 + 1, mask=i < N, other=0) * size
     place = tl.arange(0, CP)
     best = tl.full([NB, CP], limit, dtype)
     for k0 in range(0, K, KB):
         c = k0 + tl.arange(0, KB)
+        # [KB]
         sum_x = tl.load(SUM + (b * K + c) * 2, mask=c < K, other=0)
         sum_y = tl.load(SUM + (b * K + c) * 2 + 1, mask=c < K, other=0)
         dx = (x[:, None] - sum_x[None, :]).to(dtype)
@@ -182,16 +192,19 @@ def _order(pos_BN2: Tensor, canvas_hw: tuple[int, int], cluster_size: int) -> tu
     canvas_BLS = torch.empty(batch, cells, slots, dtype=torch.int64, device=device)
     order_BN = torch.empty(batch, tokens, dtype=torch.int64, device=device)
     ordered_BN2 = torch.empty_like(pos_BN2)
-    grid = (triton.cdiv(tokens, TOKENS), batch)
-    _cell_kernel[grid](
-        pos_BN2, walk_BN, ratio_BN, count_BL, ratio_BLS, canvas_BLS,
-        tokens, rows, columns, width, height, slots, epsilon_bits,
-        ONE_CELL=one_cell, BLOCK=TOKENS, num_warps=4,
+    blocks = triton.cdiv(tokens, TOKENS)
+    # Tokens into the slots of their anchor cells
+    _cell_kernel[(batch * blocks,)](
+        POS=pos_BN2, WALK=walk_BN, RATIO=ratio_BN, COUNT=count_BL, CELL_RATIO=ratio_BLS, CELL_CANVAS=canvas_BLS,
+        N=tokens, blocks=blocks, rows=rows, columns=columns, width=width, height=height, slots=slots,
+        epsilon_bits=epsilon_bits, ONE_CELL=one_cell, BLOCK=TOKENS, num_warps=4,
     )  # fmt: skip
+    # Every token to its place: tokens of earlier cells, and earlier ones of its own cell
     filled_BL = count_BL.cumsum(1, dtype=torch.int32)
-    _place_kernel[grid](
-        pos_BN2, walk_BN, ratio_BN, count_BL, filled_BL, ratio_BLS, canvas_BLS, order_BN, ordered_BN2,
-        tokens, cells, width, slots, BLOCK=TOKENS, num_warps=4,
+    _order_kernel[(batch * blocks,)](
+        POS=pos_BN2, WALK=walk_BN, RATIO=ratio_BN, COUNT=count_BL, FILLED=filled_BL, CELL_RATIO=ratio_BLS,
+        CELL_CANVAS=canvas_BLS, ORDER=order_BN, ORDERED=ordered_BN2,
+        N=tokens, blocks=blocks, cells=cells, width=width, slots=slots, BLOCK=TOKENS, num_warps=4,
     )  # fmt: skip
     return order_BN, ordered_BN2
 
@@ -205,36 +218,30 @@ def _nearest(ordered_BN2: Tensor, canvas_hw: tuple[int, int], cluster_size: int,
     size = cluster_size * last // common
     largest = size**2 * ((canvas_hw[0] - 1) ** 2 + (canvas_hw[1] - 1) ** 2) * count + count
     width = min(clusters, count)
+    # Position sums of the clusters
     sum_BK2 = torch.empty(batch, count, 2, dtype=torch.int32, device=ordered_BN2.device)
-    _sum_kernel[(triton.cdiv(count, TOKENS), batch)](
-        ordered_BN2, sum_BK2, tokens, count, last // common, cluster_size // common,
-        M=cluster_size, BLOCK=TOKENS, num_warps=4,
+    blocks = triton.cdiv(count, TOKENS)
+    _sum_kernel[(batch * blocks,)](
+        ORDERED=ordered_BN2, SUM=sum_BK2, N=tokens, K=count, blocks=blocks, scale=last // common,
+        last_scale=cluster_size // common, M=cluster_size, BLOCK=TOKENS, num_warps=4,
     )  # fmt: skip
+    # The smallest keys of every token
     nearest_BNC = torch.empty(batch, tokens, width, dtype=torch.int32, device=ordered_BN2.device)
     wide = largest >= 2**31
     tile = TILE // 2 if wide else TILE
     columns = min(tile, triton.next_power_of_2(count))
-    block = min(64, tile // columns)
-    _nearest_kernel[(triton.cdiv(tokens, block), batch)](
-        ordered_BN2, sum_BK2, nearest_BNC, tokens, count, size,
-        C=width, CP=triton.next_power_of_2(width), NB=block, KB=columns, WIDE=wide, num_warps=1,
+    rows = min(MOST_ROWS, tile // columns)
+    blocks = triton.cdiv(tokens, rows)
+    _nearest_kernel[(batch * blocks,)](
+        ORDERED=ordered_BN2, SUM=sum_BK2, NEAREST=nearest_BNC, N=tokens, K=count, blocks=blocks, size=size,
+        C=width, CP=triton.next_power_of_2(width), NB=rows, KB=columns, WIDE=wide, num_warps=1,
     )  # fmt: skip
     return nearest_BNC
 
 
-@torch.library.custom_op("affmae::neighbourhoods", mutates_args=())
-def build(pos_BN2: Tensor, height: int, width: int, cluster_size: int, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
+def build(
+    pos_BN2: Tensor, canvas_hw: tuple[int, int], cluster_size: int, clusters: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns order_BN (int64), the ordered pos_BN2 (int32) and nearest_BNC (int32), as the reference does."""
-    order_BN, ordered_BN2 = _order(pos_BN2.contiguous(), (height, width), cluster_size)
-    return order_BN, ordered_BN2, _nearest(ordered_BN2, (height, width), cluster_size, clusters)
-
-
-@build.register_fake
-def _(pos_BN2: Tensor, height: int, width: int, cluster_size: int, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, _ = pos_BN2.shape
-    nearest = min(clusters, -(-tokens // cluster_size))
-    return (
-        pos_BN2.new_empty(batch, tokens, dtype=torch.int64),
-        pos_BN2.new_empty(batch, tokens, 2),
-        pos_BN2.new_empty(batch, tokens, nearest),
-    )
+    order_BN, ordered_BN2 = _order(pos_BN2.contiguous(), canvas_hw, cluster_size)
+    return order_BN, ordered_BN2, _nearest(ordered_BN2, canvas_hw, cluster_size, clusters)
