@@ -3,8 +3,7 @@
     GELU   u = x + b,   y = u Phi(u),   dx = dy (Phi(u) + u phi(u)),   db = sum dx
     ReLU   y = max(0, u) comes from the product itself;   du = dy [y > 0],   db = sum du
 
-Phi is approximated by Abramowitz and Stegun 7.1.26 (error below 1.5e-7, that of fp32), whose exponential is also that
-of phi; the library's erf takes twice the instructions. Bound by memory traffic: 2 tensors forward, 3 or 4 backward.
+Bound by memory traffic: 2 tensors forward, 3 or 4 backward.
 
 Axes: N rows, C channels, R rows and CB channels of a tile, P programs along the rows.
 """
@@ -17,25 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from affmae_kernels.column_sums import column_sums
+from affmae_kernels.gaussian import normal
 from affmae_kernels.launch import multiprocessors
 
 ROWS, BACKWARD_ROWS, CHANNELS, WARPS = 16, 8, 128, 4
 """Rows of a tile forward and backward, channels, warps: the fastest of those tried on an H200."""
 PROGRAMS_PER_SM = 8
 """Programs of a backward pass per multiprocessor; each leaves its columns' partial sums."""
-HALF_LOG2_E = tl.constexpr(0.7213475204444817)
-INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
-
-
-@triton.jit
-def normal_cdf_pdf(u):
-    """(Phi(u), phi(u)): the standard normal distribution and its density."""
-    density = tl.exp2(u * u * -HALF_LOG2_E)
-    root = tl.rsqrt(1 + 0.23164189 * tl.abs(u))  # 0.3275911 / sqrt(2); rsqrt twice costs less than a division
-    t = root * root
-    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
-    tail = tail * density
-    return tl.where(u > 0, 1 - tail, tail), density * INVERSE_SQRT_2PI
 
 
 @triton.jit(do_not_specialize=["N"])  # C is specialized: that it is a multiple of 16 makes loads wide
@@ -47,7 +34,7 @@ def _gelu_fwd_kernel(X, BIAS, Y, N, C, R: tl.constexpr, CB: tl.constexpr):
     at = row[:, None] * C + c[None, :]
     # [R, CB] + [CB]
     u = tl.load(X + at, mask=real, other=0.0).to(tl.float32) + tl.load(BIAS + c, mask=c < C, other=0.0)[None, :]
-    below, _ = normal_cdf_pdf(u)
+    below, _ = normal(u)
     tl.store(Y + at, (u * below).to(Y.dtype.element_ty), mask=real)
 
 
@@ -63,7 +50,7 @@ def _gelu_bwd_kernel(DY, X, BIAS, DX, Y, PART, N, C, R: tl.constexpr, CB: tl.con
         at = row[:, None] * C + c[None, :]
         u = tl.load(X + at, mask=real, other=0.0).to(tl.float32) + b[None, :]  # [R, CB]
         dy = tl.load(DY + at, mask=real, other=0.0).to(tl.float32)  # [R, CB]
-        below, density = normal_cdf_pdf(u)
+        below, density = normal(u)
         dx = dy * (below + u * density)
         tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=real)
         if Y is not None:

@@ -89,7 +89,7 @@ def _start(w0, w1, w2, w3, w4, dx, dy, member):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _fwd_kernel(
+def _attention_fwd_kernel(
     QKV, POS, ENTRY, COUNT, WEIGHT, BIAS, BLANK_KEY, BLANK_VALUE, OUT, LSE, scale, N, ENTRIES, H, first_image,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +142,7 @@ def _lane_sums(x, HB: tl.constexpr, R: tl.constexpr, J: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _bwd_dq_kernel(
+def _attention_bwd_dq_kernel(
     QKV, POS, ENTRY, COUNT, WEIGHT, BIAS, BLANK_KEY, BLANK_VALUE, OUT, LSE, DOUT, DQKV, DELTA, PART, scale, N, ENTRIES,
     H, first_image, LINE,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
@@ -151,8 +151,8 @@ def _bwd_dq_kernel(
 
         ds = p * (dout . v - delta),   dq = ds K / sqrt(D),   dw = sum ds * geometry,   dc = sum ds
 
-    The sums over the group go to a row of PART [B * groups, LINE]: d blank_key, d blank_value and dq [H, D], dw [H, 5],
-    dc [H].
+    The sums over the group go to a row of PART [B * groups, LINE]: d blank_key, d blank_value, dq and dout [H, D],
+    dw [H, 5], dc [H].
     """
     b, h0, row, clamped, pos, x_R, y_R, entry, count = _own_rows(POS, ENTRY, COUNT, N, ENTRIES, first_image, R, HB)
     heads = h0 + tl.arange(0, HB)
@@ -185,7 +185,8 @@ def _bwd_dq_kernel(
     tl.store(part + head, tl.sum(ds_blank[:, :, None] * q.to(tl.float32), 1) * scale)
     tl.store(part + H * D + head, tl.sum(p_blank[:, :, None] * dout.to(tl.float32), 1))
     # A row's gradients of the logits sum to zero, and all but the blank one have c
-    tl.store(part + 3 * H * D + 5 * H + heads, -tl.sum(ds_blank, 1))
+    tl.store(part + 4 * H * D + 5 * H + heads, -tl.sum(ds_blank, 1))
+    tl.store(part + 3 * H * D + head, tl.sum(dout.to(tl.float32), 1))
     J: tl.constexpr = TILE * 8
     g0 = tl.zeros([HB, R, 4], tl.float32)
     g1 = tl.zeros([HB, R, 4], tl.float32)
@@ -215,7 +216,7 @@ def _bwd_dq_kernel(
     dq_at = DQKV + b * N * stride + h0 * D + row[None, :, None] * stride + channel
     tl.store(dq_at, dq.to(DQKV.dtype.element_ty), mask=live[None, :, None])
     tl.store(part + 2 * H * D + head, tl.sum(dq, 1))
-    dw = part + 3 * H * D + heads * 5
+    dw = part + 4 * H * D + heads * 5
     tl.store(dw, tl.sum(tl.sum(g0, 2), 1))
     tl.store(dw + 1, tl.sum(tl.sum(g1, 2), 1))
     tl.store(dw + 2, tl.sum(tl.sum(g2, 2), 1))
@@ -224,7 +225,7 @@ def _bwd_dq_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _bwd_dkv_kernel(
+def _attention_bwd_dkv_kernel(
     QKV, POS, ENTRY, COUNT, WEIGHT, BIAS, LSE, DOUT, DQKV, DELTA, scale, N, ENTRIES, H, first_image,
     R: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -323,7 +324,7 @@ def forward(
     side = near.visit_lists.rows
     config = launch_config("fwd", heads, width, qkv_BN3HD.dtype)
     for grid, first in _launches(qkv_BN3HD, side, config):
-        _fwd_kernel[grid](
+        _attention_fwd_kernel[grid](
             QKV=qkv_BN3HD, POS=near.pos_BN2, ENTRY=side.entry_BGE, COUNT=side.count_BG, WEIGHT=bias_weight_H5,
             BIAS=bias_H, BLANK_KEY=blank_key_HD, BLANK_VALUE=blank_value_HD, OUT=out_BNHD, LSE=lse_BHN,
             scale=width**-0.5, N=tokens, ENTRIES=side.entry_BGE.shape[2], H=heads, first_image=first, **config,
@@ -341,7 +342,7 @@ def backward(
     blank_value_HD: Tensor,
     out_BNHD: Tensor,
     lse_BHN: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass without autograd.
 
     Args:
@@ -349,20 +350,20 @@ def backward(
         the others: arguments and results of `forward`.
 
     Returns:
-        dqkv_BN3HD in the dtype of qkv, and in fp32 dbias_weight_H5, dbias_H, dblank_key_HD, dblank_value_HD and
-        dq_sum_HD. The last is the sum of the queries' gradients over tokens and images, taken before they are rounded;
-        it spares a pass over dqkv for the gradient of the projection's bias. The fp32 ones share memory.
+        dqkv_BN3HD in the dtype of qkv, and in fp32 dbias_weight_H5, dbias_H, dblank_key_HD, dblank_value_HD, dq_sum_HD
+        and dout_sum_HD. The last two are sums over tokens and images of the queries' gradients, before they are rounded,
+        and of dout; they spare a pass over dqkv for the gradient of the projection's bias. The fp32 ones share memory.
     """
     batch, tokens, _, heads, width = qkv_BN3HD.shape
     dqkv_BN3HD, delta_BHN = torch.empty_like(qkv_BN3HD), torch.empty_like(lse_BHN)
     # Gradients of queries, and of parameters group by group
     rows = near.visit_lists.rows
-    sizes = [heads * width, heads * width, heads * width, heads * 5, heads]
+    sizes = [*[heads * width] * 4, heads * 5, heads]
     line = 16 * triton.cdiv(sum(sizes), 16)  # a multiple of 16 makes loads wide when the rows are summed
     part_GL = torch.empty(rows.count_BG.numel(), line, dtype=torch.float32, device=qkv_BN3HD.device)
     config = launch_config("bwd_dq", heads, width, qkv_BN3HD.dtype)
     for grid, first in _launches(qkv_BN3HD, rows, config):
-        _bwd_dq_kernel[grid](
+        _attention_bwd_dq_kernel[grid](
             QKV=qkv_BN3HD, POS=near.pos_BN2, ENTRY=rows.entry_BGE, COUNT=rows.count_BG, WEIGHT=bias_weight_H5,
             BIAS=bias_H, BLANK_KEY=blank_key_HD, BLANK_VALUE=blank_value_HD, OUT=out_BNHD, LSE=lse_BHN, DOUT=dout_BNHD,
             DQKV=dqkv_BN3HD, DELTA=delta_BHN, PART=part_GL, scale=width**-0.5, N=tokens,
@@ -372,16 +373,14 @@ def backward(
     keys = near.visit_lists.keys
     config = launch_config("bwd_dkv", heads, width, qkv_BN3HD.dtype)
     for grid, first in _launches(qkv_BN3HD, keys, config):
-        _bwd_dkv_kernel[grid](
+        _attention_bwd_dkv_kernel[grid](
             QKV=qkv_BN3HD, POS=near.pos_BN2, ENTRY=keys.entry_BGE, COUNT=keys.count_BG, WEIGHT=bias_weight_H5,
             BIAS=bias_H, LSE=lse_BHN, DOUT=dout_BNHD, DQKV=dqkv_BN3HD, DELTA=delta_BHN, scale=width**-0.5, N=tokens,
             ENTRIES=keys.entry_BGE.shape[2], H=heads, first_image=first, **config,
         )  # fmt: skip
-    dkey, dvalue, dq_sum, dweight, dbias = column_sums(part_GL)[: sum(sizes)].split(sizes)
-    return (
-        dqkv_BN3HD, dweight.view(heads, 5), dbias, dkey.view(heads, width), dvalue.view(heads, width),
-        dq_sum.view(heads, width),
-    )  # fmt: skip
+    *per_channel, dweight, dbias = column_sums(part_GL)[: sum(sizes)].split(sizes)
+    dkey, dvalue, dq_sum, dout_sum = (total.view(heads, width) for total in per_channel)
+    return dqkv_BN3HD, dweight.view(heads, 5), dbias, dkey, dvalue, dq_sum, dout_sum
 
 
 class _ClusterAttention(torch.autograd.Function):
@@ -400,7 +399,7 @@ class _ClusterAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, *kept = ctx.saved_tensors
-        dqkv, *of_parameters, _ = backward(dout.contiguous(), qkv, ctx.near, *kept)
+        dqkv, *of_parameters, _, _ = backward(dout.contiguous(), qkv, ctx.near, *kept)
         return dqkv, None, *(d.to(dtype) for d, dtype in zip(of_parameters, ctx.dtypes, strict=True))
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from affmae_kernels.column_sums import column_sums
-from affmae_kernels.gelu import normal
+from affmae_kernels.gaussian import normal
 from affmae_kernels.launch import precision_of
 from affmae_kernels.stem.reference import EPS
 
