@@ -137,8 +137,10 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _lane_sums(x, HB: tl.constexpr, R: tl.constexpr, J: tl.constexpr):
-    """[HB, R, J] -> [HB, R, 4]: sums over columns that lie in one lane, so that nothing is exchanged in the loop."""
-    return tl.sum(tl.sum(tl.reshape(x, (HB, R, J // 8, 4, 2)), 4), 2)
+    """[HB, R, J] -> [HB, R / 2, 4]: sums over the rows r and r + R / 2 and over the columns that lie in one lane, so that
+    nothing is exchanged between lanes in the loop."""
+    lanes = tl.reshape(x, (HB, 2, R // 2, J // 8, 4, 2))
+    return tl.sum(tl.sum(tl.sum(lanes, 5), 3), 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -188,11 +190,11 @@ def _attention_bwd_dq_kernel(
     tl.store(part + 4 * H * D + 5 * H + heads, -tl.sum(ds_blank, 1))
     tl.store(part + 3 * H * D + head, tl.sum(dout.to(tl.float32), 1))
     J: tl.constexpr = TILE * 8
-    g0 = tl.zeros([HB, R, 4], tl.float32)
-    g1 = tl.zeros([HB, R, 4], tl.float32)
-    g2 = tl.zeros([HB, R, 4], tl.float32)
-    g3 = tl.zeros([HB, R, 4], tl.float32)
-    g4 = tl.zeros([HB, R, 4], tl.float32)
+    g0 = tl.zeros([HB, R // 2, 4], tl.float32)
+    g1 = tl.zeros([HB, R // 2, 4], tl.float32)
+    g2 = tl.zeros([HB, R // 2, 4], tl.float32)
+    g3 = tl.zeros([HB, R // 2, 4], tl.float32)
+    g4 = tl.zeros([HB, R // 2, 4], tl.float32)
     for e0 in tl.range(0, count, TILE, num_stages=STAGES):
         col, bits = read_columns(entry, e0, count, N, TILE)
         at = col[None, :, None] * stride + channel
