@@ -97,7 +97,15 @@ class DecoderStep(nn.Module):
         """[B, Q, C] -> [B, Q, C]; see `affmae_kernels.decoder_step`."""
         dropout = self.dropout if self.training else 0.0
         return decoder_step(
-            x_BQC, queries, stage_BNE, tokens, code_TC, self.weights(), self.heads, dropout=dropout, backend=self.backend
+            x_BQC,
+            queries,
+            stage_BNE,
+            tokens,
+            code_TC,
+            self.weights(),
+            self.heads,
+            dropout=dropout,
+            backend=self.backend,
         )
 
     def weights(self) -> StepWeights:

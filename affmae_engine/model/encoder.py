@@ -210,9 +210,7 @@ class Stage(nn.Module):
         near_next, survivors_BK = self.sorted(take_rows(near.pos_BN2, survivors_BK), near.canvas_hw, survivors_BK)
         return output, self.merge(feat_BNC, score_BN, survivors_BK, near), near_next
 
-    def sorted(
-        self, pos_BN2: Tensor, canvas_hw: tuple[int, int], index_BN: Tensor
-    ) -> tuple[Neighbourhoods, Tensor]:
+    def sorted(self, pos_BN2: Tensor, canvas_hw: tuple[int, int], index_BN: Tensor) -> tuple[Neighbourhoods, Tensor]:
         """The neighborhoods of tokens at `pos_BN2`, and `index_BN`, one number per token, in their order."""
         order_BN, near = build_neighbourhoods(
             pos_BN2, canvas_hw, cluster_size=self.cluster_size, neighbours=self.neighbours, backend=self.backend

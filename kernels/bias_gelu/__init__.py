@@ -8,6 +8,7 @@ from torch import Tensor
 from affmae_kernels.bias_gelu import reference
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
+from affmae_kernels.precision import without_autocast
 
 __all__ = ["bias_gelu", "unsupported"]
 
@@ -32,7 +33,7 @@ def bias_gelu(x_BNC: Tensor, bias_C: Tensor, *, backend: str = "auto") -> Tensor
             f"{list(x_BNC.shape)}"
         )
     choice = choose_backend(backend, "bias_gelu", x_BNC.device, unsupported(x_BNC))
-    with torch.autocast(x_BNC.device.type, enabled=False):
+    with without_autocast(x_BNC):
         if choice.name == "triton":
             from affmae_kernels.bias_gelu import triton_impl
 

@@ -9,6 +9,7 @@ from affmae_kernels.cluster_attention import reference
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
 from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.precision import without_autocast
 
 __all__ = ["cluster_attention", "unsupported"]
 
@@ -53,7 +54,7 @@ def cluster_attention(
         from affmae_kernels.cluster_attention import triton
 
         return triton.cluster_attention(*arguments)
-    with torch.autocast(qkv_BN3HD.device.type, enabled=False):
+    with without_autocast(qkv_BN3HD):
         return reference.cluster_attention(*arguments)
 
 

@@ -143,7 +143,10 @@ def _check(
     channels = x_BQC.shape[2]
     if channels % heads:
         raise ValueError(f"{heads} heads do not divide {channels} channels")
-    if queries.canvas_hw != tokens.canvas_hw or code_TC.shape != (queries.canvas_hw[0] * queries.canvas_hw[1], channels):
+    if queries.canvas_hw != tokens.canvas_hw or code_TC.shape != (
+        queries.canvas_hw[0] * queries.canvas_hw[1],
+        channels,
+    ):
         raise ValueError(
             f"queries, tokens and code must share a canvas; got {queries.canvas_hw}, {tokens.canvas_hw} and a code of "
             f"{list(code_TC.shape)}"

@@ -91,7 +91,13 @@ class _DecoderStep(torch.autograd.Function):
         y3, sum3, stat3 = norm.forward(
             y2, w.norm3_weight_C, w.norm3_bias_C, branch=branch, offset=w.last_bias_C, salt=2, **drop
         )
-        ctx.queries, ctx.tokens, ctx.heads, ctx.dropout, ctx.parameters = queries, tokens, heads, dropout, len(parameters)
+        ctx.queries, ctx.tokens, ctx.heads, ctx.dropout, ctx.parameters = (
+            queries,
+            tokens,
+            heads,
+            dropout,
+            len(parameters),
+        )
         ctx.save_for_backward(
             *parameters, *low, seed, x, feat, projected, found1, y1, sum1, stat1, source_in, source, source_stat, value,
             asked, found2, y2, sum2, stat2, hidden, sum3, stat3,

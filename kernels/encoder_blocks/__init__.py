@@ -84,9 +84,7 @@ def encoder_blocks(
         if choice.name == "triton":
             from affmae_kernels.encoder_blocks import triton
 
-            return triton.encoder_blocks(
-                feat_BNC.to(dtype), blocks, norm_weight_C, norm_bias_C, near, branch_scale_SB
-            )
+            return triton.encoder_blocks(feat_BNC.to(dtype), blocks, norm_weight_C, norm_bias_C, near, branch_scale_SB)
         return reference.encoder_blocks(feat_BNC.to(dtype), blocks, norm_weight_C, norm_bias_C, near, branch_scale_SB)
 
 

@@ -97,7 +97,9 @@ class _EncoderBlocks(torch.autograd.Function):
             x, norm_weight, norm_bias, branch=branch, offset=offset, scale=_scale(scale_SB, 2 * len(blocks) - 1)
         )
         ctx.near, ctx.count = near, len(blocks)
-        ctx.save_for_backward(x, stat, scale_SB, norm_weight, *parameters, *(m for low in matrices for m in low), *saved)
+        ctx.save_for_backward(
+            x, stat, scale_SB, norm_weight, *parameters, *(m for low in matrices for m in low), *saved
+        )
         ctx.set_materialize_grads(False)
         return y, x
 

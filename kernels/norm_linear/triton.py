@@ -34,9 +34,7 @@ class _NormLinear(torch.autograd.Function):
         return found.dx, found.dweight, found.dbias, weight_gradient(dout, rows(found.y)), column_sums(dout)
 
 
-def norm_linear(
-    x_BNC: Tensor, norm_weight_C: Tensor, norm_bias_C: Tensor, weight_FC: Tensor, bias_F: Tensor
-) -> Tensor:
+def norm_linear(x_BNC: Tensor, norm_weight_C: Tensor, norm_bias_C: Tensor, weight_FC: Tensor, bias_F: Tensor) -> Tensor:
     """See the package for the formula and the shapes."""
     out: Tensor = _NormLinear.apply(x_BNC.contiguous(), norm_weight_C, norm_bias_C, weight_FC, bias_F)
     return out

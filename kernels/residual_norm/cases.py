@@ -11,7 +11,9 @@ from affmae_kernels.cases import Case
 from affmae_kernels.residual_norm import residual_norm
 
 
-def _case(name: str, shape: tuple[int, ...], *, offset: bool = True, scale: bool = False, network: bool = False) -> Case:
+def _case(
+    name: str, shape: tuple[int, ...], *, offset: bool = True, scale: bool = False, network: bool = False
+) -> Case:
     def make(random: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
         normal = lambda *size: torch.randn(size, generator=random)  # noqa: E731
         arguments = {

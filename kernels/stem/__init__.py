@@ -9,7 +9,7 @@ from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
-from affmae_kernels.precision import feature_dtype
+from affmae_kernels.precision import feature_dtype, without_autocast
 from affmae_kernels.stem import reference
 
 __all__ = ["stem", "unsupported"]
@@ -62,7 +62,7 @@ def stem(
         from affmae_kernels.stem import triton
 
         return triton.stem(image_BIHW, visible_BV, convs, norms, patch, dtype)
-    with torch.autocast(image_BIHW.device.type, enabled=False):
+    with without_autocast(image_BIHW):
         return reference.stem(image_BIHW, visible_BV, convs, norms, patch, dtype)
 
 
