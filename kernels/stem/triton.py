@@ -118,7 +118,7 @@ def _window(
     IMAGE, CELL, TABLE, row, M, V, HEIGHT, WIDTH,
     IC: tl.constexpr, PATCH: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """[R, KP] inputs of the first convolution, ordered as its weight [I, 3, 3]; 0 where masked or outside."""
+    """[R, KP] inputs of the first convolution, ordered as its weight [IC, 3, 3]; 0 where masked or outside."""
     k = tl.arange(0, KP)
     real = row < M
     token, oy, ox = _split(row, PATCH // 2)
@@ -416,7 +416,7 @@ class _Layer(NamedTuple):
 
 
 class _Patches(NamedTuple):
-    """What is seen of the images: [B, I, H, W], int64 [B, V] cells, and int32 [T, 6] neighbors."""
+    """What is seen of the images: [B, IC, H, W], int64 [B, V] cells, and int32 [T, 6] neighbors."""
 
     image: Tensor
     cell: Tensor
@@ -428,8 +428,13 @@ class _Patches(NamedTuple):
         _, channels, height, width = self.image.shape
         padded = max(16, triton.next_power_of_2(9 * channels))
         return {
-            "V": self.cell.shape[1], "HEIGHT": height, "WIDTH": width, "IC": channels, "PATCH": self.patch, "KP": padded,
-        }  # fmt: skip
+            "V": self.cell.shape[1],
+            "HEIGHT": height,
+            "WIDTH": width,
+            "IC": channels,
+            "PATCH": self.patch,
+            "KP": padded,
+        }
 
 
 def _padded(channels: int) -> int:
@@ -489,8 +494,9 @@ def launch_conv_fwd(
     tile = _tile(x.dtype, width, *FORWARD_TILE)
     _conv_fwd_kernel[(triton.cdiv(rows, tile["R"]),)](
         X=x, TABLE=table, TAPS=taps, BIAS=layer.bias, NORM_WEIGHT=layer.norm_weight, NORM_BIAS=layer.norm_bias, Z=z,
-        Y=y, M=rows, eps=EPS, E=edge, C=channels, CB=min(DEPTH, _padded(channels)), D=width, DP=_padded(width), LAST=last,
-        KEEP=keep, PREC=precision_of(x.dtype), num_stages=_stages(x.dtype, tile["R"] + _padded(width), 3), **tile,
+        Y=y, M=rows, eps=EPS, E=edge, C=channels, CB=min(DEPTH, _padded(channels)), D=width, DP=_padded(width),
+        LAST=last, KEEP=keep, PREC=precision_of(x.dtype),
+        num_stages=_stages(x.dtype, tile["R"] + _padded(width), 3), **tile,
     )  # fmt: skip
     return z, y
 
