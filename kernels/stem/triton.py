@@ -12,7 +12,7 @@ Gradients by convolution, nothing atomic:
                only, one of odd y by ky = 2 of the same output row and ky = 0 of the next, perhaps in the patch below;
     dW[tap]  = sum over rows of x_{l-1}[tap]^T dz_l, in partial sums by program.
     What reaches the row of the masked neighbors is W^T times the sum of dz_l over the rows that read it.
-z and x of the first convolution, the largest tensors, are computed again in the backward pass instead of kept.
+Kept are z_2, z_3, ...: z_1, the largest, comes from the image again, and every x_l from z_l, in the kernel of dz_l.
 
 Axes: T tokens (visible patches of all images), M rows, C and D channels of a convolution's input and output, IC image
 channels, K = 9 IC inputs of the first convolution, R rows of a tile, CB and DB channels of a block, P programs; CP, DP,
@@ -118,7 +118,7 @@ def _window(
     IMAGE, CELL, TABLE, row, M, V, HEIGHT, WIDTH,
     IC: tl.constexpr, PATCH: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """[R, KP] inputs of the first convolution, ordered as its weight [I, 3, 3]; 0 where masked or outside."""
+    """[R, KP] inputs of the first convolution, ordered as its weight [IC, 3, 3]; 0 where masked or outside."""
     k = tl.arange(0, KP)
     real = row < M
     token, oy, ox = _split(row, PATCH // 2)
@@ -168,23 +168,31 @@ def _normalized(z, eps, C: tl.constexpr, CP: tl.constexpr):
 
 
 @triton.jit
+def _store_beyond(X, NORM_BIAS, M, C: tl.constexpr, CP: tl.constexpr):
+    """Stores the two rows after the M of the features: what a masked neighbor shows, and zeros."""
+    c = tl.arange(0, CP)
+    b = tl.load(NORM_BIAS + c, mask=c < C, other=0.0).to(tl.float32)
+    beyond = X + M.to(tl.int64) * C + c
+    tl.store(beyond, (b * normal(b)[0]).to(X.dtype.element_ty), mask=c < C)
+    tl.store(beyond + C, tl.zeros([CP], X.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
 def _store_activations(
-    Y, z, NORM_WEIGHT, NORM_BIAS, row, M, eps, C: tl.constexpr, CP: tl.constexpr, LAST: tl.constexpr
+    X, z, NORM_WEIGHT, NORM_BIAS, row, M, eps, C: tl.constexpr, CP: tl.constexpr, LAST: tl.constexpr
 ):  # fmt: skip
-    """Stores LayerNorm (and GELU unless LAST) of a tile z, and once the two rows for neighbors that are no token."""
+    """Stores LayerNorm (and GELU unless LAST) of a tile z, and once the rows beyond."""
     c = tl.arange(0, CP)
     w = tl.load(NORM_WEIGHT + c, mask=c < C, other=0.0).to(tl.float32)
     b = tl.load(NORM_BIAS + c, mask=c < C, other=0.0).to(tl.float32)
     h, _ = _normalized(z, eps, C, CP)
-    y = h * w[None, :] + b[None, :]
+    x = h * w[None, :] + b[None, :]
     if not LAST:
-        y *= normal(y)[0]
+        x *= normal(x)[0]
         if tl.program_id(0) == 0:
-            beyond = Y + M.to(tl.int64) * C + c
-            tl.store(beyond, (b * normal(b)[0]).to(Y.dtype.element_ty), mask=c < C)
-            tl.store(beyond + C, tl.zeros([CP], Y.dtype.element_ty), mask=c < C)
+            _store_beyond(X, NORM_BIAS, M, C, CP)
     at = row.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=(row < M)[:, None] & (c < C)[None, :])
+    tl.store(X + at, x.to(X.dtype.element_ty), mask=(row < M)[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -279,14 +287,14 @@ def _norm_bwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_bwd_dx_kernel(
-    DZ, TABLE, TAPS, Z, IMAGE, CELL, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, DX, PART, M, V, HEIGHT, WIDTH, eps,
+    DZ, TABLE, TAPS, Z, IMAGE, CELL, WEIGHT, BIAS, NORM_WEIGHT, NORM_BIAS, DX, X, PART, M, V, HEIGHT, WIDTH, eps,
     E: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, R: tl.constexpr,
     FIRST: tl.constexpr, IC: tl.constexpr, PATCH: tl.constexpr, KP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One program: dz_{l-1} in DX [4 M, C] from dz_l in DZ [M, D]; every P-th pair of R output rows and parity.
+    """One program: dz_{l-1} in DX [4 M, C] from dz_l in DZ [M, D], and x_{l-1} in X [4 M + 2, C]; of every P-th pair of
+    R output rows and parity. Input rows of one parity of (y, x) have the same taps.
 
-    Input rows of one parity of (y, x) have the same taps. FIRST: z_1 comes from the image again, dz_1 is not stored,
-    and the gradient of the first convolution's weight is summed instead.
+    FIRST: z_1 comes from the image; dz_1 is not stored, the gradient of the first weight is summed instead.
     PART [P, 3 (+ KP), C]: sums of dweight and dbias of the LayerNorm, dbias of convolution l - 1 (and its dweight).
     """
     DTYPE: tl.constexpr = DZ.dtype.element_ty
@@ -349,6 +357,7 @@ def _conv_bwd_dx_kernel(
         h, rstd = _normalized(z, eps, C, CP)
         u = h * w[None, :] + b[None, :]
         below_u, density = normal(u)
+        tl.store(X + at, (u * below_u).to(DTYPE), mask=used)
         du = dx * (below_u + u * density)
         dz = _norm_gradient(du, h, rstd, w, C)
         dnorm_weight += tl.sum(du * h, 0)
@@ -358,6 +367,8 @@ def _conv_bwd_dx_kernel(
             dweight = tl.dot(tl.trans(window.to(DTYPE)), dz.to(DTYPE), dweight, input_precision=PREC)
         else:
             tl.store(DX + at, dz.to(DTYPE), mask=used)
+    if tl.program_id(0) == 0:
+        _store_beyond(X, NORM_BIAS, M * 4, C, CP)
     LINES: tl.constexpr = 3 + KP if FIRST else 3
     part = PART + tl.program_id(0) * LINES * C + c
     tl.store(part, dnorm_weight, mask=inside)
@@ -416,7 +427,7 @@ class _Layer(NamedTuple):
 
 
 class _Patches(NamedTuple):
-    """What is seen of the images: [B, I, H, W], int64 [B, V] cells, and int32 [T, 6] neighbors."""
+    """What is seen of the images: [B, IC, H, W], int64 [B, V] cells, and int32 [T, 6] neighbors."""
 
     image: Tensor
     cell: Tensor
@@ -428,8 +439,13 @@ class _Patches(NamedTuple):
         _, channels, height, width = self.image.shape
         padded = max(16, triton.next_power_of_2(9 * channels))
         return {
-            "V": self.cell.shape[1], "HEIGHT": height, "WIDTH": width, "IC": channels, "PATCH": self.patch, "KP": padded,
-        }  # fmt: skip
+            "V": self.cell.shape[1],
+            "HEIGHT": height,
+            "WIDTH": width,
+            "IC": channels,
+            "PATCH": self.patch,
+            "KP": padded,
+        }
 
 
 def _padded(channels: int) -> int:
@@ -489,8 +505,9 @@ def launch_conv_fwd(
     tile = _tile(x.dtype, width, *FORWARD_TILE)
     _conv_fwd_kernel[(triton.cdiv(rows, tile["R"]),)](
         X=x, TABLE=table, TAPS=taps, BIAS=layer.bias, NORM_WEIGHT=layer.norm_weight, NORM_BIAS=layer.norm_bias, Z=z,
-        Y=y, M=rows, eps=EPS, E=edge, C=channels, CB=min(DEPTH, _padded(channels)), D=width, DP=_padded(width), LAST=last,
-        KEEP=keep, PREC=precision_of(x.dtype), num_stages=_stages(x.dtype, tile["R"] + _padded(width), 3), **tile,
+        Y=y, M=rows, eps=EPS, E=edge, C=channels, CB=min(DEPTH, _padded(channels)), D=width, DP=_padded(width),
+        LAST=last, KEEP=keep, PREC=precision_of(x.dtype),
+        num_stages=_stages(x.dtype, tile["R"] + _padded(width), 3), **tile,
     )  # fmt: skip
     return z, y
 
@@ -511,8 +528,8 @@ def launch_norm_bwd(dy: Tensor, z: Tensor, layer: _Layer) -> tuple[Tensor, Tenso
 
 def launch_conv_bwd_dx(
     dz: Tensor, taps: Tensor, z: Tensor | None, below: _Layer, patches: _Patches, edge: int
-) -> tuple[Tensor, Tensor]:
-    """dz_{l-1} [4 M, C] and the sums [3, C] of `launch_norm_bwd` for the layer `below`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz_{l-1} [4 M, C], x_{l-1} [4 M + 2, C], and the sums [3, C] of `launch_norm_bwd` for the layer `below`.
 
     z: z_{l-1}; None for the first convolution, whose dz is not stored and the gradient of whose weight follows in the
     sums, [3 + KP, C] with rows in the order of its inputs.
@@ -521,7 +538,8 @@ def launch_conv_bwd_dx(
     _, channels, width = taps.shape
     sizes = patches.sizes()
     first = z is None
-    dx = dz.new_empty(0 if first else 4 * rows, channels)
+    dx = torch.empty(0 if first else 4 * rows, channels, dtype=dz.dtype, device=dz.device)
+    x = torch.empty(4 * rows + 2, channels, dtype=dz.dtype, device=dz.device)
     block = min(DEPTH, _padded(width))
     tile = _tile(dz.dtype, channels, *DATA_TILE)
     if first:
@@ -532,10 +550,10 @@ def launch_conv_bwd_dx(
     _conv_bwd_dx_kernel[(programs,)](
         DZ=dz, TABLE=patches.table, TAPS=taps, Z=dz if z is None else z, IMAGE=patches.image, CELL=patches.cell,
         WEIGHT=below.weight, BIAS=below.bias, NORM_WEIGHT=below.norm_weight, NORM_BIAS=below.norm_bias, DX=dx,
-        PART=part, M=rows, eps=EPS, E=edge, C=channels, CP=_padded(channels), D=width, DB=block, FIRST=first,
+        X=x, PART=part, M=rows, eps=EPS, E=edge, C=channels, CP=_padded(channels), D=width, DB=block, FIRST=first,
         PREC=precision_of(dz.dtype), num_stages=_stages(dz.dtype, tile["R"] + _padded(channels), 2), **sizes, **tile,
     )  # fmt: skip
-    return dx, column_sums(part).view(lines, channels)
+    return dx, x, column_sums(part).view(lines, channels)
 
 
 def launch_conv_bwd_dw(x: Tensor, dz: Tensor, table: Tensor, edge: int) -> tuple[Tensor, Tensor]:
@@ -577,41 +595,39 @@ class _Stem(torch.autograd.Function):
         patches = _Patches(image, cell, launch_neighbors(cell, canvas_hw), patch)
         taps = [_by_tap(layer.weight, dtype) for layer in layers[1:]]
         x = launch_first_fwd(patches, layers[0], dtype)
-        kept_x, kept_z = [], []
+        kept = []
         for i, layer in enumerate(layers[1:]):
             last = i == len(taps) - 1
             z, x = launch_conv_fwd(x, patches.table, taps[i], layer, patch >> i + 1, last=last, keep=keep)
-            kept_z.append(z)
-            if not last:
-                kept_x.append(x)
+            kept.append(z)
         if keep:
-            ctx.save_for_backward(image, cell, patches.table, *parameters, *taps, *kept_z, *kept_x)
+            ctx.save_for_backward(image, cell, patches.table, *parameters, *taps, *kept)
             ctx.patch = patch
         return x.view(*cell.shape, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dfeat: Tensor) -> tuple[Tensor | None, ...]:
-        # Unpack: 4 parameters a layer; taps and z of all layers but the first, x of all but the first and last.
+        # Unpack: 4 parameters a layer; taps and z of all layers but the first.
         image, cell, table, *rest = ctx.saved_tensors
         patches = _Patches(image, cell, table, ctx.patch)
         count = ctx.patch.bit_length() - 1
         layers = _layers(rest[: 4 * count])
-        taps, z, x = (rest[4 * count + i * (count - 1) :][: count - 1] for i in range(3))
-        x = [launch_first_fwd(patches, layers[0], z[0].dtype), *x]
+        taps, z = rest[4 * count : -(count - 1)], [None, *rest[-(count - 1) :]]
 
         dz, sums = launch_norm_bwd(dfeat.contiguous().view(z[-1].shape), z[-1], layers[-1])
         gradients: list[Tensor] = []
         for i in reversed(range(count - 1)):
-            # Convolution i + 1, whose input is the result of layer i.
+            # Layer i through its features, and convolution i + 1, whose input they are.
             edge = ctx.patch >> i + 1
-            dweight_9CD, masked_9D = launch_conv_bwd_dw(x.pop(), dz, table, edge)
+            dz_below, x, sums_below = launch_conv_bwd_dx(dz, taps[i], z[i], layers[i], patches, edge)
+            dweight_9CD, masked_9D = launch_conv_bwd_dw(x, dz, table, edge)
             dweight = dweight_9CD.permute(2, 1, 0).reshape(layers[i + 1].weight.shape)
             gradients = [dweight, sums[2], sums[0], sums[1], *gradients]
-            # Layer i: through its features, and through the constant that masked neighbors show.
-            dz, sums = launch_conv_bwd_dx(dz, taps[i], z[i - 1] if i else None, layers[i], patches, edge)
+            # Layer i through the constant that masked neighbors show.
             dmasked_C = (masked_9D[:, None] * taps[i]).sum((0, 2))
-            sums[1] += torch.ops.aten.gelu_backward(dmasked_C, layers[i].norm_bias.float())
+            sums_below[1] += torch.ops.aten.gelu_backward(dmasked_C, layers[i].norm_bias.float())
+            dz, sums = dz_below, sums_below
         dfirst = sums[3 : 3 + 9 * image.shape[1]].t().reshape(layers[0].weight.shape)
         gradients = [dfirst, sums[2], sums[0], sums[1], *gradients]
         flat = [parameter for layer in layers for parameter in layer]
