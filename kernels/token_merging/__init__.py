@@ -11,6 +11,7 @@ from torch import Tensor
 from affmae_kernels.dispatch import Choice, choose_backend
 from affmae_kernels.launch import DTYPES
 from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.precision import without_autocast
 from affmae_kernels.token_merging import reference
 
 __all__ = ["merge_tokens", "select_survivors", "token_scores"]
@@ -53,7 +54,7 @@ def token_scores(feat_BNC: Tensor, weight_1C: Tensor, bias_1: Tensor, *, backend
         from affmae_kernels.token_merging import scores
 
         return scores.token_scores(feat_BNC, weight_1C, bias_1)
-    with torch.autocast(feat_BNC.device.type, enabled=False):
+    with without_autocast(feat_BNC):
         return reference.token_scores(feat_BNC, weight_1C, bias_1)
 
 
@@ -147,7 +148,7 @@ def merge_tokens(
         from affmae_kernels.token_merging import triton
 
         return triton.merge_tokens(*arguments)
-    with torch.autocast(feat_BNC.device.type, enabled=False):
+    with without_autocast(feat_BNC):
         return reference.merge_tokens(*arguments)
 
 
@@ -179,5 +180,5 @@ def select_survivors(value_BN, near, count, *, backend="auto"):
 
 
 def token_scores(feat_BNC, weight, bias, *, backend="auto"):
-    with torch.autocast(feat_BNC.device.type, enabled=False):
+    with without_autocast(feat_BNC):
         return torch.nn.functional.linear(feat_BNC.to(weight.dtype), weight, bias).squeeze(-1).sigmoid()
