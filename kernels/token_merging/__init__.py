@@ -169,16 +169,3 @@ def _check_merge(feat_BNC: Tensor, score_BN: Tensor, survivors_BK: Tensor, neigh
         raise ValueError(
             f"survivors_BK must be int64 [B = {expected[0]}, K]; got {survivors_BK.dtype} {list(survivors_BK.shape)}"
         )
-
-
-@torch.no_grad()
-def select_survivors(value_BN, near, count, *, backend="auto"):
-    pos_BN2 = near.pos_BN2
-    canvas_BN = torch.argsort(pos_BN2[..., 1] * near.canvas_hw[1] + pos_BN2[..., 0], dim=1)
-    rank_BN = torch.argsort(torch.gather(value_BN, 1, canvas_BN), dim=1, descending=True, stable=True)
-    return torch.gather(canvas_BN, 1, rank_BN[:, :count]).sort(dim=1).values
-
-
-def token_scores(feat_BNC, weight, bias, *, backend="auto"):
-    with without_autocast(feat_BNC):
-        return torch.nn.functional.linear(feat_BNC.to(weight.dtype), weight, bias).squeeze(-1).sigmoid()

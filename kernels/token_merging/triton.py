@@ -83,7 +83,7 @@ def _weight_gradient(LN, LN_BIAS, c: tl.constexpr, h, dg):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _fwd_kernel(
+def _merging_fwd_kernel(
     FEAT, SCORE, POS, SURVIVORS, ENTRY, COUNT, W, W_BIAS, LN, LN_BIAS, OUT, N, K, ENTRIES, GROUPS, C,
     R: tl.constexpr, TILE: tl.constexpr, CB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _fwd_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _bwd_dfeat_kernel(
+def _merging_bwd_dfeat_kernel(
     FEAT, SCORE, POS, SURVIVORS, ENTRY, COUNT, W, W_BIAS, LN, LN_BIAS, DZ, DFEAT, DSCORE, N, K, ENTRIES, GROUPS, C,
     R: tl.constexpr, TILE: tl.constexpr, CB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def _store_sums(part, c: tl.constexpr, total):
 
 
 @triton.jit(do_not_specialize=[*SIZES, "LAST"])
-def _bwd_dweight_kernel(
+def _merging_bwd_dweight_kernel(
     FEAT, SCORE, POS, SURVIVORS, ENTRY, COUNT, W, W_BIAS, LN, LN_BIAS, DZ, PART, N, K, ENTRIES, GROUPS, LAST, C,
     R: tl.constexpr, TILE: tl.constexpr, CB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +300,7 @@ def _forward(
     out = torch.empty(batch, count, 4 * channels, dtype=feat.dtype, device=feat.device)
     config = launch_config("fwd", feat.dtype)
     w, w_bias, ln, ln_bias = parameters
-    _fwd_kernel[(rows.count_BG.numel(), triton.cdiv(channels, config["CB"]))](
+    _merging_fwd_kernel[(rows.count_BG.numel(), triton.cdiv(channels, config["CB"]))](
         FEAT=feat, SCORE=score, POS=pos, SURVIVORS=survivors, ENTRY=rows.entry_BGE, COUNT=rows.count_BG, W=w,
         W_BIAS=w_bias, LN=ln, LN_BIAS=ln_bias, OUT=out, N=tokens, K=count, ENTRIES=rows.entry_BGE.shape[2],
         GROUPS=rows.count_BG.shape[1], C=channels, **config,
@@ -321,7 +321,7 @@ def _backward(
     blocks = triton.cdiv(channels, config["CB"])
     dfeat = torch.empty_like(feat)
     dscore = torch.empty(blocks, batch, tokens, dtype=torch.float32, device=feat.device)
-    _bwd_dfeat_kernel[(keys.count_BG.numel(), blocks)](
+    _merging_bwd_dfeat_kernel[(keys.count_BG.numel(), blocks)](
         FEAT=feat, SCORE=score, POS=pos, SURVIVORS=survivors, ENTRY=keys.entry_BGE, COUNT=keys.count_BG, W=w,
         W_BIAS=w_bias, LN=ln, LN_BIAS=ln_bias, DZ=dz, DFEAT=dfeat, DSCORE=dscore, N=tokens, K=count,
         ENTRIES=keys.entry_BGE.shape[2], GROUPS=keys.count_BG.shape[1], C=channels, **config,
@@ -330,7 +330,7 @@ def _backward(
     rows = lists.rows
     groups = rows.count_BG.numel()
     part = torch.empty(min(groups, WEIGHT_PROGRAMS), 32, dtype=torch.float32, device=feat.device)
-    _bwd_dweight_kernel[(len(part),)](
+    _merging_bwd_dweight_kernel[(len(part),)](
         FEAT=feat, SCORE=score, POS=pos, SURVIVORS=survivors, ENTRY=rows.entry_BGE, COUNT=rows.count_BG, W=w,
         W_BIAS=w_bias, LN=ln, LN_BIAS=ln_bias, DZ=dz, PART=part, N=tokens, K=count, ENTRIES=rows.entry_BGE.shape[2],
         GROUPS=rows.count_BG.shape[1], LAST=groups, C=channels, **launch_config("bwd_dweight", feat.dtype),
