@@ -19,7 +19,7 @@ from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.patches import cell_positions, take_rows
 from affmae_engine.model.sizes import SIZES, Size
 from affmae_engine.model.stem import Stem
-from affmae_kernels.neighbourhoods import build
+from affmae_kernels.neighbourhoods import build_neighbourhoods
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Stage(nn.Module):
         self, feat_BNC: Tensor, pos_BN2: Tensor, canvas_hw: tuple[int, int]
     ) -> tuple[StageOutput, Tensor, Tensor]:
         """Returns the stage's output, and the features and positions of the tokens that go on."""
-        order_BN, near = build(
+        order_BN, near = build_neighbourhoods(
             pos_BN2, canvas_hw, cluster_size=self.cluster_size, neighbours=self.neighbours, backend=self.backend
         )
         feat_BNC = take_rows(feat_BNC, order_BN)

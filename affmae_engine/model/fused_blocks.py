@@ -64,9 +64,6 @@ def _fusible(block: Block, feat_BNC: Tensor, near: Neighbourhoods, backend: str)
 
 
 def _run_fused(blocks: list[Block], norm: LayerNorm, x: Tensor, near: Neighbourhoods) -> tuple[Tensor, Tensor]:
-    from affmae_kernels.cluster_attention.triton_impl import places
-
-    where = places(near)
     branch: Tensor | None = None
     offset: Tensor | None = None
     scale: Tensor | None = None
@@ -77,7 +74,7 @@ def _run_fused(blocks: list[Block], norm: LayerNorm, x: Tensor, near: Neighbourh
         x, branch = _Attend.apply(
             x, branch, offset, scale, block.norm1.weight, block.norm1.bias, attention.qkv.weight, attention.qkv.bias,
             attention.position.weight, attention.position.bias, attention.blank_key, attention.blank_value,
-            attention.output.weight, where, attention.heads, w_qkv, b_qkv, w_out,
+            attention.output.weight, near, attention.heads, w_qkv, b_qkv, w_out,
         )  # fmt: skip
         offset, scale = attention.output.bias, None if scales is None else scales[2 * index]
         first, last = block.mlp[0], block.mlp[-1]
@@ -131,7 +128,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 class _Attend(torch.autograd.Function):
     """(s, branch) from the last sum and branch: s = x + scale (branch + offset), then cluster attention of LN(s).
 
-    The first call of a stage has no branch. `where` is what `places` gives; `w_qkv`, `b_qkv` and `w_out` are the
+    The first call of a stage has no branch. `w_qkv`, `b_qkv` and `w_out` are the
     parameters in the features' dtype.
     """
 
@@ -139,17 +136,18 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, offset: Tensor | None, scale: Tensor | None, norm_weight: Tensor,
         norm_bias: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, position_weight: Tensor, position_bias: Tensor,
-        blank_key: Tensor, blank_value: Tensor, out_weight: Tensor, where: tuple[Tensor, ...], heads: int,
+        blank_key: Tensor, blank_value: Tensor, out_weight: Tensor, near: Neighbourhoods, heads: int,
         w_qkv: Tensor, b_qkv: Tensor, w_out: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        from affmae_kernels.cluster_attention.triton_impl import attend
+        from affmae_kernels.cluster_attention import triton as attention
 
         norm = _Norm.forward(x, branch, offset, norm_weight, norm_bias, scale)
         y, s, *_ = norm
         qkv = torch.addmm(b_qkv, _rows(y), w_qkv.t()).view(*x.shape[:2], 3, heads, -1)
         network = [tensor.float() for tensor in (position_weight, position_bias, blank_key, blank_value)]
-        out, lse = attend(qkv, *where, *network)
-        ctx.save_for_backward(*_Norm.kept(norm), scale, w_qkv, w_out, *network, qkv, out, lse, *where)
+        out, lse = attention.forward(qkv, near, *network)
+        ctx.save_for_backward(*_Norm.kept(norm), scale, w_qkv, w_out, *network, qkv, out, lse)
+        ctx.near = near
         ctx.moved = offset is not None
         s = s.view_as(s) if s is x else s  # an input that is returned unchanged would not be a result
         return s, (_rows(out.flatten(2)) @ w_out.t()).view_as(x)
@@ -157,16 +155,15 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor | None, dbranch: Tensor) -> tuple[Tensor | None, ...]:
-        from affmae_kernels.cluster_attention.triton_backward import launch_backward
+        from affmae_kernels.cluster_attention import triton as attention
         from affmae_kernels.column_sums import column_sums
 
-        s, stat, weight, bias, scale, w_qkv, w_out, *network, qkv, out, lse = ctx.saved_tensors[:14]
-        where = ctx.saved_tensors[14:]
+        s, stat, weight, bias, scale, w_qkv, w_out, *network, qkv, out, lse = ctx.saved_tensors
         drows = _rows(dbranch.contiguous())
         dout_weight = weight_gradient(drows, _rows(out.flatten(2)))
         dout = (drows @ w_out).view_as(out)
-        arguments = dout, qkv, *where, *network, out, lse
-        dqkv, *of_network = launch_backward(*arguments)
+        arguments = dout, qkv, ctx.near, *network, out, lse
+        dqkv, *of_network, _ = attention.backward(*arguments)
         dqkv = dqkv.flatten(2).flatten(0, 1)
         dy = (dqkv @ w_qkv).view_as(s)
         dx, dprevious, y, dweight, dbias, doffset = _Norm.backward(

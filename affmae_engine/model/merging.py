@@ -11,21 +11,12 @@ from affmae_engine.model.initialise import STD, linear
 from affmae_engine.model.norm import LayerNorm
 from affmae_engine.model.patches import take_rows
 from affmae_kernels.neighbourhoods import Neighbourhoods
-from affmae_kernels.token_merging import merge_tokens
+from affmae_kernels.token_merging import merge_tokens, select_survivors, token_scores
 
 
 def survivor_count(tokens: int, keep: float) -> int:
     """floor(keep * tokens), at least 1; the small term undoes the rounding of decimal shares such as 0.29 * 100."""
     return max(1, math.floor(keep * tokens + 1e-9))
-
-
-@torch.no_grad()
-def largest(value_BN: Tensor, neighbourhoods: Neighbourhoods, count: int) -> Tensor:
-    """Rows (int64, ascending) of the `count` largest values of each image; ties go to the lower canvas index."""
-    pos_BN2 = neighbourhoods.pos_BN2
-    canvas_BN = torch.argsort(pos_BN2[..., 1] * neighbourhoods.canvas_hw[1] + pos_BN2[..., 0], dim=1)
-    rank_BN = torch.argsort(torch.gather(value_BN, 1, canvas_BN), dim=1, descending=True, stable=True)
-    return torch.gather(canvas_BN, 1, rank_BN[:, :count]).sort(dim=1).values
 
 
 class ClusterMerging(nn.Module):
@@ -43,10 +34,9 @@ class ClusterMerging(nn.Module):
 
     def forward(self, feat_BNC: Tensor, neighbourhoods: Neighbourhoods) -> tuple[Tensor, Tensor]:
         """Returns the survivors' features [B, K, C'] and their rows (int64 [B, K])."""
-        # The choice of survivors must not depend on autocast: scores that agree to 8 bits are not equal.
-        with torch.autocast(feat_BNC.device.type, enabled=False):
-            score_BN = self.score(feat_BNC.to(self.score.weight.dtype)).squeeze(-1).sigmoid()
-        survivors_BK = largest(score_BN, neighbourhoods, survivor_count(feat_BNC.shape[1], self.keep))
+        score_BN = token_scores(feat_BNC, self.score.weight, self.score.bias, backend=self.backend)
+        count = survivor_count(feat_BNC.shape[1], self.keep)
+        survivors_BK = select_survivors(score_BN, neighbourhoods, count, backend=self.backend)
         z_BK4C = merge_tokens(
             feat_BNC,
             score_BN,
@@ -75,7 +65,7 @@ class NormMerging(nn.Module):
     def select(self, feat_BNC: Tensor, neighbourhoods: Neighbourhoods) -> tuple[Tensor, Tensor]:
         """Returns the features with the mark added to the survivors, and the survivors' rows (int64 [B, K])."""
         norm_BN = feat_BNC.detach().to(self.mark.dtype).square().sum(-1)
-        survivors_BK = largest(norm_BN, neighbourhoods, survivor_count(feat_BNC.shape[1], self.keep))
+        survivors_BK = select_survivors(norm_BN, neighbourhoods, survivor_count(feat_BNC.shape[1], self.keep))
         marked_BN = torch.zeros_like(norm_BN).scatter(1, survivors_BK, 1.0)
         return feat_BNC + marked_BN[..., None] * self.mark, survivors_BK
 

@@ -389,7 +389,13 @@ def backward(
 class _ClusterAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, near: Neighbourhoods, weight: Tensor, bias: Tensor, blank_key: Tensor, blank_value: Tensor
+        ctx: Any,
+        qkv: Tensor,
+        near: Neighbourhoods,
+        weight: Tensor,
+        bias: Tensor,
+        blank_key: Tensor,
+        blank_value: Tensor,
     ) -> Tensor:
         qkv = qkv.contiguous()
         parameters = [tensor.float().contiguous() for tensor in (weight, bias, blank_key, blank_value)]

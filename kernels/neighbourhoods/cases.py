@@ -39,9 +39,7 @@ def _cell_positions(index_BN: Tensor, width: int) -> Tensor:
     return torch.stack([index_BN % width, index_BN // width], -1).int()
 
 
-def with_neighbourhoods(
-    canvas_hw: tuple[int, int], neighbours: int = 64
-) -> Callable[..., dict[str, Any]]:
+def with_neighbourhoods(canvas_hw: tuple[int, int], neighbours: int = 64) -> Callable[..., dict[str, Any]]:
     """A `Case.prepare` that replaces the argument "pos" by "near", the neighbourhoods of these positions."""
 
     def prepare(backend: str, pos: Tensor, **arguments: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import torch
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.block import DropPath
 from affmae_engine.model.encoder import Encoder
-from affmae_engine.model.merging import NormMerging, largest, survivor_count
+from affmae_engine.model.merging import NormMerging, survivor_count
 from affmae_engine.model.patches import unpatchify
 from affmae_engine.model.stem import Stem
-from affmae_kernels.neighbourhoods import build
+from affmae_kernels.neighbourhoods import build_neighbourhoods
 
 
 def encode(model, image, visible):
@@ -72,15 +72,6 @@ def test_tokens_shrink_and_keep_their_places(autoencoder, batch, merging) -> Non
     assert {tuple(p) for p in stages[0].pos_BN2[0].tolist()} == {(int(i) % 9, int(i) // 9) for i in visible[0]}
 
 
-def test_survivors_are_the_largest_with_ties_by_canvas_index() -> None:
-    pos = torch.tensor([[[3, 3], [0, 0], [2, 1], [1, 2], [3, 0]]], dtype=torch.int32)
-    order, near = build(pos, (4, 4), cluster_size=2, neighbours=2)
-    value = torch.tensor([[5.0, 1.0, 1.0, 1.0, 1.0]]).gather(1, order)
-    rows = largest(value, near, 3)
-    assert rows.equal(rows.sort().values)
-    assert sorted(map(tuple, near.pos_BN2[0, rows[0]].tolist())) == [(0, 0), (3, 0), (3, 3)]
-
-
 @pytest.mark.parametrize(
     ("tokens", "keep", "expected"),
     [(2048, 0.4, 819), (100, 0.29, 29), (1, 0.4, 1), (2, 0.4, 1), (5, 0.4, 2), (7, 1, 7)],
@@ -101,7 +92,7 @@ def test_norm_merging_marks_the_longest_before_the_last_block() -> None:
     torch.manual_seed(0)
     merge = NormMerging(4, 6, 0.5)
     pos = torch.tensor([[[0, 0], [1, 0], [2, 0], [3, 0]]], dtype=torch.int32)
-    _, near = build(pos, (1, 4), cluster_size=8, neighbours=64)
+    _, near = build_neighbourhoods(pos, (1, 4), cluster_size=8, neighbours=64)
     feat = torch.tensor([[[1.0] * 4, [3.0] * 4, [-2.0] * 4, [0.0] * 4]], requires_grad=True)
     marked, rows = merge.select(feat, near)
     assert rows.tolist() == [[1, 2]]

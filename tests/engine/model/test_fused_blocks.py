@@ -6,7 +6,7 @@ import torch
 from affmae_engine.model.block import Block
 from affmae_engine.model.fused_blocks import _branch_scales, run_blocks
 from affmae_engine.model.norm import LayerNorm
-from affmae_kernels.neighbourhoods import build
+from affmae_kernels.neighbourhoods import build_neighbourhoods
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
@@ -20,7 +20,7 @@ def stage(dim=32, heads=2, depth=2, drop_path=0.0, tokens=37, batch=2, std=0.3):
         torch.nn.init.normal_(parameter, std=std)
     pos = torch.stack([torch.randperm(96)[:tokens] for _ in range(batch)])
     pos = torch.stack([pos % 8, pos // 8], -1).int().to(DEVICE)
-    _, near = build(pos, (12, 8), cluster_size=8, neighbours=16, backend="reference")
+    _, near = build_neighbourhoods(pos, (12, 8), cluster_size=8, neighbours=16, backend="reference")
     feat = torch.randn(batch, tokens, dim, device=DEVICE)
     return blocks.to(DEVICE), norm.to(DEVICE), feat, near
 
