@@ -37,7 +37,8 @@ WEIGHT_PROGRAMS = 528
 Pass = Literal["fwd", "bwd_dfeat", "bwd_dweight"]
 
 
-# --- The weights of a pair. W [4, 5] and W_BIAS [4] are the linear layer, LN and LN_BIAS [4] the LayerNorm's affine part.
+# --- The weights of a pair. W [4, 5] and W_BIAS [4] are the linear layer, LN and LN_BIAS [4] the LayerNorm's affine
+# part.
 
 
 @triton.jit
