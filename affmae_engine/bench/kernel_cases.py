@@ -18,7 +18,7 @@ from affmae_engine.bench.seam_cases import gelu_case, norm_case, relu_case
 from affmae_engine.model.decoder import SAMPLES
 from affmae_engine.model.sizes import SIZES
 from affmae_kernels.cluster_attention import cluster_attention
-from affmae_kernels.neighbourhoods import Neighbourhoods, build
+from affmae_kernels.neighbourhoods import Neighbourhoods, build_neighbourhoods
 from affmae_kernels.point_attention import NearestTable, nearest_table, point_attention
 from affmae_kernels.token_merging import merge_tokens
 
@@ -73,7 +73,9 @@ def _build_case(setting: Setting, tokens: int) -> Case:
         return Inputs({}, {}, {"pos": positions(setting, tokens, seed, device)})
 
     def run(inputs: Inputs, backend: str) -> Tensor:
-        order_BN, near = build(inputs.fixed["pos"], setting.canvas_hw, backend=backend, **_clustering(setting))
+        order_BN, near = build_neighbourhoods(
+            inputs.fixed["pos"], setting.canvas_hw, backend=backend, **_clustering(setting)
+        )
         return torch.cat([order_BN[..., None].int(), near.pos_BN2, near.nearest_BNC], -1)
 
     work = Work(rows * (8 + 8 + 8 + 4 * clusters), 0)
@@ -203,7 +205,7 @@ def _neighbourhoods(
     """How neighbourhoods are made, and "pos" in cluster order with its neighbourhoods. The order keeps itself."""
 
     def structure(pos_BN2: Tensor, backend: str) -> Neighbourhoods:
-        return build(pos_BN2, setting.canvas_hw, backend=backend, **_clustering(setting))[1]
+        return build_neighbourhoods(pos_BN2, setting.canvas_hw, backend=backend, **_clustering(setting))[1]
 
     near = structure(positions(setting, tokens, seed, device), "auto")
     return structure, {"pos": near.pos_BN2}, near

@@ -20,7 +20,7 @@ from torch import Tensor
 from affmae_kernels.bias_gelu import bias_gelu
 from affmae_kernels.cluster_attention import cluster_attention
 from affmae_kernels.linear_relu import linear_relu
-from affmae_kernels.neighbourhoods import build
+from affmae_kernels.neighbourhoods import build_neighbourhoods
 from affmae_kernels.point_attention import nearest_table, point_attention
 from affmae_kernels.residual_norm import residual_norm
 from affmae_kernels.token_merging import merge_tokens
@@ -65,7 +65,7 @@ def neighbourhoods_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Probl
     """Clusters and nearest clusters of scattered tokens; `dtype` plays no part."""
 
     def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
-        return lambda: build(fixed["pos"], shape.canvas_hw, backend=backend)
+        return lambda: build_neighbourhoods(fixed["pos"], shape.canvas_hw, backend=backend)
 
     def view(result: Any, fixed: Tensors) -> Tensors:
         order_BN, near = result
@@ -103,7 +103,7 @@ def cluster_attention_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Pr
     }
 
     def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
-        _, near = build(fixed["pos"], shape.canvas_hw, backend=backend)
+        _, near = build_neighbourhoods(fixed["pos"], shape.canvas_hw, backend=backend)
         qkv_BN3AD, *parameters = leaves.values()
         return lambda: cluster_attention(qkv_BN3AD, near, *parameters, backend=backend)
 
@@ -124,7 +124,7 @@ def token_merging_problem(shape: Shape, dtype: torch.dtype, seed: int) -> Proble
     }
 
     def bind(leaves: Tensors, fixed: Tensors, backend: str) -> Callable[[], Any]:
-        _, near = build(fixed["pos"], shape.canvas_hw, backend=backend)
+        _, near = build_neighbourhoods(fixed["pos"], shape.canvas_hw, backend=backend)
         feat_BNC, score_BN, *parameters = leaves.values()
         return lambda: merge_tokens(feat_BNC, score_BN, fixed["survivors"], near, *parameters, backend=backend)
 

@@ -137,8 +137,8 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _lane_sums(x, HB: tl.constexpr, R: tl.constexpr, J: tl.constexpr):
-    """[HB, R, J] -> [HB, R / 2, 4]: sums over the rows r and r + R / 2 and over the columns that lie in one lane, so that
-    nothing is exchanged between lanes in the loop."""
+    """[HB, R, J] -> [HB, R / 2, 4]: sums over the rows r and r + R / 2 and over the columns that lie in one lane, so
+    that nothing is exchanged between lanes in the loop."""
     lanes = tl.reshape(x, (HB, 2, R // 2, J // 8, 4, 2))
     return tl.sum(tl.sum(tl.sum(lanes, 5), 3), 1)
 
@@ -356,7 +356,7 @@ def backward(
         and dout_sum_HD. The last two are sums over tokens and images of the queries' gradients, before they are rounded,
         and of dout; they spare a pass over dqkv for the gradient of the projection's bias. The fp32 ones share memory.
     """
-    batch, tokens, _, heads, width = qkv_BN3HD.shape
+    _, tokens, _, heads, width = qkv_BN3HD.shape
     dqkv_BN3HD, delta_BHN = torch.empty_like(qkv_BN3HD), torch.empty_like(lse_BHN)
     # Gradients of queries, and of parameters group by group
     rows = near.visit_lists.rows

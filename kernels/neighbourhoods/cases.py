@@ -27,12 +27,11 @@ def scattered(random: torch.Generator, batch: int, tokens: int, canvas_hw: tuple
 
 def network_positions(random: torch.Generator, tokens: int) -> Tensor:
     """int32 [B, N, 2]: cells of one stage of the network. They lie in patches, as under a Perlin mask."""
-    height, width = NETWORK_CANVAS
     noise = torch.rand(NETWORK_BATCH, 1, 9, 9, generator=random)
     noise_BT = F.interpolate(noise, NETWORK_CANVAS, mode="bicubic").flatten(1)
     visible_BV = noise_BT.argsort(1)[:, : NETWORK_STAGES[0][0]]
     chosen_BV = torch.rand(visible_BV.shape, generator=random).argsort(1)[:, :tokens]
-    return _cell_positions(visible_BV.gather(1, chosen_BV), width)
+    return _cell_positions(visible_BV.gather(1, chosen_BV), NETWORK_CANVAS[1])
 
 
 def _cell_positions(index_BN: Tensor, width: int) -> Tensor:

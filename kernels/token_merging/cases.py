@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from affmae_kernels.neighbourhoods.cases import (
 from affmae_kernels.token_merging import merge_tokens, select_survivors, token_scores
 
 NETWORK_MERGES = tuple(
-    (tokens, next_tokens, channels)
-    for (tokens, channels), (next_tokens, _) in zip(NETWORK_STAGES, NETWORK_STAGES[1:], strict=False)
+    (tokens, next_tokens, channels) for (tokens, channels), (next_tokens, _) in pairwise(NETWORK_STAGES)
 )
 """Tokens, survivors and channels."""
 

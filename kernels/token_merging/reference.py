@@ -1,7 +1,8 @@
 """Token merging in plain PyTorch: scores, survivors, and what a survivor gathers.
 
-`merge_tokens` is z = W F with the weights W scattered into a dense matrix over all tokens. Memory: W is [B, K, 4, N] in fp32, 16 * B * K * N bytes, kept for the backward pass (base, 512 px, half masked, first
-stage: 27 MB an image); above 1 GiB in tiles of survivors that are recomputed in the backward pass.
+`merge_tokens` is z = W F with the weights W scattered into a dense matrix over all tokens. Memory: W is [B, K, 4, N] in
+fp32, 16 * B * K * N bytes, kept for the backward pass (base, 512 px, half masked, first stage: 27 MB an image); above
+1 GiB in tiles of survivors that are recomputed in the backward pass.
 
 Axes: B batch, N tokens, K survivors (k in a tile), C channels, M neighbours, P slots (N padded to whole clusters).
 """

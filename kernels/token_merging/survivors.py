@@ -82,6 +82,7 @@ def select_survivors(value_BN: Tensor, near: Neighbourhoods, count: int) -> Tens
     block = max(32, triton.next_power_of_2(tokens)) if in_one else LOOP_BLOCK
     _survivors_kernel[(batch,)](
         VALUE=value_BN.contiguous(), POS=near.pos_BN2, OUT=survivors_BK, N=tokens, K=count, width=width,
-        CANVAS_BITS=(height * width - 1).bit_length(), BLOCK=block, IN_ONE=in_one, num_warps=min(16, max(1, block // 256)),
+        CANVAS_BITS=(height * width - 1).bit_length(), BLOCK=block, IN_ONE=in_one,
+        num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
     return survivors_BK

@@ -37,7 +37,8 @@ WEIGHT_PROGRAMS = 528
 Pass = Literal["fwd", "bwd_dfeat", "bwd_dweight"]
 
 
-# --- The weights of a pair. W [4, 5] and W_BIAS [4] are the linear layer, LN and LN_BIAS [4] the LayerNorm's affine part.
+# --- The weights of a pair. W [4, 5] and W_BIAS [4] are the linear layer, LN and LN_BIAS [4] the LayerNorm's affine
+# part.
 
 
 @triton.jit
@@ -150,20 +151,20 @@ def _merging_bwd_dfeat_kernel(
         survivor = tl.load(SURVIVORS + b * K + col)
         x_J, y_J = positions(pos, survivor)
         dx, dy = x_R[:, None] - x_J[None, :], y_R[:, None] - y_J[None, :]
-        member = tl.where((bits[None, :] & bit[:, None]) != 0, 1.0, 0.0)
+        member = (bits[None, :] & bit[:, None]) != 0
         d, ry, rx = pair_geometry(dx, dy)
         h0, h1, h2, h3, _ = _normalized(W, W_BIAS, dx, dy, d, ry, rx)
         at = DZ + (b * K + col)[:, None] * 4 * C + channel[None, :]
         real = (channel < C)[None, :]
         # [J, CB]
         dz = tl.load(at, mask=real, other=0.0)
-        u = tl.dot((_weight(LN, LN_BIAS, 0, h0) * member).to(dz.dtype), dz, u, input_precision=PREC)
+        u = tl.dot(tl.where(member, _weight(LN, LN_BIAS, 0, h0), 0.0).to(dz.dtype), dz, u, input_precision=PREC)
         dz = tl.load(at + C, mask=real, other=0.0)
-        u = tl.dot((_weight(LN, LN_BIAS, 1, h1) * member).to(dz.dtype), dz, u, input_precision=PREC)
+        u = tl.dot(tl.where(member, _weight(LN, LN_BIAS, 1, h1), 0.0).to(dz.dtype), dz, u, input_precision=PREC)
         dz = tl.load(at + 2 * C, mask=real, other=0.0)
-        u = tl.dot((_weight(LN, LN_BIAS, 2, h2) * member).to(dz.dtype), dz, u, input_precision=PREC)
+        u = tl.dot(tl.where(member, _weight(LN, LN_BIAS, 2, h2), 0.0).to(dz.dtype), dz, u, input_precision=PREC)
         dz = tl.load(at + 3 * C, mask=real, other=0.0)
-        u = tl.dot((_weight(LN, LN_BIAS, 3, h3) * member).to(dz.dtype), dz, u, input_precision=PREC)
+        u = tl.dot(tl.where(member, _weight(LN, LN_BIAS, 3, h3), 0.0).to(dz.dtype), dz, u, input_precision=PREC)
     at = (b * N + row)[:, None] * C + channel[None, :]
     real = (row < N)[:, None] & (channel < C)[None, :]
     # [R]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import affmae_kernels.neighbourhoods.reference as reference
-from affmae_kernels.neighbourhoods import build
+from affmae_kernels.neighbourhoods import build_neighbourhoods
 
 CASES = [
     pytest.param((8, 8), 32, 8, id="square"),
@@ -77,7 +77,7 @@ def slow_nearest(points: list[tuple[int, int]], m: int, count: int) -> list[list
 @pytest.mark.parametrize(("canvas", "tokens", "m"), CASES)
 def test_order_and_nearest_equal_the_specification(scatter, canvas, tokens, m) -> None:
     pos = scatter(2, tokens, canvas, seed=tokens)
-    order, near = build(pos, canvas, cluster_size=m, neighbours=2 * m)
+    order, near = build_neighbourhoods(pos, canvas, cluster_size=m, neighbours=2 * m)
     for image in range(2):
         points = [tuple(p) for p in pos[image].tolist()]
         expected = slow_order(points, canvas, m)
@@ -90,7 +90,7 @@ def test_order_and_nearest_equal_the_specification(scatter, canvas, tokens, m) -
 def test_full_grid_has_many_ties_and_all_go_to_the_lower_cluster() -> None:
     canvas = (16, 16)
     pos = torch.stack([torch.arange(256) % 16, torch.arange(256) // 16], -1).int()[None]
-    _, near = build(pos, canvas)
+    _, near = build_neighbourhoods(pos, canvas)
     points = [tuple(p) for p in near.pos_BN2[0].tolist()]
     assert near.nearest_BNC[0].tolist() == slow_nearest(points, 8, 8)
 
@@ -98,7 +98,7 @@ def test_full_grid_has_many_ties_and_all_go_to_the_lower_cluster() -> None:
 @pytest.mark.parametrize(("canvas", "tokens", "m"), CASES)
 def test_clusters_are_balanced_and_hold_every_token_once(scatter, canvas, tokens, m) -> None:
     pos = scatter(1, tokens, canvas)
-    order, near = build(pos, canvas, cluster_size=m, neighbours=1024 * m)
+    order, near = build_neighbourhoods(pos, canvas, cluster_size=m, neighbours=1024 * m)
     assert sorted(order[0].tolist()) == list(range(tokens))
     assert near.count == -(-tokens // m)
     index, valid = near.members_BNM()
@@ -112,30 +112,30 @@ def test_clusters_are_balanced_and_hold_every_token_once(scatter, canvas, tokens
 def test_result_does_not_depend_on_the_order_of_the_tokens(scatter) -> None:
     pos = scatter(3, 75, (11, 14))
     shuffled = torch.stack([p[torch.randperm(75)] for p in pos])
-    _, one = build(pos, (11, 14))
-    order, other = build(shuffled, (11, 14))
+    _, one = build_neighbourhoods(pos, (11, 14))
+    order, other = build_neighbourhoods(shuffled, (11, 14))
     assert torch.equal(one.pos_BN2, other.pos_BN2) and torch.equal(one.nearest_BNC, other.nearest_BNC)
     assert torch.equal(torch.gather(shuffled, 1, order[..., None].expand(-1, -1, 2)), other.pos_BN2)
 
 
 def test_images_do_not_depend_on_their_batch_mates(scatter) -> None:
     pos = scatter(4, 60, (10, 9))
-    _, together = build(pos, (10, 9), neighbours=24)
+    _, together = build_neighbourhoods(pos, (10, 9), neighbours=24)
     for image in range(4):
-        _, alone = build(pos[image : image + 1], (10, 9), neighbours=24)
+        _, alone = build_neighbourhoods(pos[image : image + 1], (10, 9), neighbours=24)
         assert torch.equal(alone.nearest_BNC[0], together.nearest_BNC[image])
 
 
 def test_tiles_change_nothing(scatter, monkeypatch) -> None:
     pos = scatter(2, 90, (12, 12))
-    _, whole = build(pos, (12, 12), neighbours=32)
+    _, whole = build_neighbourhoods(pos, (12, 12), neighbours=32)
     monkeypatch.setattr(reference, "TILE_ELEMENTS", 1000)
-    _, tiled = build(pos, (12, 12), neighbours=32)
+    _, tiled = build_neighbourhoods(pos, (12, 12), neighbours=32)
     assert torch.equal(whole.nearest_BNC, tiled.nearest_BNC)
 
 
 def test_dtypes_and_shapes(scatter) -> None:
-    order, near = build(scatter(2, 40, (9, 9)), (9, 9), neighbours=16)
+    order, near = build_neighbourhoods(scatter(2, 40, (9, 9)), (9, 9), neighbours=16)
     assert order.dtype == torch.int64 and near.pos_BN2.dtype == near.nearest_BNC.dtype == torch.int32
     assert near.nearest_BNC.shape == (2, 40, 2) and near.members_BNM()[0].shape == (2, 40, 16)
 
@@ -158,9 +158,11 @@ def test_geometry_has_zero_ratios_at_zero_distance() -> None:
 )
 def test_wrong_input_is_named(pos, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        build(pos, (4, 4), **options)
+        build_neighbourhoods(pos, (4, 4), **options)
 
 
 def test_keys_that_would_leave_int64_are_refused() -> None:
     with pytest.raises(ValueError, match="int64"):
-        build(torch.zeros(1, 5, 2, dtype=torch.int32), (2**20, 2**20), cluster_size=2**8, neighbours=2**8)
+        build_neighbourhoods(
+            torch.zeros(1, 5, 2, dtype=torch.int32), (2**20, 2**20), cluster_size=2**8, neighbours=2**8
+        )

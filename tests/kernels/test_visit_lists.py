@@ -1,18 +1,18 @@
-"""Walk lists against sets of pairs built one by one."""
+"""Visit lists against sets of pairs built one by one."""
 
 import pytest
 import torch
 
-from affmae_kernels.neighbourhoods import build
+from affmae_kernels.neighbourhoods import build_neighbourhoods
 
-walks = pytest.importorskip("affmae_kernels.neighbourhoods.walks", reason="needs Triton")
+visit_lists = pytest.importorskip("affmae_kernels.neighbourhoods.visit_lists", reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def pairs_of(walk, own_size: int) -> list[set[tuple[int, int, int]]]:
+def pairs_of(side, own_size: int) -> list[set[tuple[int, int, int]]]:
     """Per image: (group, entry's cluster, bit) of every membership in the lists; checks the order on the way."""
     found = []
-    for entries, counts in zip(walk.entry_BGE.cpu(), walk.count_BG.cpu(), strict=True):
+    for entries, counts in zip(side.entry_BGE.cpu(), side.count_BG.cpu(), strict=True):
         assert len(counts) == -(-own_size // 2)
         image = set()
         for group, count in enumerate(counts.tolist()):
@@ -27,8 +27,8 @@ def pairs_of(walk, own_size: int) -> list[set[tuple[int, int, int]]]:
     ("canvas", "tokens", "neighbours"), [((9, 13), 70, 32), ((5, 5), 25, 64), ((4, 4), 3, 64), ((12, 12), 129, 24)]
 )
 def test_both_sides_list_every_pair_once(scatter, canvas, tokens, neighbours) -> None:
-    _, near = build(scatter(2, tokens, canvas), canvas, neighbours=neighbours, backend="reference")
-    made = walks.build_walks(near.nearest_BNC.to(DEVICE), near.count)
+    _, near = build_neighbourhoods(scatter(2, tokens, canvas), canvas, neighbours=neighbours, backend="reference")
+    made = visit_lists.build_visit_lists(near.nearest_BNC.to(DEVICE), near.count)
     expected_rows, expected_keys = [], []
     for nearest in near.nearest_BNC.tolist():
         pairs = [(row, cluster) for row, clusters in enumerate(nearest) for cluster in clusters]
