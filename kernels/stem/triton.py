@@ -317,12 +317,12 @@ def _conv_bwd_dx_kernel(
         real = row < M
         token, oy, ox = _split(row, HALF)
         # Tokens that may read the last row and column of this one.
-        at = TABLE + token * DIRECTIONS
+        neighbors = TABLE + token * DIRECTIONS
         last_y = (oy == HALF - 1) & real
         last_x = (ox == HALF - 1) & real
-        right = tl.load(at + RIGHT, mask=last_x, other=OUTSIDE)
-        below = tl.load(at + BELOW, mask=last_y, other=OUTSIDE)
-        lower_right = tl.load(at + LOWER_RIGHT, mask=last_x & last_y, other=OUTSIDE)
+        right = tl.load(neighbors + RIGHT, mask=last_x, other=OUTSIDE)
+        below = tl.load(neighbors + BELOW, mask=last_y, other=OUTSIDE)
+        lower_right = tl.load(neighbors + LOWER_RIGHT, mask=last_x & last_y, other=OUTSIDE)
         # dx: the outputs that read an input position, one for an even coordinate and two for an odd one.
         dx = tl.zeros([R, CP], tl.float32)
         for step in range((1 + odd_y) * (1 + odd_x) * BLOCKS):
@@ -357,9 +357,9 @@ def _conv_bwd_dx_kernel(
             z = tl.load(Z + at, mask=used, other=0.0).to(tl.float32)
         h, rstd = _normalized(z, eps, C, CP)
         u = h * w[None, :] + b[None, :]
-        below_u, density = normal(u)
-        tl.store(X + at, (u * below_u).to(DTYPE), mask=used)
-        du = dx * (below_u + u * density)
+        cumulative, density = normal(u)
+        tl.store(X + at, (u * cumulative).to(DTYPE), mask=used)
+        du = dx * (cumulative + u * density)
         dz = _norm_gradient(du, h, rstd, w, C)
         dnorm_weight += tl.sum(du * h, 0)
         dnorm_bias += tl.sum(du, 0)
