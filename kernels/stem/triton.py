@@ -49,6 +49,8 @@ PROGRAMS_PER_TAP = 58
 FORWARD_TILE, DATA_TILE, WEIGHT_TILE = (128, 8192), (32, 2048), (64, 8192)
 """Most rows and elements of a tile. Forward, the weights are read again for every tile. The data gradient needs
 registers for the backward pass of LayerNorm and GELU: 166 with 32 rows of 64 channels, 255 with 64."""
+FIRST_REGISTERS = 168
+"""Of the data gradient before the first convolution: three blocks of it fit on a multiprocessor."""
 WINDOW_TILE = 1024
 """Most inputs of the first convolution in a tile of the data gradient."""
 DEPTH = 64
@@ -544,8 +546,11 @@ def launch_conv_bwd_dx(
     block = min(DEPTH, _padded(width))
     tile = _tile(dz.dtype, channels, *DATA_TILE)
     stages = _stages(dz.dtype, tile["R"] + _padded(channels), 2)
+    registers = None
     if first:
         stages = 1  # a second one takes 40 registers more
+        if sizes["KP"] == 16 and channels <= DEPTH and dz.dtype != torch.float32:
+            registers = FIRST_REGISTERS
         tile["R"] = min(tile["R"], WINDOW_TILE // sizes["KP"])
     programs = min(triton.cdiv(rows, tile["R"]) * 4, BACKWARD_PROGRAMS)
     lines = 3 + sizes["KP"] if first else 3
@@ -554,7 +559,7 @@ def launch_conv_bwd_dx(
         DZ=dz, TABLE=patches.table, TAPS=taps, Z=dz if z is None else z, IMAGE=patches.image, CELL=patches.cell,
         WEIGHT=below.weight, BIAS=below.bias, NORM_WEIGHT=below.norm_weight, NORM_BIAS=below.norm_bias, DX=dx,
         X=x, PART=part, M=rows, eps=EPS, E=edge, C=channels, CP=_padded(channels), D=width, DB=block, FIRST=first,
-        PREC=precision_of(dz.dtype), num_stages=stages, **sizes, **tile,
+        PREC=precision_of(dz.dtype), num_stages=stages, maxnreg=registers, **sizes, **tile,
     )  # fmt: skip
     return dx, x, column_sums(part).view(lines, channels)
 
