@@ -41,13 +41,16 @@ DIRECTIONS = tl.constexpr(6)
 MASKED, OUTSIDE = tl.constexpr(-1), tl.constexpr(-2)
 """Entries of the neighbor table that are no token."""
 
-BACKWARD_PROGRAMS = 1056
-"""Most of the data gradient, 8 for each of 132 multiprocessors; each leaves one line of partial sums."""
+BACKWARD_PROGRAMS = 1584
+"""Most of the data gradient, 12 for each of 132 multiprocessors, which hold 3 or 4 at a time; each leaves one line of
+partial sums."""
 PROGRAMS_PER_TAP = 58
 """Most of the weight gradient, for each of the 9 taps: 4 for each of 132 multiprocessors."""
 FORWARD_TILE, DATA_TILE, WEIGHT_TILE = (128, 8192), (32, 2048), (64, 8192)
 """Most rows and elements of a tile. Forward, the weights are read again for every tile. The data gradient needs
-registers for the backward pass of LayerNorm and GELU: 168 with 32 rows of 64 channels, 255 with 64."""
+registers for the backward pass of LayerNorm and GELU: 166 with 32 rows of 64 channels, 255 with 64."""
+FIRST_REGISTERS = 168
+"""Of the data gradient before the first convolution: three blocks of it fit on a multiprocessor."""
 WINDOW_TILE = 1024
 """Most inputs of the first convolution in a tile of the data gradient."""
 DEPTH = 64
@@ -76,20 +79,20 @@ def _neighbors_kernel(CELL, RASTER, TABLE, V, CELLS, COLUMNS, BLOCK: tl.constexp
         real = i0 + lane < V
         tl.store(raster + tl.load(CELL + token, mask=real, other=0), token, mask=real)
     tl.debug_barrier()
-    # Look the neighbors up.
+    # Look the neighbors up, [BLOCK, 8] for the columns LEFT to LOWER_RIGHT.
+    column = tl.arange(0, 8)
+    step = tl.where(column >= RIGHT, 1, -1)
+    dx = tl.where(column % 3 == ABOVE, 0, step)
+    dy = tl.where(column % 3 == LEFT, 0, step)
     for i0 in range(0, V, BLOCK):
         token = b * V + i0 + lane
-        real = i0 + lane < V
-        cell = tl.load(CELL + token, mask=real, other=0).to(tl.int32)
-        for direction in tl.static_range(6):
-            step = 1 if direction >= 3 else -1
-            dx = 0 if direction % 3 == 1 else step
-            dy = 0 if direction % 3 == 0 else step
-            x = cell % COLUMNS + dx
-            y = cell // COLUMNS + dy
-            inside = real & (x >= 0) & (x < COLUMNS) & (y >= 0) & (y < CELLS // COLUMNS)
-            found = tl.load(raster + y * COLUMNS + x, mask=inside, other=OUTSIDE)
-            tl.store(TABLE + token * DIRECTIONS + direction, found, mask=real)
+        real = (i0 + lane < V)[:, None] & (column < DIRECTIONS)[None, :]
+        cell = tl.load(CELL + token, mask=i0 + lane < V, other=0).to(tl.int32)
+        x = (cell % COLUMNS)[:, None] + dx[None, :]
+        y = (cell // COLUMNS)[:, None] + dy[None, :]
+        inside = real & (x >= 0) & (x < COLUMNS) & (y >= 0) & (y < CELLS // COLUMNS)
+        found = tl.load(raster + y * COLUMNS + x, mask=inside, other=OUTSIDE)
+        tl.store(TABLE + token[:, None] * DIRECTIONS + column[None, :], found, mask=real)
 
 
 @triton.jit
@@ -316,12 +319,12 @@ def _conv_bwd_dx_kernel(
         real = row < M
         token, oy, ox = _split(row, HALF)
         # Tokens that may read the last row and column of this one.
-        at = TABLE + token * DIRECTIONS
+        neighbors = TABLE + token * DIRECTIONS
         last_y = (oy == HALF - 1) & real
         last_x = (ox == HALF - 1) & real
-        right = tl.load(at + RIGHT, mask=last_x, other=OUTSIDE)
-        below = tl.load(at + BELOW, mask=last_y, other=OUTSIDE)
-        lower_right = tl.load(at + LOWER_RIGHT, mask=last_x & last_y, other=OUTSIDE)
+        right = tl.load(neighbors + RIGHT, mask=last_x, other=OUTSIDE)
+        below = tl.load(neighbors + BELOW, mask=last_y, other=OUTSIDE)
+        lower_right = tl.load(neighbors + LOWER_RIGHT, mask=last_x & last_y, other=OUTSIDE)
         # dx: the outputs that read an input position, one for an even coordinate and two for an odd one.
         dx = tl.zeros([R, CP], tl.float32)
         for step in range((1 + odd_y) * (1 + odd_x) * BLOCKS):
@@ -356,9 +359,9 @@ def _conv_bwd_dx_kernel(
             z = tl.load(Z + at, mask=used, other=0.0).to(tl.float32)
         h, rstd = _normalized(z, eps, C, CP)
         u = h * w[None, :] + b[None, :]
-        below_u, density = normal(u)
-        tl.store(X + at, (u * below_u).to(DTYPE), mask=used)
-        du = dx * (below_u + u * density)
+        cumulative, density = normal(u)
+        tl.store(X + at, (u * cumulative).to(DTYPE), mask=used)
+        du = dx * (cumulative + u * density)
         dz = _norm_gradient(du, h, rstd, w, C)
         dnorm_weight += tl.sum(du * h, 0)
         dnorm_bias += tl.sum(du, 0)
@@ -475,7 +478,7 @@ def launch_neighbors(cell_BV: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
     table = torch.empty(batch * visible, DIRECTIONS.value, dtype=torch.int32, device=cell_BV.device)
     _neighbors_kernel[(batch,)](
         CELL=cell_BV, RASTER=raster, TABLE=table, V=visible, CELLS=height * width, COLUMNS=width, BLOCK=1024,
-        num_warps=8,
+        num_warps=16,
     )  # fmt: skip
     return table
 
@@ -542,7 +545,12 @@ def launch_conv_bwd_dx(
     x = torch.empty(4 * rows + 2, channels, dtype=dz.dtype, device=dz.device)
     block = min(DEPTH, _padded(width))
     tile = _tile(dz.dtype, channels, *DATA_TILE)
+    stages = _stages(dz.dtype, tile["R"] + _padded(channels), 2)
+    registers = None
     if first:
+        stages = 1  # a second one takes 40 registers more
+        if sizes["KP"] == 16 and channels <= DEPTH and dz.dtype != torch.float32:
+            registers = FIRST_REGISTERS
         tile["R"] = min(tile["R"], WINDOW_TILE // sizes["KP"])
     programs = min(triton.cdiv(rows, tile["R"]) * 4, BACKWARD_PROGRAMS)
     lines = 3 + sizes["KP"] if first else 3
@@ -551,7 +559,7 @@ def launch_conv_bwd_dx(
         DZ=dz, TABLE=patches.table, TAPS=taps, Z=dz if z is None else z, IMAGE=patches.image, CELL=patches.cell,
         WEIGHT=below.weight, BIAS=below.bias, NORM_WEIGHT=below.norm_weight, NORM_BIAS=below.norm_bias, DX=dx,
         X=x, PART=part, M=rows, eps=EPS, E=edge, C=channels, CP=_padded(channels), D=width, DB=block, FIRST=first,
-        PREC=precision_of(dz.dtype), num_stages=_stages(dz.dtype, tile["R"] + _padded(channels), 2), **sizes, **tile,
+        PREC=precision_of(dz.dtype), num_stages=stages, maxnreg=registers, **sizes, **tile,
     )  # fmt: skip
     return dx, x, column_sums(part).view(lines, channels)
 

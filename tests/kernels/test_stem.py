@@ -55,6 +55,14 @@ def test_kernel_writes_all_it_returns(case: Case, poison: None) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in solve(case, DEVICE, torch.float32, "triton").values())
 
 
+def test_without_gradients_the_result_is_the_same() -> None:
+    case = cases("stem")[0]
+    made = case.arguments(DEVICE, torch.float32)
+    expected = case.call(backend="triton", **made)["feat_BVC"]
+    with torch.no_grad():
+        assert torch.equal(case.call(backend="triton", **made)["feat_BVC"], expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_pixels_may_be_nan(backend: str) -> None:
     case = cases("stem")[0]
