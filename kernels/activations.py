@@ -18,6 +18,7 @@ from torch import Tensor
 from affmae_kernels.column_sums import column_sums
 from affmae_kernels.gaussian import normal
 from affmae_kernels.launch import multiprocessors
+from affmae_kernels.side_stream import Run, at_once
 
 ROWS, BACKWARD_ROWS, CHANNELS, WARPS = 16, 8, 128, 4
 """Rows of a tile forward and backward, channels, warps: the fastest of those tried on an H200."""
@@ -87,9 +88,9 @@ def gelu_forward(x_NC: Tensor, bias_C: Tensor) -> Tensor:
 
 
 def gelu_backward(
-    dy_NC: Tensor, x_NC: Tensor, bias_C: Tensor, *, recompute: bool
+    dy_NC: Tensor, x_NC: Tensor, bias_C: Tensor, *, recompute: bool, run: Run = at_once
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """dx, y again if it is to be recomputed, and the fp32 gradient of the bias."""
+    """dx, y again if it is to be recomputed, and the fp32 gradient of the bias, summed by `run` (see `side_stream`)."""
     rows, width = x_NC.shape
     dx_NC = torch.empty_like(x_NC)
     y_NC = torch.empty_like(x_NC) if recompute else None
@@ -98,18 +99,18 @@ def gelu_backward(
         DY=dy_NC, X=x_NC, BIAS=bias_C, DX=dx_NC, Y=y_NC, PART=part, N=rows, C=width, R=BACKWARD_ROWS, CB=CHANNELS,
         num_warps=WARPS,
     )  # fmt: skip
-    return dx_NC, y_NC, column_sums(part)
+    return dx_NC, y_NC, run(column_sums, part)
 
 
-def relu_backward(dy_NC: Tensor, y_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """du and the fp32 gradient of the bias, from y = max(0, u) and its gradient; contiguous matrices."""
+def relu_backward(dy_NC: Tensor, y_NC: Tensor, *, run: Run = at_once) -> tuple[Tensor, Tensor]:
+    """du and the fp32 gradient of the bias, from y = max(0, u) and its gradient; `run` as above."""
     rows, width = y_NC.shape
     du_NC = torch.empty_like(y_NC)
     grid, part = _programs(y_NC)
     _relu_bwd_kernel[grid](
         DY=dy_NC, Y=y_NC, DU=du_NC, PART=part, N=rows, C=width, R=BACKWARD_ROWS, CB=CHANNELS, num_warps=WARPS
     )
-    return du_NC, column_sums(part)
+    return du_NC, run(column_sums, part)
 
 
 def _programs(x_NC: Tensor) -> tuple[tuple[int, int], Tensor]:

@@ -32,7 +32,7 @@ OPERATIONS = (
 """The folders of all operations, in reading order."""
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest relative Frobenius error of a result or gradient, by the dtype of the features. Whole numbers must be equal."""
+"""Largest relative Frobenius error of a result or gradient, by the dtype of the features."""
 
 
 @dataclass(frozen=True)

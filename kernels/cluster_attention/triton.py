@@ -34,6 +34,7 @@ from affmae_kernels.launch import precision_of
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.pairs import pair_geometry, positions, read_columns
 from affmae_kernels.neighbourhoods.visit_lists import GROUP, VisitList
+from affmae_kernels.side_stream import Run, at_once
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_MEMBER = tl.constexpr(-1e30)
@@ -344,17 +345,20 @@ def backward(
     blank_value_HD: Tensor,
     out_BNHD: Tensor,
     lse_BHN: Tensor,
+    *,
+    run: Run = at_once,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass without autograd.
 
     Args:
         dout_BNHD: contiguous, in the dtype of `out_BNHD`.
+        run: calls what only the gradients of the parameters need, see `side_stream`.
         the others: arguments and results of `forward`.
 
     Returns:
         dqkv_BN3HD in the dtype of qkv, and in fp32 dbias_weight_H5, dbias_H, dblank_key_HD, dblank_value_HD, dq_sum_HD
-        and dout_sum_HD. The last two are sums over tokens and images of the queries' gradients, before they are rounded,
-        and of dout; they spare a pass over dqkv for the gradient of the projection's bias. The fp32 ones share memory.
+        and dout_sum_HD. The last two are sums over tokens and images of the queries' gradients, before rounding, and of
+        dout; they spare a pass over dqkv for the gradient of the projection's bias. The fp32 ones share memory.
     """
     _, tokens, _, heads, width = qkv_BN3HD.shape
     dqkv_BN3HD, delta_BHN = torch.empty_like(qkv_BN3HD), torch.empty_like(lse_BHN)
@@ -380,7 +384,7 @@ def backward(
             BIAS=bias_H, LSE=lse_BHN, DOUT=dout_BNHD, DQKV=dqkv_BN3HD, DELTA=delta_BHN, scale=width**-0.5, N=tokens,
             ENTRIES=keys.entry_BGE.shape[2], H=heads, first_image=first, **config,
         )  # fmt: skip
-    *per_channel, dweight, dbias = column_sums(part_GL)[: sum(sizes)].split(sizes)
+    *per_channel, dweight, dbias = run(column_sums, part_GL)[: sum(sizes)].split(sizes)
     dkey, dvalue, dq_sum, dout_sum = (total.view(heads, width) for total in per_channel)
     return dqkv_BN3HD, dweight.view(heads, 5), dbias, dkey, dvalue, dq_sum, dout_sum
 

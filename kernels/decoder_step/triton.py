@@ -3,7 +3,8 @@
 As in `encoder_blocks`, a branch's bias, dropout, the residual addition and the LayerNorm that follows share one kernel
 in each direction. Value, offset and logit of the self-attention come from one product, whose columns the attention
 kernels read in place; gradients that meet at a query are added in the accumulator of the last product (addmm). Saved are
-the inputs of the products, the sums before each LayerNorm with their statistics, and the results of both attentions.
+the sums before each LayerNorm with their statistics, the other inputs of the products, and the results of both
+attentions; LayerNorm outputs are written again by the kernels that differentiate them.
 
 Axes: B batch, Q queries, N tokens, C decoder channels, E channels of the stage, F hidden channels, H heads, S samples,
 R rows of a matrix; a row of `asked` holds 2 H S offsets and H S logits, one of `projected` C values before these and
@@ -23,8 +24,10 @@ from affmae_kernels import activations
 from affmae_kernels.column_sums import column_sums
 from affmae_kernels.decoder_step import AttentionWeights, Points, StepWeights
 from affmae_kernels.point_attention import triton as attention
+from affmae_kernels.point_attention.triton_backward import edge_lists
 from affmae_kernels.products import rows, weight_gradient
 from affmae_kernels.residual_norm import triton as norm
+from affmae_kernels.side_stream import SideStream
 
 _ATTENTION = len(AttentionWeights._fields)
 _ALIGNED = 16
@@ -99,8 +102,8 @@ class _DecoderStep(torch.autograd.Function):
             len(parameters),
         )
         ctx.save_for_backward(
-            *parameters, *low, seed, x, feat, projected, found1, y1, sum1, stat1, source_in, source, source_stat, value,
-            asked, found2, y2, sum2, stat2, hidden, sum3, stat3,
+            *parameters, *low, seed, x, feat, projected, found1, sum1, stat1, source_in, source, source_stat, value,
+            asked, found2, sum2, stat2, hidden, sum3, stat3,
         )  # fmt: skip
         return y3
 
@@ -110,66 +113,84 @@ class _DecoderStep(torch.autograd.Function):
         count, width = ctx.parameters, len(_Lowered._fields)
         w, low = _nested(ctx.saved_tensors[:count]), _Lowered(*ctx.saved_tensors[count : count + width])
         (
-            seed, x, feat, projected, found1, y1, sum1, stat1, source_in, source, source_stat, value, asked, found2, y2,
-            sum2, stat2, hidden, sum3, stat3,
+            seed, x, feat, projected, found1, sum1, stat1, source_in, source, source_stat, value, asked, found2, sum2,
+            stat2, hidden, sum3, stat3,
         ) = ctx.saved_tensors[count + width :]  # fmt: skip
         queries, tokens, heads = ctx.queries, ctx.tokens, ctx.heads
-        drop = {"dropout": ctx.dropout, "seed": seed, "sum_branch": True}
-        channels = x.shape[2]
+        channels, used = x.shape[2], x.shape[2] + low.asked.shape[0]
+        value_BNHD, own_value_BQHD = (
+            t[..., :channels].unflatten(-1, (heads, -1)) for t in (value, projected)
+        )  # fmt: skip
+        offset, logit = _asked(asked, heads)
+        own_offset, own_logit = _asked(projected[..., channels:used], heads)
+        # Where the attentions' samples lie is known; the lists for their gradients are made beside what comes first.
+        early = SideStream(x.device, 1)
+        canvas_hw, pos_BQ2 = queries.canvas_hw, queries.pos_BN2
+        lists = early.run(edge_lists, offset, tokens.table, pos_BQ2, value.shape[1], canvas_hw)
+        own_lists = early.run(edge_lists, own_offset, queries.table, pos_BQ2, x.shape[1], canvas_hw)
+        # Parameter gradients are computed beside the chain of the features' gradients.
+        side = SideStream(x.device)
+        run = side.run
+        drop = {"dropout": ctx.dropout, "seed": seed, "sum_branch": True, "run": run}
         # MLP
         of_norm3 = norm.backward(dy.contiguous(), None, sum3, stat3, w.norm3_weight_C, salt=2, **drop)
         dbranch = rows(of_norm3.dbranch)
-        dhidden, dhidden_bias = activations.relu_backward(dbranch @ low.last, hidden)
-        dlast = weight_gradient(dbranch, hidden), of_norm3.doffset
-        dhidden_weight = weight_gradient(dhidden, rows(y2))
-        dy = torch.addmm(rows(of_norm3.dx), dhidden, low.hidden).view_as(x)
+        dhidden, dhidden_bias = activations.relu_backward(dbranch @ low.last, hidden, run=run)
+        dlast = run(weight_gradient, dbranch, hidden), of_norm3.doffset
+        dy = rows(of_norm3.dx).addmm_(dhidden, low.hidden).view_as(x)
         # Cross-attention: queries, then tokens
-        of_norm2 = norm.backward(dy, None, sum2, stat2, w.norm2_weight_C, salt=1, **drop)
+        of_norm2 = norm.backward(dy, None, sum2, stat2, w.norm2_weight_C, bias=w.norm2_bias_C, salt=1, **drop)
+        assert of_norm2.y is not None
+        dhidden_weight = run(weight_gradient, dhidden, rows(of_norm2.y))
         dbranch = rows(of_norm2.dbranch)
         dvalue, dasked = torch.empty_like(value), torch.empty_like(asked)
+        dfound2 = (dbranch @ low.cross_out).view_as(found2)
+        early.join()
         dcross_tau = attention.backward(
-            (dbranch @ low.cross_out).view_as(found2), value.unflatten(-1, (heads, -1)), *_asked(asked, heads),
-            tokens.table, queries.pos_BN2, w.cross_attention.tau, tokens.canvas_hw,
-            **_gradients_into(dvalue, dasked, heads),
+            dfound2, value_BNHD, offset, logit, tokens.table, pos_BQ2, w.cross_attention.tau, canvas_hw,
+            lists=lists, **_gradients_into(dvalue, dasked, heads),
         )  # fmt: skip
-        dcross = AttentionWeights(
-            weight_gradient(rows(dvalue), rows(source)),
-            _value_bias_gradient(of_norm2, w.cross_attention),
-            *_asked_gradients(rows(dasked), rows(y1), w.cross_attention),
-            weight_gradient(dbranch, rows(found2.flatten(2))),
-            of_norm2.doffset,
-            dcross_tau,
-        )
+        dvalue_RC, dasked_RA = rows(dvalue), rows(dasked)
+        dcross_out = run(weight_gradient, dbranch, rows(found2.flatten(2)))
+        dcross_value = run(weight_gradient, dvalue_RC, rows(source))
         of_source = norm.backward(
-            (rows(dvalue) @ low.value).view_as(source), None, source_in, source_stat, w.source_norm_weight_C,
-            sum_branch=True,
+            (dvalue_RC @ low.value).view_as(source), None, source_in, source_stat, w.source_norm_weight_C,
+            sum_branch=True, run=run,
         )  # fmt: skip
         dsource_in = rows(of_source.dx)
         dfeat = (dsource_in @ low.source).view_as(feat)
-        dy = torch.addmm(rows(of_norm2.dx), rows(dasked), low.asked).view_as(x)
+        dsource = run(weight_gradient, dsource_in, rows(feat))
+        dy = rows(of_norm2.dx).addmm_(dasked_RA, low.asked).view_as(x)
         # Self-attention
-        of_norm1 = norm.backward(dy, None, sum1, stat1, w.norm1_weight_C, salt=0, **drop)
+        of_norm1 = norm.backward(dy, None, sum1, stat1, w.norm1_weight_C, bias=w.norm1_bias_C, salt=0, **drop)
+        assert of_norm1.y is not None
+        dcross_asked = run(weight_gradient, dasked_RA, rows(of_norm1.y)), run(column_sums, dasked_RA)
         dbranch = rows(of_norm1.dbranch)
-        dprojected, used = torch.empty_like(projected), channels + low.asked.shape[0]
+        dprojected = torch.empty_like(projected)
         dself_tau = attention.backward(
-            (dbranch @ low.self_out).view_as(found1), projected[..., :channels].unflatten(-1, (heads, -1)),
-            *_asked(projected[..., channels:used], heads), queries.table, queries.pos_BN2, w.self_attention.tau,
-            queries.canvas_hw, **_gradients_into(dprojected[..., :channels], dprojected[..., channels:used], heads),
+            (dbranch @ low.self_out).view_as(found1), own_value_BQHD, own_offset, own_logit, queries.table,
+            pos_BQ2, w.self_attention.tau, canvas_hw, lists=own_lists,
+            **_gradients_into(dprojected[..., :channels], dprojected[..., channels:used], heads),
         )  # fmt: skip
         dprojected_RP = rows(dprojected)[:, :used]
-        dmatrix = weight_gradient(dprojected_RP, rows(x))
-        asked_rows = len(w.self_attention.offset_bias_O), len(w.self_attention.logit_bias_L)
-        doffset_weight, dlogit_weight = dmatrix[channels:].split(asked_rows)
-        doffset_bias, dlogit_bias = column_sums(dprojected_RP[:, channels:]).split(asked_rows)
-        dself = AttentionWeights(
-            dmatrix[:channels], _value_bias_gradient(of_norm1, w.self_attention), doffset_weight, doffset_bias,
-            dlogit_weight, dlogit_bias, weight_gradient(dbranch, rows(found1.flatten(2))), of_norm1.doffset, dself_tau,
-        )  # fmt: skip
-        dx = torch.addmm(rows(of_norm1.dx), dprojected_RP, low.self_matrix[:used]).view_as(x)
+        dself_out = run(weight_gradient, dbranch, rows(found1.flatten(2)))
+        dmatrix = run(weight_gradient, dprojected_RP, rows(x))
+        dself_asked = dmatrix[channels:], run(column_sums, dprojected_RP[:, channels:])
+        dx = rows(of_norm1.dx).addmm_(dprojected_RP, low.self_matrix[:used]).view_as(x)
+        # The weights of a query sum to 1, so the gradients of the values sum to that of the attention's result.
+        dself_bias = run(torch.mv, w.self_attention.out_weight_CC.detach().t(), of_norm1.doffset)
+        dcross_bias = run(torch.mv, w.cross_attention.out_weight_CC.detach().t(), of_norm2.doffset)
+        side.join()
         gradients = StepWeights(
-            weight_gradient(dsource_in, rows(feat)), of_source.doffset, of_source.dweight, of_source.dbias, dself,
-            of_norm1.dweight, of_norm1.dbias, dcross, of_norm2.dweight, of_norm2.dbias, dhidden_weight, dhidden_bias,
-            *dlast, of_norm3.dweight, of_norm3.dbias,
+            dsource, of_source.doffset, of_source.dweight, of_source.dbias,
+            AttentionWeights(
+                dmatrix[:channels], dself_bias, *_split_asked(dself_asked, w), dself_out, of_norm1.doffset, dself_tau
+            ),
+            of_norm1.dweight, of_norm1.dbias,
+            AttentionWeights(
+                dcross_value, dcross_bias, *_split_asked(dcross_asked, w), dcross_out, of_norm2.doffset, dcross_tau
+            ),
+            of_norm2.dweight, of_norm2.dbias, dhidden_weight, dhidden_bias, *dlast, of_norm3.dweight, of_norm3.dbias,
         )  # fmt: skip
         return dx, dfeat, None, None, None, None, None, *_flat(gradients)
 
@@ -238,18 +259,10 @@ def _gradients_into(dvalue_BNC: Tensor, dasked_BQA: Tensor, heads: int) -> dict[
     return {"dvalue_BNHD": dvalue_BNC.unflatten(-1, (heads, -1)), "doffset_BQHS2": doffset, "dlogit_BQHS": dlogit}
 
 
-def _value_bias_gradient(of_norm: norm.Gradients, w: AttentionWeights) -> Tensor:
-    """The weights of a query sum to 1, so the values' gradients sum to that of the attention's result: the sum of the
-    branch's gradient, taken through the output layer, without a pass over the values."""
-    assert of_norm.doffset is not None
-    return of_norm.doffset @ w.out_weight_CC.detach()
-
-
-def _asked_gradients(dasked_RA: Tensor, query_RC: Tensor, w: AttentionWeights) -> tuple[Tensor, ...]:
-    """Gradients of offset_weight, offset_bias, logit_weight and logit_bias."""
-    lengths = len(w.offset_bias_O), len(w.logit_bias_L)
-    doffset_weight, dlogit_weight = weight_gradient(dasked_RA, query_RC).split(lengths)
-    doffset_bias, dlogit_bias = column_sums(dasked_RA).split(lengths)
+def _split_asked(gradients: tuple[Tensor, Tensor], w: StepWeights) -> tuple[Tensor, ...]:
+    """Gradients of offset_weight, offset_bias, logit_weight and logit_bias from those of both layers together."""
+    lengths = len(w.self_attention.offset_bias_O), len(w.self_attention.logit_bias_L)
+    (doffset_weight, dlogit_weight), (doffset_bias, dlogit_bias) = (both.split(lengths) for both in gradients)
     return doffset_weight, doffset_bias, dlogit_weight, dlogit_bias
 
 

@@ -29,6 +29,7 @@ from affmae_kernels.encoder_blocks import BlockWeights
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.products import lowered, rows, weight_gradient
 from affmae_kernels.residual_norm import triton as norm
+from affmae_kernels.side_stream import SideStream
 
 _PARAMETERS = len(BlockWeights._fields)
 
@@ -112,10 +113,13 @@ class _EncoderBlocks(torch.autograd.Function):
         lows = [_Lowered(*rest[at : at + 5]) for at in range(_PARAMETERS * count, (_PARAMETERS + 5) * count, 5)]
         width = len(_Saved._fields)
         kept = [_Saved(*rest[at : at + width]) for at in range((_PARAMETERS + 5) * count, len(rest), width)]
+        # Parameter gradients are computed beside the chain of the features' gradients.
+        side = SideStream(total.device)
+        run = side.run
         # The LayerNorm after the last block; what it leaves is the gradient of the last MLP's branch.
         found = norm.backward(
             torch.zeros_like(total) if dy is None else dy.contiguous(), None if dx is None else dx.contiguous(),
-            total, stat, norm_weight, scale=_scale(scale_SB, 2 * count - 1), sum_branch=True,
+            total, stat, norm_weight, scale=_scale(scale_SB, 2 * count - 1), sum_branch=True, run=run,
         )  # fmt: skip
         dnorm = found.dweight, found.dbias
         gradients: list[Tensor | None] = []
@@ -124,42 +128,47 @@ class _EncoderBlocks(torch.autograd.Function):
             # MLP
             dlast_bias, dbranch = found.doffset, rows(found.dbranch)
             dhidden, activated, dhidden_bias = activations.gelu_backward(
-                dbranch @ low.last, saved.hidden_RF, block.hidden_bias_F, recompute=True
+                dbranch @ low.last, saved.hidden_RF, block.hidden_bias_F, recompute=True, run=run
             )
             assert activated is not None
-            dlast_weight = weight_gradient(dbranch, activated)
-            del activated
+            dlast_weight = run(weight_gradient, dbranch, activated)
             found = norm.backward(
                 (dhidden @ low.hidden).view_as(total), found.dx, saved.sum2_BNC, saved.stat2_N2, block.norm2_weight_C,
-                bias=block.norm2_bias_C, scale=_scale(scale_SB, 2 * index), sum_branch=True,
+                bias=block.norm2_bias_C, scale=_scale(scale_SB, 2 * index), sum_branch=True, run=run,
             )  # fmt: skip
             assert found.y is not None
-            dhidden_weight = weight_gradient(dhidden, rows(found.y))
-            del dhidden
+            dhidden_weight = run(weight_gradient, dhidden, rows(found.y))
             dnorm2 = found.dweight, found.dbias
             # Attention
             dout_bias, dbranch = found.doffset, rows(found.dbranch)
             attended = saved.attended_BNHD
-            dout_weight = weight_gradient(dbranch, rows(attended.flatten(2)))
+            dout_weight = run(weight_gradient, dbranch, rows(attended.flatten(2)))
             dqkv, dposition_weight, dposition_bias, dblank_key, dblank_value, dq_sum, dout_sum = attention.backward(
                 (dbranch @ low.out).view_as(attended), saved.qkv_BN3HD, ctx.near, block.position_weight_H5,
-                block.position_bias_H, block.blank_key_HD, block.blank_value_HD, attended, saved.lse_BHN,
+                block.position_bias_H, block.blank_key_HD, block.blank_value_HD, attended, saved.lse_BHN, run=run,
             )  # fmt: skip
             dqkv = rows(dqkv.flatten(2))
             found = norm.backward(
                 (dqkv @ low.qkv).view_as(total), found.dx, saved.sum1_BNC, saved.stat1_N2, block.norm1_weight_C,
-                bias=block.norm1_bias_C, scale=_scale(scale_SB, 2 * index - 1), sum_branch=index > 0,
+                bias=block.norm1_bias_C, scale=_scale(scale_SB, 2 * index - 1), sum_branch=index > 0, run=run,
             )  # fmt: skip
             assert found.y is not None
-            # A constant added to all keys shifts every logit but the blank one, and weights sum to 1: the bias
-            # gradients of keys and values follow from those of the blank token, without a pass over dqkv.
-            dqkv_bias = torch.stack([dq_sum, -dblank_key, dout_sum - dblank_value]).flatten()
+            dqkv_bias = run(_qkv_bias_gradient, dq_sum, dblank_key, dout_sum, dblank_value)
             gradients = [
-                found.dweight, found.dbias, weight_gradient(dqkv, rows(found.y)), dqkv_bias, dposition_weight,
+                found.dweight, found.dbias, run(weight_gradient, dqkv, rows(found.y)), dqkv_bias, dposition_weight,
                 dposition_bias, dblank_key, dblank_value, dout_weight, dout_bias, *dnorm2, dhidden_weight, dhidden_bias,
                 dlast_weight, dlast_bias, *gradients,
             ]  # fmt: skip
+            del dhidden, activated
+            side.turn()
+        side.join()
         return found.dx, None, None, *dnorm, *gradients
+
+
+def _qkv_bias_gradient(dq_sum: Tensor, dblank_key: Tensor, dout_sum: Tensor, dblank_value: Tensor) -> Tensor:
+    """A constant added to all keys shifts every logit but the blank one, and the weights of a query sum to 1: the bias
+    gradients of keys and values follow from those of the blank token, without a pass over dqkv."""
+    return torch.stack([dq_sum, -dblank_key, dout_sum - dblank_value]).flatten()
 
 
 class _Lowered(NamedTuple):

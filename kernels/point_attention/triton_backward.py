@@ -486,6 +486,7 @@ def backward(
     dvalue_BNHD: Tensor,
     doffset_BQHS2: Tensor,
     dlogit_BQHS: Tensor,
+    lists: EdgeLists | None = None,
 ) -> Tensor:
     """Writes the gradients of values, offsets and logits into the given tensors, each in its dtype.
 
@@ -493,6 +494,7 @@ def backward(
         dout_BQHD: gradient of the result.
         value_BNHD, offset_BQHS2, logit_BQHS, table, query_pos_BQ2, tau, canvas_hw: what `forward` was given.
         dvalue_BNHD, doffset_BQHS2, dlogit_BQHS: may be slices of one wider matrix.
+        lists: from `edge_lists` of the same call, which needs no gradient and may have run before; None: made here.
 
     Returns:
         Gradient of tau, in its shape and dtype.
@@ -513,7 +515,8 @@ def backward(
     programs = batch * heads * tiles
     device = value_BNHD.device
     # Steps 1 and 2: where edges go.
-    lists = edge_lists(offset_BQHS2, table, query_pos_BQ2, tokens, canvas_hw)
+    if lists is None:
+        lists = edge_lists(offset_BQHS2, table, query_pos_BQ2, tokens, canvas_hw)
     # Step 3: edges, and all gradients but that of the values.
     edge_BHL = torch.empty(
         batch, heads, queries * SAMPLES * 4, dtype=torch.int64 if wide else torch.int32, device=device

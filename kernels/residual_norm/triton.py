@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from affmae_kernels.column_sums import column_sums
 from affmae_kernels.launch import multiprocessors
+from affmae_kernels.side_stream import Run, at_once
 
 EPS = 1e-5
 PROGRAMS_PER_SM = 8, 16
@@ -196,7 +197,7 @@ def forward(
 def backward(
     dy: Tensor, ds: Tensor | None, total: Tensor, stat: Tensor, weight: Tensor, *, bias: Tensor | None = None,
     scale: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None, salt: int = 0,
-    sum_branch: bool = False,
+    sum_branch: bool = False, run: Run = at_once,
 ) -> Gradients:  # fmt: skip
     """Gradients from those of y and s; every tensor is contiguous.
 
@@ -206,6 +207,7 @@ def backward(
         total, stat, weight, scale, dropout, seed, salt: as in or from `forward`.
         bias: if given, y is written again.
         sum_branch: whether the sum of dbranch over all rows (the gradient of the offset) is wanted.
+        run: calls what only the gradients of the parameters need, see `side_stream`.
     """
     width = total.shape[-1]
     rows = total.numel() // width
@@ -223,7 +225,7 @@ def backward(
         Y=y, PART=part, N=rows, PER=rows // total.shape[0], salt=salt, C=width, DROP=dropout, SUM_BRANCH=sum_branch,
         **config,
     )  # fmt: skip
-    sums = column_sums(part).view(-1, width)
+    sums = run(column_sums, part).view(-1, width)
     return Gradients(
         dx, dx if dbranch is None else dbranch, y, sums[0], sums[1], sums[2] if sum_branch else None
     )  # fmt: skip
