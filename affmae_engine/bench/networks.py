@@ -7,6 +7,7 @@ graphs. Prediction is the recorded forward pass of a segmenter.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import math
@@ -215,9 +216,12 @@ def build_network(case: SpeedCase, choice: DeviceChoice) -> tuple[nn.Module, str
     if case.family == "affmae":
         backends = sorted(set(kernel_backends("auto", choice.device).values()))
         return model, f"{' and '.join(backends)} kernels, recorded"
-    from affmae_engine.train.compile import compile_vit
+    if case.task == "predict":  # `compile_vit` compiles for training
+        model.compile(dynamic=False)
+    else:
+        from affmae_engine.train.compile import compile_vit
 
-    compile_vit(model)
+        compile_vit(model)
     return model, "compiled, recorded"
 
 
@@ -330,15 +334,18 @@ def _forward_backward(model: nn.Module, losses: Losses, choice: DeviceChoice, ba
     return loss.detach()
 
 
-def _compiled_since(began: float) -> int:
-    """Files that Triton and Inductor have written to their caches since `began` (seconds since the epoch)."""
+def _compiled_since(began: float) -> bool:
+    """Whether Triton or Inductor has compiled a kernel since `began` (seconds since the epoch)."""
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getuser()}"
     folders = [Path(inductor)]
     triton = sys.modules.get("triton")
     if triton is not None:
         folders.append(Path(triton.knobs.cache.dir))
-    files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
-    return sum(file.stat().st_mtime >= began for file in files)
+    for file in itertools.chain.from_iterable(folder.rglob("*.cubin") for folder in folders):
+        with contextlib.suppress(OSError):  # another process may remove it
+            if file.stat().st_mtime >= began:
+                return True
+    return False
 
 
 def _empty_cache(device: torch.device) -> None:
