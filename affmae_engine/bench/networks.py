@@ -289,7 +289,7 @@ def random_batches(case: SpeedCase, device: torch.device) -> list[dict[str, Tens
 
 
 class _GraphedCall:
-    """A function of a batch, recorded as one CUDA graph after `EAGER_STEPS` eager calls (on a CPU: always eager)."""
+    """A function of a batch, captured as one CUDA graph after `EAGER_STEPS` eager calls (on a CPU: always eager)."""
 
     def __init__(
         self,
@@ -299,25 +299,19 @@ class _GraphedCall:
     ) -> None:
         self._function, self._batches = function, batches
         self._eager_calls: float = EAGER_STEPS if device.type == "cuda" else math.inf
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: dict[str, Tensor] = {}
-        self._result: Tensor | None = None
+        self._replay: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def __call__(self) -> Tensor:
         batch = next(self._batches)
         if self._eager_calls > 0:
             self._eager_calls -= 1
             return self._function(batch)
-        if self._graph is None:
-            self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._result = self._function(self._inputs)
-        for name, tensor in batch.items():
-            self._inputs[name].copy_(tensor)
-        self._graph.replay()
-        assert self._result is not None
-        return self._result
+        if self._replay is None:
+            from affmae_engine.train.cuda_graphs import CudaGraphedFunction
+
+            function, pool = self._function, torch.cuda.graph_pool_handle()
+            self._replay = CudaGraphedFunction(lambda inputs: {"result": function(inputs)}, batch, pool)
+        return self._replay(batch)["result"]
 
 
 def _forward(model: nn.Module, choice: DeviceChoice, batch: dict[str, Tensor]) -> Tensor:

@@ -62,8 +62,8 @@ def time_calls(
         calls: the same computation on different inputs; they take turns.
         device: where they compute.
         seconds: about how long to measure.
-        graph: capture the calls in a CUDA graph, so that the time of launching them does not count. A call that
-            synchronizes with the host raises RuntimeError and leaves this process unable to use random numbers.
+        graph: capture the calls in a CUDA graph, so that the time of launching them does not count; they must not
+            synchronize with the host.
         warmup: untimed calls of each.
     """
     for call in calls:
@@ -74,9 +74,10 @@ def time_calls(
     torch.cuda.synchronize(device)
     if not graph:
         return _summary(_cuda_times(calls, seconds, device))
+    from affmae_engine.train.cuda_graphs import capture
+
     per_graph = len(calls) * max(1, CALLS_PER_GRAPH // len(calls))
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
+    with capture() as recorded:
         for number in range(per_graph):
             calls[number % len(calls)]()
     return _summary([ms / per_graph for ms in _cuda_times([recorded.replay], seconds, device)])
