@@ -54,7 +54,7 @@ def speed(
     ] = None,
     families: Annotated[str, typer.Option("--families", metavar="LIST", help="affmae, vit-mae.")] = "affmae,vit-mae",
     protocol: Annotated[
-        Literal["trainer", "paper"],
+        Literal["trainer", "paper", "both"],
         typer.Option("--protocol", help="`paper`: batch 4, no optimizer, as in the published benchmark."),
     ] = "trainer",
     data: Annotated[
@@ -111,7 +111,7 @@ def speed(
         chosen_sizes,
         edges,
         chosen_families,
-        protocol,
+        ("trainer", "paper") if protocol == "both" else (protocol,),
         batch=batch or (None if on_gpu else 2),
         memory_gib=torch.cuda.get_device_properties(choice.device).total_memory / 2**30 if on_gpu else 0.0,
     )
@@ -138,10 +138,11 @@ def speed(
     title = "AFFMAE against ViT-MAE: speed and memory"
     try:
         with Children(engine.TIMEOUT_S) as children:
-            for number, case in enumerate(run.run(children, limit_s=None if limit is None else 60 * limit)):
-                if folder is not None and number:
+            limit_s = None if limit is None else 60 * limit
+            for case in run.run(children, limit_s=limit_s, begin=lambda case: output.say(f"measuring {case.name}")):
+                output.say(f"  {run.results[case].describe()}; {len(run.waiting)} cases left")
+                if folder is not None:
                     report.write(folder, title, document(), engine.tables_of(run.results))
-                output.say(f"measuring {case.name}, {len(run.waiting)} left")
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"with {len(run.waiting)} of {len(cases)} cases left", "the same command continues"

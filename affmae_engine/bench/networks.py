@@ -124,6 +124,14 @@ class Measurement:
     kernels: list[tuple[str, float, float]] = field(default_factory=list)
     """(name, milliseconds, launches) per step of the most expensive kernels."""
 
+    def describe(self) -> str:
+        """The outcome in one line."""
+        if self.ms is None or self.images_per_s is None:
+            return f"{self.status} ({self.note})" if self.note else self.status
+        memory = f", {self.allocated_gib:.2f} GiB" if self.allocated_gib else ""
+        first = f", first step {self.first_step_s:.1f} s" if self.first_step_s else ""
+        return f"{self.ms:.1f} ms, {self.images_per_s:.0f} images/s{memory}{first} {self.caches}".rstrip()
+
 
 def measure_case(item: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """Measure one case; a target of `child`. Failures, like too little memory, are results.

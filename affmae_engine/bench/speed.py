@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def cases_of(
     sizes: Sequence[str],
     resolutions: Sequence[int],
     families: Sequence[Family],
-    protocol: Protocol,
+    protocols: Sequence[Protocol],
     *,
     batch: int | None,
     memory_gib: float,
@@ -74,14 +74,13 @@ def cases_of(
         memory_gib: of the GPU.
     """
     return tuple(
-        SpeedCase(
-            task, family, size, edge, batch or default_batch(task, size, edge, protocol, memory_gib), protocol
-        )
+        SpeedCase(task, family, size, edge, batch or default_batch(task, size, edge, protocol, memory_gib), protocol)
+        for protocol in protocols
         for task in tasks
         for edge in resolutions
         for size in sizes
         for family in families
-    )  # fmt: skip
+    )
 
 
 def default_batch(task: SpeedTask, size: str, resolution: int, protocol: Protocol, memory_gib: float) -> int:
@@ -118,20 +117,28 @@ class SpeedRun:
         """Cases without a measurement."""
         return [case for case, found in self.results.items() if found.status == "waiting"]
 
-    def run(self, children: Children, *, limit_s: float | None = None) -> Iterator[SpeedCase]:
-        """Measure what is waiting; yields each case before it starts, and its result is there when it is yielded next.
+    def run(
+        self,
+        children: Children,
+        *,
+        limit_s: float | None = None,
+        begin: Callable[[SpeedCase], None] = lambda case: None,
+    ) -> Iterator[SpeedCase]:
+        """Measure what is waiting; yields each case when its result is there.
 
         Args:
             children: starts the processes.
             limit_s: start no case after this many seconds.
+            begin: called with each case before it starts.
         """
         began = time.monotonic()
         for case in self.waiting:
             if limit_s is not None and time.monotonic() - began >= limit_s:
                 return
-            yield case
+            begin(case)
             self.results[case] = self._measured(case, children)
             self._keep(case)
+            yield case
 
     def _measured(self, case: SpeedCase, children: Children) -> Measurement:
         with tempfile.TemporaryDirectory() as empty:

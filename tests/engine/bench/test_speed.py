@@ -44,7 +44,7 @@ def stub(monkeypatch: pytest.MonkeyPatch):
 
 
 def plan(tasks=("pretrain", "predict"), **fields) -> SpeedPlan:
-    cases = cases_of(tasks, ["small"], [512], FAMILIES, "trainer", batch=4, memory_gib=0.0)
+    cases = cases_of(tasks, ["small"], [512], FAMILIES, ["trainer"], batch=4, memory_gib=0.0)
     return SpeedPlan(cases, CPU, **fields)
 
 
@@ -54,7 +54,7 @@ def measure(run: SpeedRun, **limits) -> list[str]:
 
 
 def test_the_families_of_a_row_follow_each_other() -> None:
-    cases = cases_of(["pretrain", "finetune"], ["base", "small"], [512, 1024], FAMILIES, "trainer", batch=None,
+    cases = cases_of(["pretrain", "finetune"], ["base", "small"], [512, 1024], FAMILIES, ["trainer"], batch=None,
                      memory_gib=140.0)  # fmt: skip
     assert len(cases) == 16 and len({case.name for case in cases}) == 16
     for ours, theirs in zip(cases[::2], cases[1::2], strict=True):
@@ -76,16 +76,17 @@ def test_the_families_of_a_row_follow_each_other() -> None:
     ],
 )
 def test_default_batches(task, size, resolution, protocol, memory, batch) -> None:
-    (case,) = cases_of([task], [size], [resolution], ["affmae"], protocol, batch=None, memory_gib=memory)
+    (case,) = cases_of([task], [size], [resolution], ["affmae"], [protocol], batch=None, memory_gib=memory)
     assert case.batch == batch
 
 
 def test_finished_cases_are_kept_and_the_rest_is_measured(stub, tmp_path) -> None:
     first = SpeedRun(plan(), ABOUT, tmp_path)
+    begun = []
     with Children(30) as children:
-        steps = first.run(children)
-        next(steps), next(steps)  # one case is measured, the second one is not begun
-        steps.close()
+        cases = first.run(children, begin=begun.append)
+        assert next(cases) == begun[0] == plan().cases[0]
+        cases.close()
     second = SpeedRun(plan(), ABOUT, tmp_path)
     assert len(second.waiting) == 3
     assert len(measure(second)) == 3 and not second.waiting
