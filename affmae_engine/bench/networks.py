@@ -238,11 +238,10 @@ def make_step(case: SpeedCase, model: nn.Module, choice: DeviceChoice, batches: 
 
     On a GPU the first `EAGER_STEPS` calls are eager, the next one records CUDA graphs that are replayed from then on.
     """
-    losses = losses_of(case)
     if case.task == "predict":
         return _GraphedCall(partial(_forward, model, choice), batches, choice.device)
     if case.protocol == "paper":
-        return _GraphedCall(partial(_forward_backward, model, losses, choice), batches, choice.device)
+        return _GraphedCall(partial(_forward_backward, model, losses_of(case), choice), batches, choice.device)
     take_step = train_step(case, model, choice)
     count, watch = itertools.count(), Stopwatch()
 
