@@ -14,7 +14,7 @@ from affmae_kernels.cases import Case
 OPERATION = "residual_norm"
 
 
-def _case(name: str, channels: int, *, network: bool, wrong: float = 0.0) -> Case:
+def case(name: str, channels: int, *, network: bool, wrong: float = 0.0) -> Case:
     def make(random, dtype):
         x, branch = (torch.randn(2, 5, channels, generator=random).to(dtype) for _ in range(2))
         return {"x": x, "branch": branch, "weight": torch.ones(channels), "bias": torch.zeros(channels)}
@@ -31,6 +31,6 @@ def _case(name: str, channels: int, *, network: bool, wrong: float = 0.0) -> Cas
 def install(wrong: float = 0.0) -> None:
     """Make the toy cases the only ones. wrong: relative error of the result in every dtype but float64."""
     module = ModuleType(f"affmae_kernels.{OPERATION}.cases")
-    module.CASES = [_case("small", 8, network=False, wrong=wrong), _case("large", 16, network=True)]
+    module.CASES = [case("small", 8, network=False, wrong=wrong), case("large", 16, network=True)]
     sys.modules[module.__name__] = module
     affmae_kernels.cases.OPERATIONS = (OPERATION,)

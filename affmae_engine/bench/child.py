@@ -144,17 +144,15 @@ class _Child:
 
     def messages(self, timeout: float | None) -> Iterator[Message]:
         assert self._process.stdout is not None
-        timer = self._timer(timeout)
+        timer = self._restarted(None, timeout)
         try:
             for line in self._process.stdout:
                 if line.startswith("{"):  # anything else was printed while modules were imported
                     message = json.loads(line)
-                    timer.cancel()
-                    if message["event"] != "ended":
-                        timer = self._timer(timeout)
+                    timer = self._restarted(timer, None if message["event"] == "ended" else timeout)
                     yield message
         finally:
-            timer.cancel()
+            self._restarted(timer, None)
         self._process.wait()
 
     def death(self) -> str:
@@ -189,12 +187,18 @@ class _Child:
                 self._process.stdout.close()
             self._log.close()
 
-    def _timer(self, timeout: float | None) -> threading.Timer:
+    def _restarted(self, timer: threading.Timer | None, timeout: float | None) -> threading.Timer | None:
+        """Stop a timer, and start one that kills the process after `timeout` seconds (None: no timer)."""
+
         def give_up() -> None:
             self.timed_out = True
             self._signal(signal.SIGKILL)
 
-        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, give_up)
+        if timer is not None:
+            timer.cancel()
+        if timeout is None:
+            return None
+        timer = threading.Timer(timeout, give_up)
         timer.daemon = True
         timer.start()
         return timer

@@ -48,7 +48,7 @@ def everything(**options):
 
 
 def test_errors_and_limits(toy) -> None:
-    case = toy_operation._case("x", 8, network=False, wrong=1e-3)
+    case = toy_operation.case("x", 8, network=False, wrong=1e-3)
     found = wrong_by(case, CPU.device, torch.float32, "reference")
     error, limit = found["y"]
     assert error == pytest.approx(1e-3, rel=0.1) and limit == 1e-5
@@ -57,7 +57,7 @@ def test_errors_and_limits(toy) -> None:
 
 
 def test_times_and_bytes(toy) -> None:
-    case = toy_operation._case("x", 16, network=True)
+    case = toy_operation.case("x", 16, network=True)
     times = time_case(case, CPU.device, torch.float32, "reference", seconds=0.01)
     x = 2 * 5 * 16 * 4
     inputs, outputs = 2 * x + 2 * 16 * 4, x + 2 * 5 * 8
