@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from affmae_cli import output
 from affmae_cli.preset_files import PRESET_KEYS, preset_for_card, preset_tree, read_toml
-from affmae_engine.config import RunConfig, Section, Task
+from affmae_engine.config import RunConfig, Section, Task, without_removed
 from affmae_engine.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "AFFMAE_"
@@ -175,7 +175,12 @@ def _user_file(path: Path, problems: list[str]) -> _File:
         raise ConfigError(f"no such configuration file: {path}", "a preset is chosen with --preset NAME") from error
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    tree = read_toml(data, str(path))
+    tree = without_removed(read_toml(data, str(path)))
+    if isinstance(tree.get("task"), dict):
+        tree["task"] = {
+            task: without_removed(sections) if isinstance(sections, dict) else sections
+            for task, sections in tree["task"].items()
+        }
     for key in PRESET_KEYS:
         if key in tree:
             del tree[key]

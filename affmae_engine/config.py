@@ -8,7 +8,8 @@ sees them, so that what a user sets is what is used. The docstring under each fi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,17 +27,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+_SIZE_FIELDS = ("dims", "depths", "heads", "mlp_ratio", "decoder_dim", "decoder_heads")
+
+
 class ModelConfig(Section):
     """The network (paper section 3). Widths and depths come from `family` and `size`; see `affmae_engine.model.sizes`
     and `affmae_engine.model.vit_mae`."""
 
     family: Literal["affmae", "vit-mae"] = "affmae"
     """Architecture: AFFMAE, or the plain ViT-MAE of the same size that it is compared with. A ViT merges nothing, so
-    the fields marked "AFFMAE only" mean nothing to it, nor do `[loss]` and `kernels.backend`; it takes about three
-    times the memory, so a preset's `train.micro_batch` may have to be lowered."""
+    the fields marked "AFFMAE only" mean nothing to it, nor does `[loss]`; it takes about three times the memory, so a
+    preset's `train.micro_batch` may have to be lowered."""
     size: Literal["tiny", "small", "base"] = "small"
     """Widths and depths: `small` (23 M parameters; ViT-MAE 22 M), `base` (65 M; 64 M), `tiny` (1 M, for CPUs and
-    tests)."""
+    tests). The next six fields override parts of it."""
+    dims: tuple[Positive, Positive, Positive, Positive] | None = None
+    """Width of each encoder stage; by default that of `size`. AFFMAE only, as the next five."""
+    depths: tuple[Positive, Positive, Positive, Positive] | None = None
+    """Blocks of each encoder stage."""
+    heads: tuple[Positive, Positive, Positive, Positive] | None = None
+    """Attention heads of each encoder stage; each divides the stage's width. The kernels take heads of width 16, 32
+    and 64."""
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] | None = None
+    """Hidden width of the encoder's MLPs, as a multiple of the stage's width."""
+    decoder_dim: Positive | None = None
+    """Width of the decoder; even."""
+    decoder_heads: Positive | None = None
+    """Attention heads of the decoder; they divide its width. The kernels take heads of width 16, 32, 64 and 128."""
     channels: Positive = 1
     """Image channels; EM is grey, so 1."""
     patch_size: Literal[2, 4, 8, 16, 32] = 8
@@ -62,6 +79,28 @@ class ModelConfig(Section):
     def _whole_clusters(self) -> ModelConfig:
         if self.neighbours % self.cluster_size:
             raise ValueError(f"neighbours ({self.neighbours}) must be a multiple of cluster_size ({self.cluster_size})")
+        return self
+
+    @model_validator(mode="after")
+    def _custom_size(self) -> ModelConfig:
+        own = [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
+        if not own:
+            return self
+        if self.family != "affmae":
+            raise ValueError(f"{', '.join(own)} configure AFFMAE only; family is {self.family}")
+        from affmae_engine.model.sizes import size_of  # imports this module
+
+        size = size_of(self)
+        for stage, (dim, heads) in enumerate(zip(size.dims, size.heads, strict=True), 1):
+            if dim % heads:
+                raise ValueError(f"heads: {heads} heads do not divide the width of {dim} of stage {stage}")
+        if size.dims[0] % 2:
+            raise ValueError(f"dims: the width of stage 1 must be even; got {size.dims[0]}")
+        if size.decoder_dim % size.decoder_heads or size.decoder_dim % 2:
+            raise ValueError(
+                f"decoder_dim must be even and a multiple of decoder_heads; got {size.decoder_dim} for "
+                f"{size.decoder_heads} heads"
+            )
         return self
 
 
@@ -229,12 +268,10 @@ class KernelsConfig(Section):
     """Which implementation of each operation runs."""
 
     backend: Literal["auto", "triton", "reference"] = "auto"
-    """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force."""
-    compile: bool | Literal["auto"] = "auto"
-    """Fuse the layers between the operations with torch.compile; `auto`: on a card that runs the kernels, for runs of
-    at least 2000 steps, since it costs two minutes the first time; a resumed run goes on as it was."""
+    """`auto` takes the Triton kernels where this machine can run them and plain PyTorch elsewhere; the others force.
+    A ViT is compiled where the kernels run."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Record the pretraining step once and replay it; `auto`: on a card that runs the kernels."""
+    """Record the training step once as CUDA graphs and replay it; `auto`: on a card that runs the kernels."""
 
 
 class RunConfig(Section):
@@ -266,3 +303,17 @@ class RunConfig(Section):
         """`data.crop_size` rounded up to whole tokens, in pixels."""
         patch = self.model.patch_size
         return -(-self.data.crop_size // patch) * patch
+
+
+REMOVED_FIELDS = frozenset({"kernels.compile"})
+"""Fields of earlier versions. Files may still contain them; they are ignored."""
+
+
+def without_removed(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a file, without the fields in `REMOVED_FIELDS`."""
+    return {
+        section: {name: value for name, value in fields.items() if f"{section}.{name}" not in REMOVED_FIELDS}
+        if isinstance(fields, dict)
+        else fields
+        for section, fields in sections.items()
+    }

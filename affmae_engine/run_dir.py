@@ -26,7 +26,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from affmae_engine import atomic
-from affmae_engine.config import RunConfig
+from affmae_engine.config import RunConfig, without_removed
 from affmae_engine.errors import BusyError, ConfigError, CorruptError, InputError, ResourceError
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
@@ -156,7 +156,7 @@ class RunDir:
             CorruptError: config.toml cannot be read or has fields of another version.
         """
         try:
-            return RunConfig.model_validate(tomllib.loads(self.config.read_text("utf-8")))
+            return RunConfig.model_validate(without_removed(tomllib.loads(self.config.read_text("utf-8"))))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise InputError(
                 f"{self.root} is not a run directory: it has no config.toml", _nearest_runs(self.root)

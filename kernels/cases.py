@@ -25,6 +25,7 @@ OPERATIONS = (
     "point_attention",
     "decoder_step",
     "residual_norm",
+    "norm_linear",
     "pixel_loss",
     "segmentation_loss",
 )
@@ -72,6 +73,12 @@ class Case:
             return tensor.detach().to(device, torch.float64 if double else None, copy=True).requires_grad_()
 
         return {name: _map(value, leaf) for name, value in made.items()}
+
+
+def scattered_positions(random: torch.Generator, batch: int, tokens: int, canvas_hw: tuple[int, int]) -> Tensor:
+    """int32 (x, y) cells [B, N, 2], distinct within an image, in random order."""
+    index_BN = torch.rand(batch, canvas_hw[0] * canvas_hw[1], generator=random).argsort(1)[:, :tokens]
+    return torch.stack([index_BN % canvas_hw[1], index_BN // canvas_hw[1]], -1).int()
 
 
 def cases(operation: str, *, network: bool | None = None) -> list[Case]:

@@ -55,11 +55,9 @@ def choose_backend(backend: str, op: str, device: torch.device, unsupported: str
         raise ValueError(f"backend of {op} must be one of {', '.join(_BACKENDS)}; got {backend!r}")
     if backend == "reference":
         return Choice("reference", "asked for")
-    if precompile.rehearsing():
-        return Choice("triton", "its kernels are being compiled")
     if backend == "auto" and device.type == "cpu":
         return Choice("reference", "the tensors are on the CPU")
-    obstacle = launch.obstacle(device.type, device.index or 0)
+    obstacle = None if precompile.rehearsing() else launch.obstacle(device.type, device.index or 0)
     if obstacle is None and unsupported is None:
         return Choice("triton", "asked for" if backend == "triton" else "fastest on this card")
     reason = obstacle or f"the kernel does not take {unsupported}"
@@ -67,6 +65,11 @@ def choose_backend(backend: str, op: str, device: torch.device, unsupported: str
         raise ValueError(f"{op} cannot run as a Triton kernel: {reason}; set kernels.backend to auto or reference")
     _warn_once(obstacle or f"{op}: {reason}")
     return Choice("reference", reason)
+
+
+def fp32_only(parameter: torch.Tensor) -> str | None:
+    """Why fused operations cannot take parameters of this dtype; None: they can."""
+    return None if parameter.dtype == torch.float32 else f"parameters of {parameter.dtype}, only fp32"
 
 
 @launch.constant_when_compiled

@@ -6,6 +6,7 @@ wrongly, so only fp32 goes through it.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -73,6 +74,14 @@ def _look_for_obstacle(device_type: str, index: int) -> str | None:
     except Exception as error:  # whatever goes wrong while compiling means the same to the user
         return f"Triton {triton.__version__} cannot compile on this machine ({_first_line(error)})"
     return None
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU, by which persistent kernels choose their number of programs; 4 elsewhere."""
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return 4
+    return torch.cuda.get_device_properties(None if device.type == "meta" else device).multi_processor_count
 
 
 def precision_of(dtype: torch.dtype) -> str:

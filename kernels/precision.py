@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,11 @@ def feature_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Inside, operations compute in the dtypes of their arguments."""
+    return torch.autocast("cuda" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
 def in_tiles(rows: int, elements_per_row: int, compute: Callable[[slice], Tensor], dim: int) -> Tensor:
     """Concatenates `compute(slice of rows)` along `dim`, every tile's temporaries at most `TILE_ELEMENTS`.
 
@@ -43,3 +49,14 @@ def in_tiles(rows: int, elements_per_row: int, compute: Callable[[slice], Tensor
         for tile in tiles
     ]
     return torch.cat(parts, dim)
+
+
+def layer_norm(x: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last axis, computed in `compute_dtype` and rounded to the dtype of x."""
+    dtype = compute_dtype(x)
+    return F.layer_norm(x.to(dtype), weight_C.shape, weight_C.to(dtype), bias_C.to(dtype), eps).to(x.dtype)
+
+
+def linear(x: Tensor, weight_FC: Tensor, bias_F: Tensor) -> Tensor:
+    """A linear layer in the dtype of x, whatever the dtype of its parameters."""
+    return F.linear(x, weight_FC.to(x.dtype), bias_F.to(x.dtype))

@@ -44,7 +44,7 @@ class _Pointer:
     def of(cls, argument: Any) -> Any:
         if not isinstance(argument, Tensor):
             return argument
-        return cls(argument.dtype, argument.storage_offset() * argument.element_size())
+        return cls(argument.dtype, int(argument.storage_offset()) * argument.element_size())
 
 
 def rehearse(computation: Callable[[], object], *, workers: int | None = None) -> list[Any]:
@@ -61,7 +61,7 @@ def rehearse(computation: Callable[[], object], *, workers: int | None = None) -
     Raises:
         Exception: whatever Triton raises when a kernel does not compile.
     """
-    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime._async_compile import AsyncCompileMode, FutureKernel
 
     found: list[Any] = []
     with (
@@ -70,7 +70,9 @@ def rehearse(computation: Callable[[], object], *, workers: int | None = None) -
         _launches_compile(found),
     ):
         computation()
-    return list({id(kernel): kernel for kernel in found}.values())
+    # What was still being compiled when it was launched stands in the list as a future.
+    kernels = [kernel.result() if isinstance(kernel, FutureKernel) else kernel for kernel in found]
+    return list({id(kernel): kernel for kernel in kernels}.values())
 
 
 @contextmanager

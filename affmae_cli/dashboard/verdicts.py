@@ -9,7 +9,7 @@ from typing import Literal
 
 from affmae_engine.config import RunConfig
 from affmae_engine.events import SystemSampled
-from affmae_engine.model.sizes import SIZES
+from affmae_engine.model.sizes import size_of
 
 DATA_BOUND, DATA_PARTLY = 0.2, 0.05
 """Shares of the wall time spent waiting for data, above which the run is data-bound, or partly so."""
@@ -94,7 +94,7 @@ def possible_ranks(config: RunConfig) -> list[float]:
     """The highest effective rank that each encoder stage can have: its width, or one less than its tokens."""
     model = config.model
     tokens = (config.image_size / model.patch_size) ** 2 * (1 - config.mask.ratio)
-    dims = SIZES[model.size].dims
+    dims = size_of(model).dims
     return [min(width, tokens * model.merge_keep**stage - 1) for stage, width in enumerate(dims)]
 
 

@@ -32,6 +32,8 @@ from affmae_engine.errors import first_line
 from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.train.card import Card
+from affmae_engine.train.compile import compile_vit
+from affmae_engine.train.cuda_graphs import CudaGraphedFunction
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.environment import kernel_backends
 from affmae_engine.train.losses import SegmentationLoss
@@ -227,8 +229,6 @@ def build_network(case: SpeedCase, choice: DeviceChoice) -> tuple[nn.Module, str
     if case.task == "predict":  # `compile_vit` compiles for training
         model.compile(dynamic=False)
     else:
-        from affmae_engine.train.compile import compile_vit
-
         compile_vit(model)
     return model, "compiled, recorded"
 
@@ -314,8 +314,6 @@ class _GraphedCall:
             self._eager_calls -= 1
             return self._function(batch)
         if self._replay is None:
-            from affmae_engine.train.cuda_graphs import CudaGraphedFunction
-
             function, pool = self._function, torch.cuda.graph_pool_handle()
             self._replay = CudaGraphedFunction(lambda inputs: {"result": function(inputs)}, batch, pool)
         return self._replay(batch)["result"]

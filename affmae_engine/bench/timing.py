@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from affmae_engine.train.cuda_graphs import capture
+
 Call = Callable[[], object]
 
 ROUNDS = 3
@@ -74,8 +76,6 @@ def time_calls(
     torch.cuda.synchronize(device)
     if not graph:
         return _summary(_cuda_times(calls, seconds, device))
-    from affmae_engine.train.cuda_graphs import capture
-
     per_graph = len(calls) * max(1, CALLS_PER_GRAPH // len(calls))
     with capture() as recorded:
         for number in range(per_graph):

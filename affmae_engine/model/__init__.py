@@ -1,5 +1,4 @@
-"""The network: encoder of off-grid tokens, decoder of points asking points, and the two models made of them.
+"""The networks: AFFMAE (`affmae`, `encoder`, `decoder`, `masking`, in reading order) and the ViT-MAE baseline.
 
-Reading order: `autoencoder` (pretraining), `encoder`, `block`, `merging`, `decoder`, `segmenter`. The operations
-themselves are in `affmae_kernels`.
+The operations that AFFMAE is built of are in `affmae_kernels`, each with a plain PyTorch reference.
 """

@@ -1,4 +1,4 @@
-"""The one place that knows the model families: networks, encoder layers and parts to compile, from a `[model]` section.
+"""The one place that knows the model families: networks and encoder layers from a `[model]` section.
 
 A family gives an autoencoder (`forward` returns named losses, `reconstruct` pictures) and a segmenter (`forward`
 returns logits), whose encoders and decoders have equal parameter names, so that weights go from one to the other.
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from affmae_engine.config import LossConfig, ModelConfig
-from affmae_engine.model.autoencoder import MaskedAutoencoder
-from affmae_engine.model.segmenter import Segmenter, encoder_depth, encoder_depths
-from affmae_engine.model.sizes import SIZES
+from affmae_engine.model.affmae import MaskedAutoencoder, Segmenter
+from affmae_engine.model.encoder import encoder_depth
+from affmae_engine.model.sizes import size_of
 from affmae_engine.model.vit_mae import VIT_SIZES, VitMae, vit_encoder_depth
 from affmae_engine.model.vit_segmenter import VitSegmenter
 
@@ -55,8 +55,8 @@ def encoder_layers(model: ModelConfig) -> EncoderLayers:
     if model.family == "vit-mae":
         depth = VIT_SIZES[model.size].depth
         return EncoderLayers(lambda name: vit_encoder_depth(name, depth), 1 + depth)
-    size = SIZES[model.size]
-    return EncoderLayers(lambda name: encoder_depth(name, size), encoder_depths(size))
+    size = size_of(model)
+    return EncoderLayers(lambda name: encoder_depth(name, size), 1 + sum(size.depths))
 
 
 def runs_kernels(model: ModelConfig) -> bool:

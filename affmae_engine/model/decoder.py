@@ -1,10 +1,9 @@
-"""The decoder: queries on the canvas ask the points of each stage, coarsest first (method section 4).
+"""The decoder: queries on the canvas ask the tokens of each stage, coarsest first, and heads read them (method 4 to 6).
 
-Unusual: both self- and cross-attention are deformable point attention; a sample is interpolated from the 4 tokens
-nearest to it. Post-norm. The set of queries never changes, so its table of nearest points serves all four steps.
+Notable: self- and cross-attention are both deformable point attention, post-norm; a sample is interpolated from the 4
+tokens nearest to it. The queries do not move, so one table of nearest queries serves all four steps.
 
-Axes: B batch, Q queries, N tokens of a stage, C decoder width, H hidden width, A heads, D head width, S samples (in
-suffixes 2S, 3S: those of all heads), T canvas cells.
+Axes: B batch, Q queries, N tokens of a stage, C decoder width, T canvas cells, P values of a patch.
 """
 
 from __future__ import annotations
@@ -12,65 +11,51 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
-from affmae_engine.model.encoder import StageOutput
-from affmae_engine.model.initialise import STD, linear, projection
-from affmae_engine.model.norm import LayerNorm
-from affmae_engine.model.sizes import SIZES
-from affmae_kernels.linear_relu import linear_relu
-from affmae_kernels.point_attention import nearest_table, point_attention
-from affmae_kernels.residual_norm import residual_norm
+from affmae_engine.model.encoder import STD, StageOutput, linear
+from affmae_engine.model.sizes import size_of
+from affmae_kernels.decoder_step import AttentionWeights, Points, StepWeights, decoder_step, points
+from affmae_kernels.norm_linear import norm_linear
+from affmae_kernels.precision import feature_dtype
 
 SAMPLES = 4
+"""Sampled locations of a query and head."""
+STEP_OF_HEAD = {"last": -1, "step2": 1, "step1": 0}
+"""Decoder step whose output each head reads. Without the auxiliary heads the sparse stages collapse."""
 
 
-class SineEmbedding(nn.Module):
-    """Position code: C/2 channels for x, then C/2 for y, of u = 2 * pi * x / max(w - 1, 1).
+def projection(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer with Xavier-uniform weights and zero bias, as deformable attention starts its projections."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    Channel i of a half has the frequency 10000^(-2 * floor(i / 2) / (C / 2)); the sines of the even channels come
-    first, then the cosines of the odd ones, as sines a quarter turn ahead. The canvas, not the batch, sets the scale.
+
+def position_code(canvas_hw: tuple[int, int], dim: int, device: torch.device) -> Tensor:
+    """Sine code of every canvas cell, [T, dim] fp32: dim/2 channels for x, then dim/2 for y.
+
+    With u = 2 * pi * x / max(w - 1, 1), channel i of a half has the frequency 10000^(-2 * floor(i / 2) / (dim / 2)); the
+    sines of the even channels come first, then the cosines of the odd ones. The canvas, not the batch, sets the scale.
     """
-
-    frequency_C: Tensor
-    phase_C: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        half = dim // 2
-        frequency_H = 10000.0 ** (-2 * (torch.arange(half) // 2) / half)
-        frequency_H = torch.cat([frequency_H[0::2], frequency_H[1::2]])
-        phase_H = (torch.arange(half) >= (half + 1) // 2) * (math.pi / 2)
-        self.register_buffer("frequency_C", torch.cat([frequency_H, frequency_H]), persistent=False)
-        self.register_buffer("phase_C", torch.cat([phase_H, phase_H]), persistent=False)
-
-    def forward(self, pos_BN2: Tensor, canvas_hw: tuple[int, int]) -> Tensor:
-        """int32 (x, y) cells [B, N, 2] -> [B, N, C], of autocast's dtype where that is on, else fp32."""
-        of_x_C = torch.arange(len(self.phase_C), device=pos_BN2.device) < len(self.phase_C) // 2
-        x_BN1, y_BN1 = (
-            pos_BN2[..., axis, None] * (2 * math.pi / max(cells - 1, 1)) for axis, cells in enumerate(canvas_hw[::-1])
-        )
-        sine_BNC = (torch.where(of_x_C, x_BN1, y_BN1) * self.frequency_C + self.phase_C).sin()
-        kind = pos_BN2.device.type
-        return sine_BNC.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else sine_BNC
-
-
-class Points:
-    """A set of tokens that can be asked: positions on a canvas and the table of the nearest ones."""
-
-    def __init__(self, pos_BN2: Tensor, canvas_hw: tuple[int, int], backend: str) -> None:
-        self.pos_BN2, self.canvas_hw = pos_BN2, canvas_hw
-        self.table = nearest_table(pos_BN2, canvas_hw, backend=backend)
+    half = dim // 2
+    frequency_F = 10000.0 ** (-2 * (torch.arange(half, device=device) // 2) / half)
+    codes_xy = []
+    for cells in reversed(canvas_hw):
+        angle_LF = torch.arange(cells, device=device)[:, None] * (2 * math.pi / max(cells - 1, 1)) * frequency_F
+        codes_xy.append(torch.cat([angle_LF[:, 0::2].sin(), angle_LF[:, 1::2].cos()], -1))
+    height, width = canvas_hw
+    x_hwF, y_hwF = codes_xy[0].expand(height, -1, -1), codes_xy[1][:, None].expand(-1, width, -1)
+    return torch.cat([x_hwF, y_hwF], -1).flatten(0, 1)
 
 
 class PointAttention(nn.Module):
-    """Projections around `affmae_kernels.point_attention`; offsets start on rings around the query."""
+    """Parameters of a point attention; offsets start on rings around the query."""
 
-    def __init__(self, dim: int, heads: int, backend: str) -> None:
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.backend = heads, backend
         self.value = projection(dim, dim)
         self.offset = nn.Linear(dim, heads * SAMPLES * 2)
         self.logit = nn.Linear(dim, heads * SAMPLES)
@@ -79,77 +64,59 @@ class PointAttention(nn.Module):
         for layer in (self.offset, self.logit):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        angle_A = torch.arange(heads) * (2 * math.pi / heads)
-        direction_A2 = torch.stack([angle_A.cos(), angle_A.sin()], -1)
-        direction_A2 = direction_A2 / direction_A2.abs().amax(-1, keepdim=True)
-        ring_S11 = torch.arange(1, SAMPLES + 1)[:, None]
+        # Sample s of head h starts s cells away, in the direction of the head, scaled to the unit square.
+        angle_H = torch.arange(heads) * (2 * math.pi / heads)
+        direction_H2 = torch.stack([angle_H.cos(), angle_H.sin()], -1)
+        direction_H2 = direction_H2 / direction_H2.abs().amax(-1, keepdim=True)
+        ring_S1 = torch.arange(1, SAMPLES + 1)[:, None]
         with torch.no_grad():
-            self.offset.bias.copy_((direction_A2[:, None] * ring_S11).flatten())
+            self.offset.bias.copy_((direction_H2[:, None] * ring_S1).flatten())
 
-    def forward(self, query_BQC: Tensor, queries: Points, source_BNC: Tensor, tokens: Points) -> Tensor:
-        """What the queries find among the tokens, [B, Q, C], without the bias of the output layer.
-
-        Offsets and logits come from one product: both layers are so narrow that reading the queries is what it costs.
-        """
-        layers = self.offset, self.logit
-        asked_BQ3S = F.linear(
-            query_BQC, torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-        )
-        offset_BQ2S, logit_BQS = asked_BQ3S.split([layer.out_features for layer in layers], -1)
-        out_BQAD = point_attention(
-            self.value(source_BNC).unflatten(-1, (self.heads, -1)),
-            tokens.pos_BN2,
-            tokens.table,
-            queries.pos_BN2,
-            offset_BQ2S.unflatten(-1, (self.heads, SAMPLES, 2)),
-            logit_BQS.unflatten(-1, (self.heads, SAMPLES)),
-            self.tau,
-            tokens.canvas_hw,
-            backend=self.backend,
-        )
-        return F.linear(out_BQAD.flatten(2), self.output.weight)
+    def weights(self) -> AttentionWeights:
+        """The parameters as `decoder_step` takes them."""
+        layers = self.value, self.offset, self.logit, self.output
+        return AttentionWeights(*(t for layer in layers for t in (layer.weight, layer.bias)), self.tau)
 
 
 class DecoderStep(nn.Module):
-    """Self-attention among the queries, cross-attention to one stage, feed-forward; each x = LN(x + Drop(...))."""
+    """Self-attention among the queries, cross-attention to one stage, MLP; each x = LN(x + Drop(...))."""
 
     def __init__(self, dim: int, heads: int, hidden: int, source_dim: int, dropout: float, backend: str) -> None:
         super().__init__()
+        self.heads, self.dropout, self.backend = heads, dropout, backend
         self.source = linear(source_dim, dim)
-        self.source_norm = LayerNorm(dim)
-        self.self_attention = PointAttention(dim, heads, backend)
-        self.cross_attention = PointAttention(dim, heads, backend)
+        self.source_norm = nn.LayerNorm(dim)
+        self.self_attention = PointAttention(dim, heads)
+        self.cross_attention = PointAttention(dim, heads)
         self.ffn = nn.Sequential(projection(dim, hidden), nn.ReLU(), projection(hidden, dim))
-        self.norm1 = LayerNorm(dim)
-        self.norm2 = LayerNorm(dim)
-        self.norm3 = LayerNorm(dim)
-        self.dropout, self.backend = dropout, backend
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x_BQC: Tensor, queries: Points, stage_BNC: Tensor, tokens: Points, sine_BNC: Tensor) -> Tensor:
-        """[B, Q, C] -> [B, Q, C]; `sine_BNC` is the embedding of the tokens' positions."""
-        found_BQC = self.self_attention(x_BQC, queries, x_BQC, queries)
-        x_BQC = self._join(x_BQC, found_BQC, self.self_attention.output, self.norm1)
-        source_BNC = self.source_norm(self.source(stage_BNC)) + sine_BNC.to(x_BQC.dtype)
-        found_BQC = self.cross_attention(x_BQC, queries, source_BNC, tokens)
-        x_BQC = self._join(x_BQC, found_BQC, self.cross_attention.output, self.norm2)
-        first, _, last = self.ffn
-        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        hidden_BQH = linear_relu(x_BQC, first.weight, first.bias, backend=self.backend)
-        return self._join(x_BQC, F.linear(hidden_BQH, last.weight), last, self.norm3)
-
-    def _join(self, x_BQC: Tensor, branch_BQC: Tensor, layer: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        """`branch_BQC` comes without the bias of the `layer` that made it: it is added in the same pass."""
-        y_BQC, _ = residual_norm(
+    def forward(self, x_BQC: Tensor, queries: Points, stage_BNE: Tensor, tokens: Points, code_TC: Tensor) -> Tensor:
+        """[B, Q, C] -> [B, Q, C]; see `affmae_kernels.decoder_step`."""
+        dropout = self.dropout if self.training else 0.0
+        return decoder_step(
             x_BQC,
-            branch_BQC,
-            norm.weight,
-            norm.bias,
-            offset_C=layer.bias,
-            dropout=self.dropout if self.training else 0.0,
-            eps=norm.eps,
+            queries,
+            stage_BNE,
+            tokens,
+            code_TC,
+            self.weights(),
+            self.heads,
+            dropout=dropout,
             backend=self.backend,
         )
-        return y_BQC
+
+    def weights(self) -> StepWeights:
+        """The parameters as `decoder_step` takes them."""
+        hidden, _, last = self.ffn
+        return StepWeights(
+            self.source.weight, self.source.bias, self.source_norm.weight, self.source_norm.bias,
+            self.self_attention.weights(), self.norm1.weight, self.norm1.bias, self.cross_attention.weights(),
+            self.norm2.weight, self.norm2.bias, hidden.weight, hidden.bias, last.weight, last.bias,
+            self.norm3.weight, self.norm3.bias,
+        )  # fmt: skip
 
 
 class Decoder(nn.Module):
@@ -157,11 +124,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
         super().__init__()
-        size = SIZES[config.size]
+        size = size_of(config)
         self.dim, self.backend = size.decoder_dim, backend
         hidden = round(self.dim * config.decoder_ffn_ratio)
         self.mask_token = nn.Parameter(torch.empty(self.dim))
-        self.sine = SineEmbedding(self.dim)
         self.steps = nn.ModuleList(
             DecoderStep(self.dim, size.decoder_heads, hidden, dim, config.decoder_dropout, backend)
             for dim in reversed(size.dims)
@@ -176,12 +142,34 @@ class Decoder(nn.Module):
             query_pos_BQ2: int32 (x, y) cells of the queries.
             canvas_hw: height and width of the canvas, in cells.
         """
-        queries = Points(query_pos_BQ2, canvas_hw, self.backend)
-        sine_BQC = self.sine(query_pos_BQ2, canvas_hw)
-        x_BQC = self.mask_token.to(sine_BQC.dtype) + sine_BQC
+        dtype = feature_dtype(stages[0].feat_BNC)
+        queries = points(query_pos_BQ2, canvas_hw, backend=self.backend)
+        # Every query starts as the mask token and the code of its place.
+        code_TC = position_code(canvas_hw, self.dim, query_pos_BQ2.device).to(dtype)
+        x_BQC = self.mask_token.to(dtype) + code_TC[queries.cell_BN]
         outputs: list[Tensor] = []
         for step, stage in zip(self.steps, reversed(stages), strict=True):
-            tokens = Points(stage.pos_BN2, canvas_hw, self.backend)
-            x_BQC = step(x_BQC, queries, stage.feat_BNC, tokens, self.sine(stage.pos_BN2, canvas_hw))
+            tokens = points(stage.pos_BN2, canvas_hw, backend=self.backend)
+            x_BQC = step(x_BQC, queries, stage.feat_BNC, tokens, code_TC)
             outputs.append(x_BQC)
         return outputs
+
+
+class Head(nn.Module):
+    """LayerNorm and a linear layer to the values of a patch, laid out as (row, column, channel or class)."""
+
+    def __init__(self, dim: int, values: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+        self.norm = nn.LayerNorm(dim)
+        self.linear = linear(dim, values)
+
+    def forward(self, feat_BQC: Tensor) -> Tensor:
+        """[B, Q, C] -> [B, Q, values]."""
+        norm, layer = self.norm, self.linear
+        return norm_linear(feat_BQC, norm.weight, norm.bias, layer.weight, layer.bias, backend=self.backend)
+
+
+def make_heads(dim: int, values: int, *, backend: str = "auto") -> nn.ModuleDict:
+    """One head per supervised step, by the names of `STEP_OF_HEAD`."""
+    return nn.ModuleDict({name: Head(dim, values, backend=backend) for name in STEP_OF_HEAD})

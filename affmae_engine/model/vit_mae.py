@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
-from affmae_engine.model.block import DropPath
-from affmae_engine.model.heads import Head
+from affmae_engine.model.affmae import Reconstruction, check_image, fill_in
+from affmae_engine.model.decoder import Head
 from affmae_engine.model.patches import canvas_of, patchify, take_rows
-from affmae_engine.model.reconstruction import Reconstruction, fill_in
+from affmae_kernels.pixel_loss import pixel_loss
 
 MLP_RATIO = 4
 TOKEN_STD = 0.02
@@ -68,6 +68,31 @@ def sincos_positions(canvas_hw: tuple[int, int], dim: int, device: torch.device)
     cell_T = torch.arange(height * width, device=device)
     angles = [cells_T[:, None] * frequency_F for cells_T in (cell_T % width, cell_T // width)]
     return torch.cat([part for angle_TF in angles for part in (angle_TF.sin(), angle_TF.cos())], -1)
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch for whole images while training and rescales the kept ones.
+
+    The rate is a tensor, so that blocks that differ in it alone share one compiled graph.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
+
+    def forward(self, branch_BNC: Tensor) -> Tensor:
+        """Returns the branch, or zeros for the dropped images."""
+        if not self.training:
+            return branch_BNC
+        kept_B11 = torch.rand(branch_BNC.shape[0], 1, 1, device=branch_BNC.device) < self.keep
+        return branch_BNC * (kept_B11 / self.keep).to(branch_BNC.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"rate={self.rate:.3f}"
 
 
 class VitBlock(nn.Module):
@@ -191,8 +216,7 @@ class VitMae(nn.Module):
             ValueError: when channels, sides, or visible plus masked tokens, do not fit the image.
         """
         value_BQP, _ = self._predict(image_BCHW, visible_BV, masked_BQ)
-        target_BQP = take_rows(patchify(image_BCHW, self.patch), masked_BQ).to(value_BQP.dtype)
-        loss = (value_BQP - target_BQP).square().mean()
+        loss = pixel_loss(value_BQP, take_rows(patchify(image_BCHW, self.patch), masked_BQ))
         return {"loss": loss, "last": loss}
 
     @torch.no_grad()
@@ -210,8 +234,7 @@ class VitMae(nn.Module):
         return self.heads["last"](self.decoder(encoded_BNC, canvas_hw, visible_BV, masked_BQ)), encoded_BNC
 
     def _canvas(self, image_BCHW: Tensor, visible_BV: Tensor, masked_BQ: Tensor) -> tuple[int, int]:
-        if image_BCHW.ndim != 4 or image_BCHW.shape[1] != self.channels:
-            raise ValueError(f"image must be [B, {self.channels}, H, W]; got {list(image_BCHW.shape)}")
+        check_image(image_BCHW, self.channels)
         height, width = image_BCHW.shape[-2:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"{self.patch} must divide both sides of the image; got {height} x {width}")

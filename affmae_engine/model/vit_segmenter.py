@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
-from affmae_engine.model.heads import Head
+from affmae_engine.model.affmae import at_least_fp32, check_image
+from affmae_engine.model.decoder import Head
 from affmae_engine.model.patches import canvas_of, pad_to_patches, patchify, unpatchify
 from affmae_engine.model.vit_mae import VIT_SIZES, VitDecoder, VitEncoder, initialise
 
@@ -36,16 +37,17 @@ class VitSegmenter(nn.Module):
             image_BCHW: normalised images, floating.
 
         Returns:
-            "logits" [B, classes, H, W], at least fp32.
+            "logits", as those of `Segmenter`: [B, K, H, W], in train mode [B, T, P].
 
         Raises:
             ValueError: when the number of channels is wrong.
         """
-        if image_BCHW.ndim != 4 or image_BCHW.shape[1] != self.channels:
-            raise ValueError(f"image must be [B, {self.channels}, H, W]; got {list(image_BCHW.shape)}")
+        check_image(image_BCHW, self.channels)
         height, width = image_BCHW.shape[-2:]
         canvas_hw = canvas_of(height, width, self.patch)
         patch_BTP = patchify(pad_to_patches(image_BCHW, self.patch), self.patch)
         feat_BTC = self.decoder(self.encoder(patch_BTP, canvas_hw, None), canvas_hw)
-        whole_BKHW = unpatchify(self.heads["last"](feat_BTC), canvas_hw, self.patch)
-        return {"logits": whole_BKHW[..., :height, :width]}
+        value_BTP = self.heads["last"](feat_BTC)
+        if self.training:
+            return {"logits": value_BTP}
+        return {"logits": unpatchify(at_least_fp32(value_BTP), canvas_hw, self.patch)[..., :height, :width]}

@@ -1,61 +1,44 @@
-"""Compiles the parts of a model that repeat, so that elementwise work is fused into few kernels.
+"""ViT-MAE's encoder and decoder, compiled: a residual and the norm of the next block become one pass.
 
-Unusual: not the whole model is compiled but its blocks. Blocks of one stage share one graph, so a network of 25 blocks
-and 4 decoder steps costs a dozen small compilations instead of one of minutes, and what lies between (orders, tables,
-look-ups) stays plain. The operations of `affmae_kernels` are opaque to the compiler. A ViT has nothing in between: its
-encoder and its decoder are compiled as they are, so that a residual and the norm of the next block become one pass.
+AFFMAE is not compiled: its operations are fused by hand (`affmae_kernels`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from affmae_engine.model.block import Block
-from affmae_engine.model.decoder import DecoderStep, SineEmbedding
-from affmae_engine.model.encoder import Stage
-from affmae_engine.model.heads import Head
-from affmae_engine.model.merging import ClusterMerging, NormMerging
-from affmae_engine.model.stem import Stem
 from affmae_engine.model.vit_mae import VitDecoder, VitEncoder
 
-REGIONS = (Stem, Block, ClusterMerging, NormMerging, SineEmbedding, DecoderStep, Head, VitEncoder, VitDecoder)
 GRAPHS_OF_A_FUNCTION = 64
-"""Stages differ in width and number of tokens; PyTorch's default of 8 graphs of one function would not do."""
-
-STEPS_WORTH_COMPILING = 2000
-"""Length of a run. Compiling costs two minutes the first time, and saves some 50 ms a step (base, 512 px, 32 images,
-H200)."""
+"""Every model and micro-batch size of a process has its own; PyTorch's default of 8 would not do."""
 
 
-def worth_compiling(asked: bool | Literal["auto"], *, fast: bool, steps: int, so_far: bool | None) -> bool:
-    """Whether to compile the steps of a run on a card.
+def compile_vit(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile encoder and decoder of a ViT for training, in place; other models are left as they are.
 
-    Compiled code rounds otherwise and draws other dropout masks, so a resumed run must decide as it did when it began:
-    by its whole length, not by the steps that are left.
+    In eval mode they run as written: evaluations have other shapes, and would compile each of them for one use.
 
     Args:
-        asked: `kernels.compile`.
-        fast: whether the kernels of this project run.
-        steps: of the whole run.
-        so_far: whether steps of this run were compiled; None when it is new, or that is not known.
+        model: any model.
+        backend: of torch.compile.
     """
-    if asked != "auto":
-        return asked
-    return fast and (steps >= STEPS_WORTH_COMPILING if so_far is None else so_far)
+    for module in model.modules():
+        if isinstance(module, VitEncoder | VitDecoder):
+            setattr(module, "forward", _compiled_in_training(module, backend))  # noqa: B010 (mypy: it is a method)
 
 
-def compile_regions(model: nn.Module, backend: str = "inductor") -> int:
-    """Compiles the regions of `model` in place, for static shapes; returns how many there are.
-
-    Names of parameters stay what they were. Compilation happens in the first forward pass of each. `backend` is
-    torch.compile's.
-    """
+def _compiled_in_training(module: VitEncoder | VitDecoder, backend: str | Callable[..., Any]) -> Any:
+    plain = module.forward
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_OF_A_FUNCTION)
-    regions: list[nn.Module] = [module for module in model.modules() if isinstance(module, REGIONS)]
-    regions += [module.norm for module in model.modules() if isinstance(module, Stage)]
-    for region in regions:
-        region.compile(dynamic=False, fullgraph=True, backend=backend)
-    return len(regions)
+    compiled = torch.compile(plain, dynamic=False, fullgraph=True, backend=backend)
+
+    @functools.wraps(plain)
+    def forward(*arguments: Any) -> Tensor:
+        return compiled(*arguments) if module.training else plain(*arguments)
+
+    return forward

@@ -55,10 +55,11 @@ def finetune_task(
         store, parts.train, config, classes=len(names), normalisation=normalisation, seed=config.train.seed
     )
     config = _filled_in(config, names, dataset)
-    loss = SegmentationLoss(config.finetune, config.loss, config.finetune.class_weights)
+    backend = config.kernels.backend
+    loss = SegmentationLoss(config.finetune, config.loss, config.finetune.class_weights, backend=backend)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        model = build_segmenter(config.model, len(names), backend=config.kernels.backend)
+        model = build_segmenter(config.model, len(names), backend=backend)
     report = None
     if init_from is not None:
         report = load_pretrained(model, init_from, config=config, class_names=names, seed=config.train.seed)

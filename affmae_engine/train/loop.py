@@ -26,7 +26,7 @@ from affmae_engine.events import Event, RunStarted
 from affmae_engine.model.build import runs_kernels
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train import checkpoint
-from affmae_engine.train.compile import compile_regions, worth_compiling
+from affmae_engine.train.compile import compile_vit
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.distributed import Ranks, current_ranks
 from affmae_engine.train.ending import Summary, ending, summarised
@@ -119,6 +119,8 @@ def _train(session: Session) -> None:
     share = ranks.share(train.batch_size)
     state.model.train()
     state.micro_batch = _micro_batch(session, share)
+    if _runs_triton(session):
+        compile_vit(state.model)
     while not _steps(session, state.micro_batch):
         if state.micro_batch == 1:
             raise ResourceError(
@@ -188,7 +190,7 @@ def _steps(session: Session, micro: int) -> bool:
         session.choice,
         accumulate=train.batch_size // (micro * ranks.world),
         clip_norm=optim.clip_norm,
-        record=_accelerate(session),
+        record=_uses_cuda_graphs(session),
         ranks=ranks,
         agree=session.agree,
     )
@@ -222,30 +224,18 @@ def _steps(session: Session, micro: int) -> bool:
     return True
 
 
-def _accelerate(session: Session) -> bool:
-    """Compiles the model's regions where the configuration says so; returns whether to record CUDA graphs."""
-    kernels, device = session.config.kernels, session.choice.device
-    backends = kernel_backends(kernels.backend, device)
-    fast = device.type == "cuda" and set(backends.values()) == {"triton"}
-    if _compiles(session, fast):
-        compile_regions(session.state.model)
-    recordable = device.type == "cuda" and session.ranks.world == 1 and session.task.static
-    return recordable and (kernels.cuda_graph is True or (kernels.cuda_graph == "auto" and fast))
+def _runs_triton(session: Session) -> bool:
+    """Whether Triton kernels run here: those of this project, and those that torch.compile makes."""
+    device = session.choice.device
+    backends = kernel_backends(session.config.kernels.backend, device)
+    return device.type == "cuda" and set(backends.values()) == {"triton"}
 
 
-def _compiles(session: Session, fast: bool) -> bool:
-    """Whether steps are compiled, which the state remembers where there is a card. A change is told."""
-    state, steps, on_card = session.state, session.config.train.steps, session.choice.device.type == "cuda"
-    so_far = state.compiled if state.planned_steps in (0, steps) else None  # a longer run may deserve it
-    compiled = on_card and worth_compiling(session.config.kernels.compile, fast=fast, steps=steps, so_far=so_far)
-    if state.compiled not in (None, compiled):
-        change = ("not compiled", "compiled") if compiled else ("compiled", "not compiled")
-        session.warn(
-            f"steps were {change[0]} and are {change[1]} from here on: the result stays the same up to rounding and "
-            "the draws of dropout"
-        )
-    state.compiled, state.planned_steps = compiled if on_card else None, steps
-    return compiled
+def _uses_cuda_graphs(session: Session) -> bool:
+    """Whether steps are recorded. Several processes exchange gradients in the backward pass, which is not."""
+    asked = session.config.kernels.cuda_graph
+    possible = session.choice.device.type == "cuda" and session.ranks.world == 1
+    return possible and (_runs_triton(session) if asked == "auto" else asked)
 
 
 def _starting_point(

@@ -5,8 +5,8 @@ their size is a matter of memory and speed alone. It always divides a process's 
 
 Unusual: the size that fits a card is measured, not estimated: forward and backward passes of a few sizes on real
 samples, which change no weight and no random generator. A line through what they took leads to the size, so the card
-is hardly ever driven out of memory, which others on a desktop would feel. The passes are plain ones, as compiling for
-every size tried would take minutes; should compiled or recorded steps need more, the loop halves as at any shortage.
+is hardly ever driven out of memory, which others on a desktop would feel. The passes are neither compiled nor recorded;
+should the training need more than they did, the loop halves as at any shortage.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def out_of_memory(error: BaseException) -> BaseException | None:
     return None
 
 
-def _shortage(error: BaseException) -> str | None:
-    """What an exception says of short memory. Its text alone: the exception holds the tensors of what failed."""
+def memory_shortage(error: BaseException) -> str | None:
+    """What an exception says of short memory; None when it is about something else.
+
+    The text alone: the exception holds the tensors of what failed.
+    """
     reason = out_of_memory(error)
     return None if reason is None else str(reason)
 
@@ -151,7 +154,7 @@ def in_smaller_batches(work: Callable[[int], _T], size: int, device: torch.devic
         try:
             return work(size)
         except Exception as error:
-            text = _shortage(error)
+            text = memory_shortage(error)
             if text is None:
                 raise
         free_memory(device)

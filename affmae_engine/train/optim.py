@@ -74,11 +74,14 @@ def allocate_state(optimizer: torch.optim.AdamW) -> None:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group `rate` times its own `lr_scale`."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate * group["lr_scale"])
-        else:
-            group["lr"] = rate * group["lr_scale"]
+    rates = [rate * group["lr_scale"] for group in optimizer.param_groups]
+    on_device = [group["lr"] for group in optimizer.param_groups if isinstance(group["lr"], Tensor)]
+    if on_device:  # two launches, however many groups
+        torch._foreach_zero_(on_device)
+        torch._foreach_add_(on_device, rates)
+        return
+    for group, value in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = value
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -82,7 +82,6 @@ def pretrain_task(
         ),
         fingerprint=store.fingerprint(),
         notes=tuple(notes),
-        static=True,
     )
     return config, task
 

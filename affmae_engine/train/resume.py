@@ -64,7 +64,7 @@ KEPT = frozenset(
 )
 """Fields that decide what is learned or how it is scored: a continuation with others is refused."""
 
-ROUNDING = frozenset({"train.micro_batch", "train.device", "kernels.backend", "kernels.compile", "kernels.cuda_graph"})
+ROUNDING = frozenset({"train.micro_batch", "train.device", "kernels.backend", "kernels.cuda_graph"})
 """Fields that change the result by rounding, and by what dropout and drop path draw: each forward pass is seeded, and
 they change how many images it sees or which code draws. They may change, which is recorded as a warning."""
 

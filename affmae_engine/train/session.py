@@ -295,7 +295,7 @@ class Session:
     def _evaluating(self) -> Iterator[None]:
         self.state.model.eval()
         try:
-            with self._aside(), torch.no_grad(), self.choice.autocast(), _uncompiled(self.choice.device):
+            with self._aside(), torch.no_grad(), self.choice.autocast():
                 yield
         finally:
             self.state.model.train()
@@ -307,11 +307,6 @@ class Session:
             torch.cuda.synchronize(self.choice.device)
         with self.watch.aside():
             yield
-
-
-def _uncompiled(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Runs compiled regions as they were written: images of other sizes would be compiled for once."""
-    return torch.compiler.set_stance("force_eager") if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _taken(run: RunDir, name: str) -> bool:

@@ -33,8 +33,7 @@ STATE_SCHEMA = 1
 @dataclass
 class TrainState:
     """What a checkpoint holds. `step` counts finished optimizer steps; `best` is (step, score); `metrics` the last
-    evaluation's; `micro_batch` the size in use, 0 before it is chosen; `compiled` whether steps on a card are, None
-    where there is none or it is not decided; `planned_steps` the run's length when that was decided, 0 before."""
+    evaluation's; `micro_batch` the size in use, 0 before it is chosen."""
 
     model: nn.Module
     optimizer: torch.optim.AdamW
@@ -44,8 +43,6 @@ class TrainState:
     best: tuple[int, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     micro_batch: int = 0
-    compiled: bool | None = None
-    planned_steps: int = 0
     health: Health = field(default_factory=Health)
 
 
@@ -116,9 +113,7 @@ def restore_state(saved: checkpoint.Checkpoint, state: TrainState, task: Task, c
         state.window.load_json(record["window"])
         state.best = None if record["best"] is None else (int(record["best"][0]), float(record["best"][1]))
         state.metrics = {name: float(value) for name, value in record["metrics"].items()}
-        state.planned_steps = int(record["schedule"]["total_steps"])
-        state.compiled = record.get("compiled")  # absent in early checkpoints, as are these two
-        micro = record.get("micro_batch", {})
+        micro = record.get("micro_batch", {})  # absent in early checkpoints, as is "health"
         state.health.load_json(record.get("health", {"losses": [], "windows": []}))
         state.micro_batch = int(micro["used"]) if micro.get("asked") == config.train.micro_batch else 0
         _set_generators(record["generators"])
@@ -149,7 +144,6 @@ def _to_json(state: TrainState, config: RunConfig, task: Task) -> dict[str, Any]
         "health": state.health.to_json(),
         "best": state.best,
         "micro_batch": {"asked": config.train.micro_batch, "used": state.micro_batch},
-        "compiled": state.compiled,
         "metrics": {name: value for name, value in state.metrics.items() if np.isfinite(value)},
         "generators": _generators(),
     }

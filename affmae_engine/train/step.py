@@ -8,9 +8,9 @@ A step that runs out of memory while gradients are gathered has changed nothing:
 smaller pieces. With several processes they agree on that just before they exchange gradients, which happens once per
 step, in the backward pass of the last micro-batch.
 
-Unusual: where that is asked for, everything after the batch's copy is recorded once as CUDA graphs and replayed, so
-that the host launches two graphs a step instead of thousands of kernels. The recorded functions are the same that
-run before, so the numbers do not change.
+On request, everything after the batch's copy is captured once as CUDA graphs and replayed, so that the host launches
+two graphs a step instead of thousands of kernels. The captured functions are the same that run before, so the numbers
+do not change.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from affmae_engine.errors import ResourceError, one_line
+from affmae_engine.train.cuda_graphs import CudaGraphedFunction
 from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.distributed import Ranks
-from affmae_engine.train.memory import out_of_memory
+from affmae_engine.train.memory import memory_shortage, out_of_memory
 from affmae_engine.train.metrics import Stopwatch
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 EAGER_STEPS = 3
-"""Steps before the recording: they compile kernels and find the largest workspaces."""
+"""Steps before the capture: they compile kernels, find the largest workspaces and move constants to the device."""
 
 _LESS = "continue with --resume and a smaller train.micro_batch"
 
@@ -73,7 +73,7 @@ class TrainStep:
         accumulate: micro-batches per step.
         clip_norm: largest gradient norm; 0 turns clipping off.
         record: replay CUDA graphs after `EAGER_STEPS` steps; every batch must then have the same shapes.
-        ranks: the processes that share a step; recording is for one alone.
+        ranks: the processes that share a step; graphs are for one alone.
         agree: called once per step with whether this process ran out of memory; returns whether any did.
     """
 
@@ -95,11 +95,11 @@ class TrainStep:
         self._choice, self._accumulate, self._clip_norm = choice, accumulate, clip_norm
         self._ranks, self._agree, self._agreed = ranks, agree, False
         self._model = ranks.averaging(model, choice.device)
-        self._feed = _Feed(choice.device)
+        self._to_device = DevicePrefetcher(choice.device)
         self._eager_steps = EAGER_STEPS if record else None
         # Not the functions themselves until then: a step that refers to itself would keep the optimizer alive.
-        self._recorded_backward: _Recorded | None = None
-        self._recorded_update: _Recorded | None = None
+        self._graphed_backward: CudaGraphedFunction | None = None
+        self._graphed_update: CudaGraphedFunction | None = None
 
     def __call__(
         self, batches: Iterator[dict[str, Tensor]], *, seed: Callable[[int], None], watch: Stopwatch
@@ -117,50 +117,50 @@ class TrainStep:
             ResourceError: memory ran out where the step cannot be repeated: while gradients were exchanged.
         """
         self._agreed = False
-        sums = self._try_gradients(batches, seed, watch)
-        if isinstance(
-            sums, str
-        ):  # outside the except block: what is raised there holds on to the failed pass's tensors
+        shortage: str | None = None
+        try:
+            sums = self._gradients(batches, seed, watch)
+        except _PeerOutOfMemory as error:
+            shortage = str(error)
+        except Exception as error:
+            shortage = memory_shortage(error)
+            if shortage is None:
+                raise
+            if self._agreed:  # the others are in the exchange and cannot be called back
+                raise ResourceError("out of memory while gradients were exchanged", _LESS) from error
+        if shortage is not None:
+            # Not in the except block: what is raised there keeps the tensors of the failed pass alive.
             if not self._agreed:
                 self._agree(True)
             self._optimizer.zero_grad(set_to_none=True)
-            raise torch.OutOfMemoryError(sums)
+            raise torch.OutOfMemoryError(shortage)
+
         sums = self._ranks.mean(sums)
         try:
-            update = (self._recorded_update or self._run_update)({"loss": sums["loss"]})
+            update = (self._graphed_update or self._run_update)({"loss": sums["loss"]})
         except torch.OutOfMemoryError as error:  # a part of the weights may be updated already
             raise ResourceError("out of memory while the weights were updated", _LESS) from error
         if self._eager_steps is not None:
             self._eager_steps -= 1
         return StepResult(sums, update["norm"], update["bad"])
 
-    def _try_gradients(
+    def _gradients(
         self, batches: Iterator[dict[str, Tensor]], seed: Callable[[int], None], watch: Stopwatch
-    ) -> dict[str, Tensor] | str:
-        """Gradients of all micro-batches into the parameters; the mean losses, or the reason when memory ran out."""
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of all micro-batches to the parameters; returns the mean losses."""
         sums: dict[str, Tensor] = {}
-        try:
-            for part in range(self._accumulate):
-                batch = self._feed(_next_batch(batches, self._choice.device, watch))
-                if part == 0 and self._eager_steps == 0:
-                    self._record(batch)
-                seed(part)
-                last = self._ranks.world > 1 and part == self._accumulate - 1
-                run = self._recorded_backward or partial(self._run_backward, exchange=last)
-                shares = run(batch)
-                if part == 0:  # a copy, where a recorded pass will overwrite its results with those of the next
-                    sums = {name: share.clone() for name, share in shares.items()} if self._accumulate > 1 else shares
-                else:
-                    sums = {name: total + shares[name] for name, total in sums.items()}
-        except _Abandoned:
-            return "out of memory in another process"
-        except Exception as error:
-            reason = out_of_memory(error)
-            if reason is None:
-                raise
-            if self._agreed:  # the others are in the exchange and cannot be called back
-                raise ResourceError("out of memory while gradients were exchanged", _LESS) from error
-            return str(reason)
+        for part in range(self._accumulate):
+            batch = self._to_device(_next_batch(batches, self._choice.device, watch))
+            if part == 0 and self._eager_steps == 0:
+                self._capture(batch)
+            seed(part)
+            last = self._ranks.world > 1 and part == self._accumulate - 1
+            run = self._graphed_backward or partial(self._run_backward, exchange=last)
+            shares = run(batch)
+            if part == 0:  # a copy, where a replayed pass will overwrite its results with those of the next
+                sums = {name: share.clone() for name, share in shares.items()} if self._accumulate > 1 else shares
+            else:
+                sums = {name: total + shares[name] for name, total in sums.items()}
         return sums
 
     def _run_backward(self, batch: dict[str, Tensor], exchange: bool = False) -> dict[str, Tensor]:
@@ -177,9 +177,13 @@ class TrainStep:
             if exchange:
                 self._agreed = True
                 if self._agree(False):
-                    raise _Abandoned
-            self._scaler.scale(named["loss"] / self._accumulate).backward()
-        return {name: value.detach().float() / self._accumulate for name, value in named.items()}
+                    raise _PeerOutOfMemory("out of memory in another process")
+            self._scaler.scale(self._share(named["loss"])).backward()
+        return {name: self._share(value.detach().float()) for name, value in named.items()}
+
+    def _share(self, loss: Tensor) -> Tensor:
+        """What a micro-batch's mean contributes to that of the step."""
+        return loss / self._accumulate if self._accumulate > 1 else loss
 
     def _run_update(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clips and updates, unless something is not finite; forgets the gradients."""
@@ -187,14 +191,16 @@ class TrainStep:
             self._scaler.unscale_(self._optimizer)
         grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        bad = ~(torch.isfinite(norm) & torch.isfinite(total["loss"]))
+        # x - x is 0 for a finite x and NaN otherwise: four small kernels, where `isfinite` takes four for each tensor.
+        both = norm + total["loss"]
+        bad = both - both != 0
         scale = (norm / self._clip_norm).clamp(min=1.0) if self._clip_norm else torch.ones_like(norm)
         self._optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self._optimizer.step()
         if self._scaler.is_enabled():
             self._scaler.update()
-        # A recorded backward pass writes into the very tensors it was recorded with: one micro-batch overwrites them,
+        # A captured backward pass writes into the very tensors it was captured with: one micro-batch overwrites them,
         # several add to them.
         if self._eager_steps is None or self._eager_steps > 0:
             self._optimizer.zero_grad(set_to_none=True)
@@ -202,58 +208,33 @@ class TrainStep:
             torch._foreach_zero_(grads)
         return {"norm": norm, "bad": bad}
 
-    def _record(self, batch: dict[str, Tensor]) -> None:
+    def _capture(self, batch: dict[str, Tensor]) -> None:
+        """Captures the passes of a micro-batch and the update as CUDA graphs; runs neither."""
         if self._accumulate > 1:
             for group in self._optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
         pool = torch.cuda.graph_pool_handle()
         try:
-            backward = _Recorded(self._run_backward, batch, pool)
+            backward = CudaGraphedFunction(self._run_backward, batch, pool)
             loss = torch.zeros((), device=self._choice.device)
-            self._recorded_update = _Recorded(self._run_update, {"loss": loss}, pool)
-            self._recorded_backward = backward
+            self._graphed_update = CudaGraphedFunction(self._run_update, {"loss": loss}, pool)
+            self._graphed_backward = backward
         except RuntimeError as error:
             if out_of_memory(error) is not None:
                 if self._scaler.is_enabled():
-                    # Recording the update may have ended between unscaling and its end: what the scaler noted of that
+                    # Capturing the update may have ended between unscaling and its end: what the scaler noted of that
                     # is dropped, or it would refuse the step that is repeated. Its scale stays.
                     self._scaler.update(self._scaler.get_scale())
                 raise
-            # Unlike one that lacks memory, a recording that breaks does not end: PyTorch's generators stay in its
-            # state, so this process cannot go on without one.
             raise ResourceError(
-                f"the training step could not be recorded as CUDA graphs: {one_line(error)}",
+                f"the training step could not be captured as CUDA graphs: {one_line(error)}",
                 "go on with --resume, or begin again, with --set kernels.cuda_graph=false; the result stays the same",
             ) from error
 
 
-class _Abandoned(Exception):
+class _PeerOutOfMemory(Exception):
     """Another process ran out of memory, so this step is given up everywhere."""
-
-
-class _Recorded:
-    """A function of tensors of fixed shapes as one CUDA graph. Its results live in the graph and are overwritten."""
-
-    def __init__(
-        self,
-        function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-        example: dict[str, Tensor],
-        pool: Any,
-    ) -> None:
-        self._inputs = {name: tensor.clone() for name, tensor in example.items()}
-        self._graph = torch.cuda.CUDAGraph()
-        # The data loader's thread allocates pinned memory at any moment, which breaks a recording in "global" mode.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._results = function(self._inputs)
-
-    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, tensor in inputs.items():
-            if tensor.shape != self._inputs[name].shape:
-                raise ValueError(f"{name} was recorded as {list(self._inputs[name].shape)}; got {list(tensor.shape)}")
-            self._inputs[name].copy_(tensor, non_blocking=True)
-        self._graph.replay()
-        return self._results
 
 
 def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watch: Stopwatch) -> dict[str, Tensor]:
@@ -266,8 +247,8 @@ def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watc
     return batch
 
 
-class _Feed:
-    """Brings batches to the device. On a card in a stream of its own, while the steps before are still computed."""
+class DevicePrefetcher:
+    """Copies batches to the device; to a GPU on a stream of its own, while the steps before are still computed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

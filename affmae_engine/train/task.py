@@ -52,8 +52,10 @@ class Task:
     without gradients and under the run's autocast; preview returns RGB uint8 [H, W, 3] pictures by name ("" is the
     main one). parameter_groups: optimizer groups, each with "params", "weight_decay" and "lr_scale". metadata goes
     into every weights file (the loop adds step and config). fingerprint identifies the data: a resumed run must find
-    the same. notes: what the user should know of the data; the loop reports them as warnings when it starts. static:
-    neither model nor losses wait for the device or depend on values in their shapes, so a step can be recorded.
+    the same. notes: what the user should know of the data; the loop reports them as warnings when it starts.
+
+    A step may be captured as CUDA graphs: neither model nor losses may wait for the device, copy from the host after
+    the first step, or depend on values in their shapes.
     """
 
     name: Literal["pretrain", "finetune"]
@@ -66,4 +68,3 @@ class Task:
     metadata: WeightsMetadata
     fingerprint: str
     notes: tuple[str, ...] = ()
-    static: bool = False

@@ -18,14 +18,14 @@ from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.neighbourhoods import reference
 
 if TYPE_CHECKING:
-    from affmae_kernels.neighbourhoods.walks import Walks
+    from affmae_kernels.neighbourhoods.visit_lists import VisitLists
 
-__all__ = ["Neighbourhoods", "build"]
+__all__ = ["Neighbourhoods", "build_neighbourhoods"]
 
 KERNEL_CLUSTER_SIZE = 8
-"""The cluster size that the Triton kernels are made for."""
+"""The cluster size that kernels with visit lists take."""
 KERNEL_CLUSTERS = 2**15
-"""They number fewer clusters than this."""
+"""Such kernels take fewer clusters than this: an entry of a list is cluster << 16 | bits in int32."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Neighbourhoods:
     """Who is near whom, in one stage. The neighbours of a token are all members of its nearest clusters."""
 
     pos_BN2: Tensor
-    """int32 (x, y) of the tokens, in cluster order."""
+    """int32 (x, y) of the tokens, in cluster order; contiguous."""
     nearest_BNC: Tensor
     """int32 indices of each token's nearest clusters, nearest first, ties by the lower index; C = min(M/m, K)."""
     cluster_size: int
@@ -47,11 +47,19 @@ class Neighbourhoods:
         return -(-self.pos_BN2.shape[1] // self.cluster_size)
 
     @cached_property
-    def walks(self) -> Walks:
-        """Walk lists of the tokens, for the kernels: built at the first use, shared by all blocks of the stage."""
-        from affmae_kernels.neighbourhoods.walks import build_walks  # needs Triton
+    def visit_lists(self) -> VisitLists:
+        """For the kernels: built at the first use, shared by all blocks of the stage."""
+        from affmae_kernels.neighbourhoods.visit_lists import build_visit_lists  # needs Triton
 
-        return build_walks(self.nearest_BNC, self.count)
+        return build_visit_lists(self.nearest_BNC, self.count)
+
+    def unsupported(self) -> str | None:
+        """What kernels that use the visit lists cannot take of these neighbourhoods."""
+        if self.cluster_size != KERNEL_CLUSTER_SIZE:
+            return f"clusters of {self.cluster_size} tokens, only of {KERNEL_CLUSTER_SIZE}"
+        if self.count >= KERNEL_CLUSTERS:
+            return f"{self.count} clusters, only fewer than {KERNEL_CLUSTERS}"
+        return None
 
     def members_BNM(self) -> tuple[Tensor, Tensor]:
         """Expands the nearest clusters to token rows.
@@ -64,7 +72,7 @@ class Neighbourhoods:
         return index_BNM, index_BNM < self.pos_BN2.shape[1]
 
 
-def build(
+def build_neighbourhoods(
     pos_BN2: Tensor,
     canvas_hw: tuple[int, int],
     *,
@@ -105,14 +113,11 @@ def build(
             "many for exact distances in int64; take a smaller image"
         )
     choice = choose_backend(backend, "neighbourhoods", pos_BN2.device)
+    clusters = neighbours // cluster_size
     if choice.name == "triton":
-        from affmae_kernels.neighbourhoods import triton_impl
+        from affmae_kernels.neighbourhoods import triton
 
-        made = triton_impl.build(pos_BN2, height, width, cluster_size, neighbours // cluster_size)
+        order_BN, ordered_BN2, nearest_BNC = triton.build(pos_BN2, canvas_hw, cluster_size, clusters)
     else:
-        made = reference.build(pos_BN2, canvas_hw, cluster_size, neighbours // cluster_size)
-    order_BN, ordered_BN2, nearest_BNC = made
-    near = Neighbourhoods(ordered_BN2, nearest_BNC, cluster_size, (height, width))
-    if choice.name == "triton" and cluster_size == KERNEL_CLUSTER_SIZE and near.count < KERNEL_CLUSTERS:
-        _ = near.walks  # here and not inside a block, which may be compiled
-    return order_BN, near
+        order_BN, ordered_BN2, nearest_BNC = reference.build(pos_BN2, canvas_hw, cluster_size, clusters)
+    return order_BN, Neighbourhoods(ordered_BN2, nearest_BNC, cluster_size, canvas_hw)

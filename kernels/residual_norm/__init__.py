@@ -7,6 +7,7 @@ from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import DTYPES
+from affmae_kernels.precision import without_autocast
 from affmae_kernels.residual_norm import reference
 
 __all__ = ["residual_norm", "unsupported"]
@@ -27,7 +28,7 @@ def residual_norm(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Joins a branch to what it left, and normalises the sum over the last axis.
+    """Add a branch to the residual stream and normalize the sum over the last axis.
 
     The sum is rounded to the features' dtype; statistics and the normalisation are fp32 (float64 for float64), also
     under autocast.
@@ -35,7 +36,7 @@ def residual_norm(
     Args:
         x_BNC, branch_BNC: [B, ..., C], of one floating dtype.
         weight_C, bias_C: of the LayerNorm; floating.
-        offset_C: added to the branch: the bias of the linear layer that made it, whose gradient comes in the same
+        offset_C: added to the branch: the bias of the linear layer that made it, whose gradient is summed in the same
             pass; floating.
         scale_B: factor of the branch per image: 0 or 1 / (1 - rate) with stochastic depth. No gradient.
         dropout: probability that an element of the branch is dropped (the others are scaled up); 0 outside training.
@@ -50,20 +51,20 @@ def residual_norm(
         ValueError: when shapes or dtypes do not fit together, or `dropout` is not in [0, 1).
     """
     _check(x_BNC, branch_BNC, {"weight_C": weight_C, "bias_C": bias_C, "offset_C": offset_C}, scale_B, dropout)
-    choice = choose_backend(backend, "residual_norm", x_BNC.device, unsupported(x_BNC))
-    with torch.autocast(x_BNC.device.type, enabled=False):
+    choice = choose_backend(backend, "residual_norm", x_BNC.device, unsupported(x_BNC.dtype, x_BNC.shape[-1]))
+    with without_autocast(x_BNC):
         if choice.name == "triton":
-            from affmae_kernels.residual_norm import triton_impl
+            from affmae_kernels.residual_norm import triton
 
-            return triton_impl.residual_norm(x_BNC, branch_BNC, weight_C, bias_C, offset_C, scale_B, dropout, eps)
+            return triton.residual_norm(x_BNC, branch_BNC, weight_C, bias_C, offset_C, scale_B, dropout, eps)
         return reference.residual_norm(x_BNC, branch_BNC, weight_C, bias_C, offset_C, scale_B, dropout, eps)
 
 
-def unsupported(x_BNC: Tensor) -> str | None:
-    """What the kernel cannot take of these features."""
-    if x_BNC.shape[-1] > WIDEST:
-        return f"{x_BNC.shape[-1]} channels, only up to {WIDEST}"
-    return None if x_BNC.dtype in DTYPES else f"features of {x_BNC.dtype}"
+def unsupported(dtype: torch.dtype, channels: int) -> str | None:
+    """Why the kernel cannot take features of this dtype and width; None: it can."""
+    if channels > WIDEST:
+        return f"{channels} channels, only up to {WIDEST}"
+    return None if dtype in DTYPES else f"features of {dtype}"
 
 
 def _check(

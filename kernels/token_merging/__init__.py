@@ -1,16 +1,100 @@
-"""Token merging: every survivor gathers its neighbourhood with learned positional weights and scores (method 3.4)."""
+"""Token merging: which tokens survive a stage, and what they take along from their neighbours (method 3.4).
+
+Three steps: `token_scores`, `select_survivors`, and `merge_tokens`, through which the scores get their gradient.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from affmae_kernels.dispatch import choose_backend
+from affmae_kernels.dispatch import Choice, choose_backend
 from affmae_kernels.launch import DTYPES
-from affmae_kernels.neighbourhoods import KERNEL_CLUSTER_SIZE, KERNEL_CLUSTERS, Neighbourhoods
+from affmae_kernels.neighbourhoods import Neighbourhoods
+from affmae_kernels.precision import without_autocast
 from affmae_kernels.token_merging import reference
 
-__all__ = ["merge_tokens"]
+__all__ = ["merge_tokens", "select_survivors", "token_scores"]
+
+WIDEST_SCORED = 4096
+"""Most channels that the kernel of `token_scores` takes: a program holds whole rows."""
+LARGEST_CANVAS = 2**30
+"""Most canvas cells that the kernel of `select_survivors` takes: its keys must fit into int64."""
+
+
+def token_scores(feat_BNC: Tensor, weight_1C: Tensor, bias_1: Tensor, *, backend: str = "auto") -> Tensor:
+    """score = sigmoid(linear(feat)), in the dtype of the weight, also under autocast: the choice of survivors must not
+    depend on rounding to 8 bits.
+
+    Args:
+        feat_BNC: features; any floating dtype.
+        weight_1C, bias_1: of the linear layer; both of one floating dtype.
+        backend: see `affmae_kernels.dispatch`.
+
+    Returns:
+        score_BN in [0, 1], in the dtype of `weight_1C`. Gradients: all arguments.
+
+    Raises:
+        ValueError: when shapes or dtypes do not fit together.
+    """
+    if feat_BNC.ndim != 3 or not feat_BNC.is_floating_point():
+        raise ValueError(f"feat_BNC must be floating [B, N, C]; got {feat_BNC.dtype} {list(feat_BNC.shape)}")
+    channels = feat_BNC.shape[2]
+    if list(weight_1C.shape) != [1, channels] or list(bias_1.shape) != [1] or weight_1C.dtype != bias_1.dtype:
+        raise ValueError(
+            f"weight_1C and bias_1 must be [1, {channels}] and [1] of one dtype; got {list(weight_1C.shape)} "
+            f"{weight_1C.dtype} and {list(bias_1.shape)} {bias_1.dtype}"
+        )
+    obstacle = None
+    if feat_BNC.dtype not in DTYPES or weight_1C.dtype != torch.float32:
+        obstacle = f"features of {feat_BNC.dtype} with weights of {weight_1C.dtype}"
+    elif channels > WIDEST_SCORED:
+        obstacle = f"{channels} channels, only up to {WIDEST_SCORED}"
+    if _choose(backend, feat_BNC.device, obstacle).name == "triton":
+        from affmae_kernels.token_merging import scores
+
+        return scores.token_scores(feat_BNC, weight_1C, bias_1)
+    with without_autocast(feat_BNC):
+        return reference.token_scores(feat_BNC, weight_1C, bias_1)
+
+
+@torch.no_grad()
+def select_survivors(value_BN: Tensor, near: Neighbourhoods, count: int, *, backend: str = "auto") -> Tensor:
+    """The rows of the `count` largest values of each image; ties go to the lower canvas index.
+
+    NaN counts as infinite. All backends give the same rows.
+
+    Args:
+        value_BN: importance of each token; floating.
+        near: neighbourhoods of the N tokens.
+        count: K, from 1 to N.
+        backend: see `affmae_kernels.dispatch`.
+
+    Returns:
+        survivors_BK: int64, ascending. No gradients.
+
+    Raises:
+        ValueError: when shapes do not fit together, or `count` is out of range.
+    """
+    expected = list(near.pos_BN2.shape[:2])
+    if list(value_BN.shape) != expected or not value_BN.is_floating_point():
+        raise ValueError(
+            f"value_BN must be floating [B, N] = {expected}, as the neighbourhoods are; got {value_BN.dtype} "
+            f"{list(value_BN.shape)}"
+        )
+    if not 1 <= count <= expected[1]:
+        raise ValueError(f"count must be from 1 to {expected[1]}, the number of tokens; got {count}")
+    height, width = near.canvas_hw
+    obstacle = None
+    if value_BN.dtype != torch.float32:
+        obstacle = f"values of {value_BN.dtype}, only of torch.float32"
+    elif height * width > LARGEST_CANVAS:
+        obstacle = f"a canvas of {height} x {width} cells, only up to {LARGEST_CANVAS} cells"
+    if _choose(backend, value_BN.device, obstacle).name == "triton":
+        from affmae_kernels.token_merging import survivors
+
+        return survivors.select_survivors(value_BN, near, count)
+    return reference.select_survivors(value_BN, near, count)
 
 
 def merge_tokens(
@@ -48,7 +132,7 @@ def merge_tokens(
     Raises:
         ValueError: when shapes do not fit together.
     """
-    _check(feat_BNC, score_BN, survivors_BK, neighbourhoods)
+    _check_merge(feat_BNC, score_BN, survivors_BK, neighbourhoods)
     parameters = {
         "weight_45": (weight_45, (4, 5)),
         "bias_4": (bias_4, (4,)),
@@ -58,29 +142,21 @@ def merge_tokens(
     for name, (tensor, shape) in parameters.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
-    choice = choose_backend(backend, "token_merging", feat_BNC.device, _unsupported(feat_BNC, neighbourhoods))
-    with torch.autocast(feat_BNC.device.type, enabled=False):
-        if choice.name == "triton":
-            from affmae_kernels.token_merging import triton_impl
+    obstacle = neighbourhoods.unsupported() if feat_BNC.dtype in DTYPES else f"features of {feat_BNC.dtype}"
+    arguments = feat_BNC, score_BN, survivors_BK, neighbourhoods, weight_45, bias_4, norm_weight_4, norm_bias_4
+    if _choose(backend, feat_BNC.device, obstacle).name == "triton":
+        from affmae_kernels.token_merging import triton
 
-            return triton_impl.merge_tokens(
-                feat_BNC, score_BN, survivors_BK, neighbourhoods, weight_45, bias_4, norm_weight_4, norm_bias_4
-            )
-        return reference.merge_tokens(
-            feat_BNC, score_BN, survivors_BK, neighbourhoods, weight_45, bias_4, norm_weight_4, norm_bias_4
-        )
+        return triton.merge_tokens(*arguments)
+    with without_autocast(feat_BNC):
+        return reference.merge_tokens(*arguments)
 
 
-def _unsupported(feat_BNC: Tensor, neighbourhoods: Neighbourhoods) -> str | None:
-    """What the kernel cannot take of these arguments."""
-    if neighbourhoods.cluster_size != KERNEL_CLUSTER_SIZE:
-        return f"clusters of {neighbourhoods.cluster_size} tokens, only of {KERNEL_CLUSTER_SIZE}"
-    if neighbourhoods.count >= KERNEL_CLUSTERS:
-        return f"{neighbourhoods.count} clusters, only fewer than {KERNEL_CLUSTERS}"
-    return None if feat_BNC.dtype in DTYPES else f"features of {feat_BNC.dtype}"
+def _choose(backend: str, device: torch.device, obstacle: str | None) -> Choice:
+    return choose_backend(backend, "token_merging", device, obstacle)
 
 
-def _check(feat_BNC: Tensor, score_BN: Tensor, survivors_BK: Tensor, neighbourhoods: Neighbourhoods) -> None:
+def _check_merge(feat_BNC: Tensor, score_BN: Tensor, survivors_BK: Tensor, neighbourhoods: Neighbourhoods) -> None:
     if feat_BNC.ndim != 3 or not feat_BNC.is_floating_point():
         raise ValueError(f"feat_BNC must be floating [B, N, C]; got {feat_BNC.dtype} {tuple(feat_BNC.shape)}")
     expected = list(neighbourhoods.pos_BN2.shape[:2])

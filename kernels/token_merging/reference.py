@@ -1,6 +1,6 @@
-"""Token merging in plain PyTorch: z = W F with the weights W scattered into a dense matrix over all tokens.
+"""Token merging in plain PyTorch: scores, survivors, and what a survivor gathers.
 
-Memory: W is [B, K, 4, N] in fp32, 16 * B * K * N bytes, kept for the backward pass (base, 512 px, half masked, first
+`merge_tokens` is z = W F with the weights W scattered into a dense matrix over all tokens. Memory: W is [B, K, 4, N] in fp32, 16 * B * K * N bytes, kept for the backward pass (base, 512 px, half masked, first
 stage: 27 MB an image); above 1 GiB in tiles of survivors that are recomputed in the backward pass.
 
 Axes: B batch, N tokens, K survivors (k in a tile), C channels, M neighbours, P slots (N padded to whole clusters).
@@ -15,6 +15,20 @@ from torch import Tensor
 from affmae_kernels.neighbourhoods import Neighbourhoods
 from affmae_kernels.neighbourhoods.reference import cluster_members, neighbour_geometry
 from affmae_kernels.precision import compute_dtype, in_tiles
+
+
+def token_scores(feat_BNC: Tensor, weight_1C: Tensor, bias_1: Tensor) -> Tensor:
+    """See the package for the formula and the shapes."""
+    return F.linear(feat_BNC.to(weight_1C.dtype), weight_1C, bias_1).squeeze(-1).sigmoid()
+
+
+def select_survivors(value_BN: Tensor, near: Neighbourhoods, count: int) -> Tensor:
+    """See the package."""
+    value_BN = value_BN.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # Rows by canvas index, then those rows by value: the second sort is stable
+    canvas_BN = torch.argsort(near.pos_BN2[..., 1] * near.canvas_hw[1] + near.pos_BN2[..., 0], dim=1)
+    rank_BN = torch.argsort(torch.gather(value_BN, 1, canvas_BN), dim=1, descending=True, stable=True)
+    return torch.gather(canvas_BN, 1, rank_BN[:, :count]).sort(dim=1).values
 
 
 def merge_tokens(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from affmae_cli.main import app
 
-HEAVY = ("torch", "numpy", "scipy", "zarr", "monai", "textual", "pydantic_settings", "PIL", "tifffile")
+HEAVY = ("torch", "numpy", "scipy", "zarr", "textual", "pydantic_settings", "PIL", "tifffile")
 
 
 def commands() -> list[tuple[str, ...]]:

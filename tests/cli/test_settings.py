@@ -286,3 +286,11 @@ def test_a_written_configuration_can_be_given_back(preset_folder, tmp_path):
     path = tmp_path / "again.toml"
     path.write_text(output.config_toml(resolved.config.model_dump(), resolved.sources), "utf-8")
     assert resolve(config_file=path).config == resolved.config
+
+
+def test_removed_fields_are_ignored_in_files_and_refused_elsewhere(preset_folder, tmp_path):
+    user = tmp_path / "user.toml"
+    user.write_text("[kernels]\ncompile = true\n[task.finetune.kernels]\ncompile = false\n")
+    assert resolve("finetune", config_file=user).config == RunConfig()
+    (problem,) = problems(overrides=["kernels.compile=false"])
+    assert problem.startswith("kernels.compile = false: unknown field")

@@ -28,7 +28,7 @@ DEVICE = "cuda"
 SETTINGS = {
     "model.size": "small", "model.drop_path": 0, "model.decoder_dropout": 0, "data.crop_size": 256, "data.workers": 2,
     "data.holdout": 0.2, "optim.warmup_steps": 2, "train.batch_size": 32, "train.micro_batch": 8, "train.log_every": 1,
-    "train.eval_every": 0, "train.preview_every": 0, "train.checkpoint_every": 4, "kernels.compile": "false",
+    "train.eval_every": 0, "train.preview_every": 0, "train.checkpoint_every": 4,
     "kernels.cuda_graph": "false",
 }  # fmt: skip
 CAPPED = """

@@ -288,3 +288,12 @@ class TestLock:
         run = make(tmp_path / "a")
         with pytest.raises(ResourceError, match="cannot lock"), run.locked():
             raise AssertionError("must not get here")
+
+
+def test_configuration_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """It has a field that is gone."""
+    run = run_dir.create(tmp_path / "run")
+    run.write_config(RunConfig(), "pretrain")
+    run.config.write_text(run.config.read_text().replace("[kernels]\n", '[kernels]\ncompile = "auto"\n'))
+    assert "compile" in run.config.read_text()
+    assert run.read_config() == RunConfig()

@@ -24,7 +24,7 @@ from affmae_engine.data.ingest import ingest
 from affmae_engine.data.phantom import generate
 from affmae_engine.data.readers import open_sources
 from affmae_engine.data.store import Store
-from affmae_engine.model.segmenter import Segmenter
+from affmae_engine.model.affmae import Segmenter
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, predict

@@ -170,7 +170,7 @@ def test_wrong_shapes_are_named(scatter) -> None:
     pos, query, table, floats, canvas = inputs(scatter)
     with pytest.raises(ValueError, match=r"table_BT4 must be \[2, 63, 4\].*7 x 9; got \[2, 62, 4\]"):
         attend(pos, query, NearestTable(table.table_BT4[:, 1:]), floats, canvas)
-    with pytest.raises(ValueError, match=r"logit_BQAS must be \[2, 7, 2, 4\].*got \[2, 7, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"logit_BQHS must be \[2, 7, 2, 4\].*got \[2, 7, 2, 3\]"):
         attend(pos, query, table, [floats[0], floats[1], floats[2][..., :3], floats[3]], canvas)
     with pytest.raises(ValueError, match=r"tau must be one number; got \[2\]"):
         attend(pos, query, table, [*floats[:3], torch.ones(2)], canvas)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from affmae_kernels.point_attention import NearestTable, nearest_table, point_attention, reference
 
-triton_impl = pytest.importorskip("affmae_kernels.point_attention.triton_impl", reason="needs Triton")
-triton_values = pytest.importorskip("affmae_kernels.point_attention.triton_values")
-from affmae_kernels.point_attention.triton_sample import LaunchConfig, launch_config  # noqa: E402
+triton = pytest.importorskip("affmae_kernels.point_attention.triton", reason="needs Triton")
+from affmae_kernels.point_attention.triton_backward import EdgeLists, sum_edges  # noqa: E402
+from affmae_kernels.point_attention.triton_sample import LaunchConfig, in_rows, launch_config, row_stride  # noqa: E402
+from affmae_kernels.point_attention.triton_table import FIRST_OF_TOKEN  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGEST_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -116,30 +117,18 @@ def test_tables(scatter, canvas, tokens) -> None:
     packed = torch.where(token >= 0, (token << 16) | (y << 8) | x, -1)
     assert torch.equal(table.packed_BT4.flatten(1), packed.int())
     for image in range(2):
-        entries = table.entry_BE[image][table.entry_BE[image] >= 0].long()
+        marked = table.entry_BE[image][table.entry_BE[image] >= 0].long()
+        entries = marked & (FIRST_OF_TOKEN.value - 1)
         assert sorted(entries.tolist()) == (token[image] >= 0).nonzero().flatten().tolist()
         owner = token[image][entries]
         assert torch.equal(owner, owner.sort().values)
         starts = torch.searchsorted(owner, torch.arange(tokens, device=DEVICE))
-        assert torch.equal(entries[starts], table.first_BN[image].long())
+        assert torch.equal(starts, (marked >= FIRST_OF_TOKEN.value).nonzero().flatten())
 
 
-@pytest.mark.parametrize("dtype", HALF_ON_GPU)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"tokens": 20, "queries": 20, "batch": 1},  # every cell a token and a query
-        {"canvas": (3, 5), "tokens": 5, "queries": 15, "heads": 1, "width": 32},
-        {"canvas": (9, 2), "tokens": 4, "queries": 1, "batch": 1, "width": 64},
-        {"tokens": 3, "width": 128, "heads": 1},
-        {"tokens": 2, "heads": 1},
-        {"tokens": 1, "queries": 3, "batch": 1},
-    ],
-    ids=lambda shape: " ".join(f"{k} {v}" for k, v in shape.items()),
-)
 @pytest.mark.usefixtures("poison")
-def test_shapes(scatter, shape, dtype) -> None:
-    Problem(scatter, **shape, dtype=dtype).check()
+def test_one_token(scatter) -> None:
+    Problem(scatter, tokens=1, queries=3, batch=1).check()
 
 
 @pytest.mark.parametrize("dtype", HALF_ON_GPU)
@@ -220,30 +209,33 @@ def test_zero_gradients_give_zero(scatter) -> None:
     assert all((gradient == 0).all() for gradient in problem.run()[1:])
 
 
-def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor) -> Tensor:
-    """The values' gradient of one token whose list holds query r // 4 with weights[r], in the given order."""
+def listed(weights: Tensor, grad_1Q1D: Tensor, order: Tensor, dtau_P: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The values' gradient of one token whose list holds query r // 4 with weights[r], in the given order; and the sum
+    of the parts of tau's gradient."""
     queries = grad_1Q1D.shape[1]
     query = torch.arange(4 * queries, device=DEVICE) // 4
     if grad_1Q1D.dtype == torch.float32:
-        references = (query << 32) | weights.view(torch.int32).long()
+        edges = (query << 32) | weights.view(torch.int32).long()
     else:
-        references = ((query << 16) | (weights * 65535 + 0.5).int()).int()
+        edges = ((query << 16) | (weights * 65535 + 0.5).int()).int()
     ints = {"dtype": torch.int32, "device": DEVICE}
-    nothing = torch.empty(0, device=DEVICE)
-    problem = triton_values.Problem(
+    dvalue_111D, dtau = grad_1Q1D.new_empty(1, 1, 1, 16), torch.empty(1, device=DEVICE)
+    lists = EdgeLists(
+        rank_BQHS=torch.empty(0, **ints),
+        place_BHE=torch.empty(0, **ints),
+        begin_BHN=torch.tensor([0, 4 * queries], **ints),
+        top_BH=grad_1Q1D.float().abs().amax().view(1).view(torch.int32),
+    )
+    sum_edges(
         grad_1Q1D,
-        grad_1Q1D.new_zeros(1, 1, 1, 16),
-        *[nothing] * 4,
-        grad_1Q1D.new_zeros(1, queries, 1, 4, 2),
-        *[nothing] * 2,
-        1,
-        1,
+        edges[order].view(1, 1, -1),
+        lists,
+        torch.zeros(1, device=DEVICE) if dtau_P is None else dtau_P,
+        LaunchConfig(4, 8, 1, 64),
+        dvalue_BNHD=dvalue_111D,
+        dtau=dtau,
     )
-    top = grad_1Q1D.float().abs().amax().view(1).view(torch.int32)
-    begin = torch.tensor([[[0, 4 * queries]]], **ints)
-    return triton_values.gradient_of_values(
-        problem, LaunchConfig(4, 8, 1, 64), references[order].view(1, 1, -1), begin, top
-    )
+    return dvalue_111D, dtau
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -253,14 +245,22 @@ def test_long_lists_neither_overflow_nor_depend_on_their_order(dtype) -> None:
     ones = torch.ones(4 * queries, device=DEVICE)
     largest = torch.full((1, queries, 1, 16), 1.99, device=DEVICE, dtype=dtype)
     forward = torch.arange(4 * queries, device=DEVICE)
-    total = listed(ones, largest, forward).double()
+    total = listed(ones, largest, forward)[0].double()
     torch.testing.assert_close(total, 4 * queries * largest[:, :1].double(), rtol=LARGEST_ERROR[dtype], atol=0)
     weights = torch.rand(4 * queries, generator=generator).to(DEVICE)
     grad = torch.randn(1, queries, 1, 16, generator=generator).to(DEVICE, dtype)
-    total = listed(weights, grad, forward)
+    total = listed(weights, grad, forward)[0]
     expected = (weights.double().view(-1, 4).sum(1) @ grad[0, :, 0].double()).view_as(total)
     assert (total.double() - expected).norm() < LARGEST_ERROR[dtype] * expected.norm()
-    assert torch.equal(total, listed(weights, grad, torch.randperm(4 * queries, generator=generator).to(DEVICE)))
+    assert torch.equal(total, listed(weights, grad, torch.randperm(4 * queries, generator=generator).to(DEVICE))[0])
+
+
+@pytest.mark.parametrize("parts", [1, 256, 700])
+def test_all_parts_of_the_gradient_of_tau_are_summed(parts) -> None:
+    dtau_P = torch.arange(1.0, parts + 1, device=DEVICE)
+    one = torch.ones(4, device=DEVICE)
+    _, dtau = listed(one, torch.ones(1, 1, 1, 16, device=DEVICE), torch.arange(4, device=DEVICE), dtau_P)
+    assert dtau.item() == parts * (parts + 1) / 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -278,31 +278,67 @@ def test_production_sizes(scatter, tokens, queries, dtype) -> None:
     Problem(scatter, (64, 64), tokens, queries, 2, 6, 64, dtype).check()
 
 
-def test_compiles_into_one_graph(scatter) -> None:
-    problem = Problem(scatter, batch=1, queries=3)
-
-    def loss(value: Tensor, offset: Tensor, logit: Tensor, tau: Tensor) -> Tensor:
-        table = nearest_table(problem.pos, problem.canvas, backend="triton")
-        asked = (value, problem.pos, table, problem.query, offset, logit, tau, problem.canvas)
-        return (point_attention(*asked, backend="triton") * problem.grad).sum()
-
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    leaves = [x.detach().requires_grad_() for x in problem.floats]
-    gradients = torch.autograd.grad(compiled(*leaves), leaves)
-    for got, expected in zip(gradients, problem.run()[1:], strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_operators_keep_their_promises(scatter) -> None:
-    problem = Problem(scatter, batch=1, queries=3, heads=1)
+def test_slices_of_one_matrix(scatter) -> None:
+    problem = Problem(scatter, tokens=5, queries=5)
     table = nearest_table(problem.pos, problem.canvas, backend="triton")
-    tables = (table.packed_BT4, table.entry_BE, table.first_BN)
-    leaves = [x.detach().requires_grad_() for x in problem.floats]
-    args = (leaves[0], *tables, problem.query, *leaves[1:], *problem.canvas)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(triton_impl.point_attention, args, test_utils=tests)
-    plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
-    torch.library.opcheck(triton_impl.point_attention_backward, (problem.grad, *plain), test_utils=tests)
+    rest = table, problem.query, problem.tau, problem.canvas
+    features = problem.value, problem.offset, problem.logit
+
+    def gradients(value: Tensor, offset: Tensor, logit: Tensor, into: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        dvalue, doffset, dlogit = into
+        given = {"dvalue_BNHD": dvalue, "doffset_BQHS2": doffset, "dlogit_BQHS": dlogit}
+        return *into, triton.backward(problem.grad, value, offset, logit, *rest, **given)
+
+    def slices() -> tuple[Tensor, ...]:
+        """Of rows of 60 columns, 4 of them unused."""
+        wide = torch.zeros(2, 5, 60, device=DEVICE)
+        widths = [x[0, 0].numel() for x in features]
+        parts = wide.split([*widths, 60 - sum(widths)], -1)[:3]
+        return tuple(part.unflatten(-1, x.shape[2:]) for part, x in zip(parts, features, strict=True))
+
+    sliced = tuple(part.copy_(x) for part, x in zip(slices(), features, strict=True))
+    assert all(in_rows(part)[0] is part for part in sliced), "no copies"
+    assert torch.equal(triton.forward(*sliced, *rest), triton.forward(*features, *rest))
+    expected = gradients(*features, into=tuple(torch.empty_like(x) for x in features))
+    for got, straight in zip(gradients(*sliced, into=slices()), expected, strict=True):
+        assert torch.equal(got, straight)
+    with pytest.raises(ValueError, match="dlogit_BQHS must have dense rows"):
+        dvalue, doffset, dlogit = slices()
+        gradients(*features, into=(dvalue, doffset, dlogit.transpose(0, 1).contiguous().transpose(0, 1)))
+
+
+def test_row_stride() -> None:
+    wide = torch.empty(2, 3, 20)
+    assert row_stride(wide) == row_stride(wide[..., 4:12].unflatten(-1, (2, 4))) == 20
+    assert row_stride(wide[:, :2]) is None and row_stride(wide[:, :1]) == 60 and row_stride(wide[:1, :1]) == 20
+    assert row_stride(wide.transpose(0, 1)) is None and row_stride(wide.transpose(1, 2)) is None
+    assert row_stride(torch.empty(1, 1, 8).expand(2, 3, 8)) is None
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    batch, tokens, heads, width, canvas = 1400, 4096, 6, 64, (64, 64)
+    assert batch * tokens * heads * width > 2**31
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    random = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, tokens, *shape, generator=random, device=DEVICE, dtype=torch.bfloat16)
+
+    index = torch.rand(batch, tokens, generator=random, device=DEVICE).argsort(1)
+    pos = torch.stack([index % canvas[1], index // canvas[1]], -1).int()
+    tensors = pos, normal(heads, width), normal(heads, 4, 2), normal(heads, 4), normal(heads, width)
+
+    def run(pos: Tensor, value: Tensor, offset: Tensor, logit: Tensor, grad: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (value, offset, logit)]
+        table = nearest_table(pos, canvas, backend="triton")
+        tau = torch.tensor([2.0], device=DEVICE)
+        out = point_attention(leaves[0], pos, table, pos, *leaves[1:], tau, canvas, backend="triton")
+        return [out.detach()[-1], *(x[-1] for x in torch.autograd.grad(out, leaves, grad))]
+
+    for all_images, alone in zip(run(*tensors), run(*(x[-1:] for x in tensors)), strict=True):
+        assert torch.equal(all_images, alone)
 
 
 def test_what_the_kernels_do_not_take_is_named(scatter) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from affmae_engine.config import LossConfig, MaskConfig, ModelConfig
-from affmae_engine.model.autoencoder import MaskedAutoencoder, canvas_of
+from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.model.masking import draw_mask
+from affmae_engine.model.patches import canvas_of
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from affmae_engine.config import LossConfig, ModelConfig
-from affmae_engine.model.autoencoder import MaskedAutoencoder
+from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.model.sizes import SIZES
 
 PUBLISHED = {"small": 22.9e6, "base": 65.6e6}
@@ -44,6 +44,32 @@ def test_parameters_are_those_published(size, tolerance) -> None:
 
 def test_tiny_is_under_a_million() -> None:
     assert count("tiny") < 1_000_000
+
+
+def test_fields_override_the_named_size(batch) -> None:
+    config = ModelConfig(
+        size="tiny", dims=(16, 48, 64, 96), depths=(1, 2, 1, 1), heads=(1, 3, 2, 3), mlp_ratio=3, decoder_dim=64,
+        decoder_heads=4,
+    )  # fmt: skip
+    model = MaskedAutoencoder(config, LossConfig())
+    assert [len(stage.blocks) for stage in model.encoder.stages] == [1, 2, 1, 1]
+    assert [stage.norm.weight.numel() for stage in model.encoder.stages] == [16, 48, 64, 96]
+    assert model.encoder.stages[1].blocks[0].mlp[0].weight.shape == (144, 48) and model.decoder.dim == 64
+    assert torch.isfinite(model(*batch(1, 64, 64))["loss"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": (3, 3, 3, 3)}, "3 heads do not divide the width of 32 of stage 1"),
+        ({"decoder_heads": 5}, "a multiple of decoder_heads"),
+        ({"dims": (15, 64, 96, 96), "heads": (1, 2, 3, 3)}, "stage 1 must be even"),
+        ({"family": "vit-mae", "depths": (1, 1, 1, 1)}, "depths configure AFFMAE only"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{"size": "tiny", **settings})
 
 
 def test_loss_is_the_mean_squared_error_on_masked_patches(autoencoder, batch) -> None:

@@ -1,4 +1,4 @@
-"""The decoder's sine embedding, the start of its offsets, and its steps."""
+"""The decoder's position code, the start of its offsets, and its steps."""
 
 import math
 
@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from affmae_engine.config import ModelConfig
-from affmae_engine.model.decoder import Decoder, PointAttention, SineEmbedding
+from affmae_engine.model.decoder import Decoder, PointAttention, position_code
 from affmae_engine.model.encoder import StageOutput
 
 
 @pytest.mark.parametrize(("canvas", "position"), [((7, 11), (3, 6)), ((5, 1), (0, 4)), ((4, 4), (3, 0))])
-def test_sine_embedding_equals_its_formula(canvas, position) -> None:
+def test_position_code_equals_its_formula(canvas, position) -> None:
     dim = 24
-    embedding = SineEmbedding(dim)(torch.tensor([[position]], dtype=torch.int32), canvas)[0, 0]
+    code = position_code(canvas, dim, torch.device("cpu"))
+    assert code.shape == (canvas[0] * canvas[1], dim)
+    embedding = code[position[1] * canvas[1] + position[0]]
     expected = []
     for value, cells in zip(position, reversed(canvas), strict=True):
         u = 2 * math.pi * value / max(cells - 1, 1)
@@ -23,7 +25,7 @@ def test_sine_embedding_equals_its_formula(canvas, position) -> None:
 
 
 def test_offsets_start_on_rings() -> None:
-    layer = PointAttention(384, 6, "auto")
+    layer = PointAttention(384, 6)
     assert not layer.offset.weight.any() and not layer.logit.weight.any() and not layer.logit.bias.any()
     offset = layer.offset.bias.detach().view(6, 4, 2)
     for head in range(6):

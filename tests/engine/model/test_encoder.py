@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from affmae_engine.config import ModelConfig
-from affmae_engine.model.block import DropPath
-from affmae_engine.model.encoder import Encoder
-from affmae_engine.model.merging import NormMerging, largest, survivor_count
+from affmae_engine.model.encoder import Encoder, NormMerging, Stem, survivor_count
 from affmae_engine.model.patches import unpatchify
-from affmae_engine.model.stem import Stem
-from affmae_kernels.neighbourhoods import build
+from affmae_engine.model.vit_mae import DropPath
+from affmae_kernels.neighbourhoods import build_neighbourhoods
 
 
 def encode(model, image, visible):
@@ -72,15 +70,6 @@ def test_tokens_shrink_and_keep_their_places(autoencoder, batch, merging) -> Non
     assert {tuple(p) for p in stages[0].pos_BN2[0].tolist()} == {(int(i) % 9, int(i) // 9) for i in visible[0]}
 
 
-def test_survivors_are_the_largest_with_ties_by_canvas_index() -> None:
-    pos = torch.tensor([[[3, 3], [0, 0], [2, 1], [1, 2], [3, 0]]], dtype=torch.int32)
-    order, near = build(pos, (4, 4), cluster_size=2, neighbours=2)
-    value = torch.tensor([[5.0, 1.0, 1.0, 1.0, 1.0]]).gather(1, order)
-    rows = largest(value, near, 3)
-    assert rows.equal(rows.sort().values)
-    assert sorted(map(tuple, near.pos_BN2[0, rows[0]].tolist())) == [(0, 0), (3, 0), (3, 3)]
-
-
 @pytest.mark.parametrize(
     ("tokens", "keep", "expected"),
     [(2048, 0.4, 819), (100, 0.29, 29), (1, 0.4, 1), (2, 0.4, 1), (5, 0.4, 2), (7, 1, 7)],
@@ -99,9 +88,9 @@ def test_scores_receive_a_gradient_through_the_survivors(autoencoder, batch) -> 
 
 def test_norm_merging_marks_the_longest_before_the_last_block() -> None:
     torch.manual_seed(0)
-    merge = NormMerging(4, 6, 0.5)
+    merge = NormMerging(4, 6, 0.5, "auto")
     pos = torch.tensor([[[0, 0], [1, 0], [2, 0], [3, 0]]], dtype=torch.int32)
-    _, near = build(pos, (1, 4), cluster_size=8, neighbours=64)
+    _, near = build_neighbourhoods(pos, (1, 4), cluster_size=8, neighbours=64)
     feat = torch.tensor([[[1.0] * 4, [3.0] * 4, [-2.0] * 4, [0.0] * 4]], requires_grad=True)
     marked, rows = merge.select(feat, near)
     assert rows.tolist() == [[1, 2]]
@@ -109,32 +98,49 @@ def test_norm_merging_marks_the_longest_before_the_last_block() -> None:
     assert merge(marked, rows).shape == (1, 2, 6)
 
 
-def test_stem_with_everything_visible_is_the_plain_stem_and_embeds_one_patch_from_its_neighbours() -> None:
+def test_stem_embeds_a_patch_from_itself_and_three_neighbors() -> None:
     torch.manual_seed(0)
-    stem = Stem(2, 16, 8)
+    stem = Stem(2, 16, 8, "auto")
     assert [(c.in_channels, c.out_channels) for c in stem.convs] == [(2, 8), (8, 8), (8, 16)]
-    image = torch.randn(1, 2, 40, 40)
-    every = torch.arange(25)[None]
-    plain = stem(image, None)
-    torch.testing.assert_close(plain, stem(image, every))
+    image, every = torch.randn(1, 2, 40, 40), torch.arange(25)[None]
     touched = image.clone()
     touched[:, :, 16:24, 16:24] += 1  # the patch in the middle, cell 12
-    changed = (stem(touched, None) - plain).abs().sum(-1)[0] > 0
-    assert set(torch.nonzero(changed).flatten().tolist()) <= {12, 13, 17, 18}
+    changed = (stem(touched, every) - stem(image, every)).abs().sum(-1)[0] > 0
+    assert set(torch.nonzero(changed).flatten().tolist()) == {12, 13, 17, 18}
 
 
 @pytest.mark.parametrize("patch", [2, 4, 16])
 def test_other_patch_sizes(patch) -> None:
     torch.manual_seed(0)
-    stem = Stem(1, 32, patch)
+    stem = Stem(1, 32, patch, "auto")
     assert len(stem.convs) == patch.bit_length() - 1
-    assert stem(torch.randn(1, 1, 3 * patch, 2 * patch), None).shape == (1, 6, 32)
+    every = torch.arange(6)[None]
+    assert stem(torch.randn(1, 1, 3 * patch, 2 * patch), every).shape == (1, 6, 32)
 
 
-def test_drop_path_rises_linearly_and_drops_whole_images() -> None:
+def test_drop_path_rises_linearly() -> None:
     encoder = Encoder(ModelConfig(size="small", drop_path=0.1))
-    rates = [block.drop_path.rate for stage in encoder.stages for block in stage.blocks]
+    rates = [block.drop_path for stage in encoder.stages for block in stage.blocks]
     assert rates == pytest.approx([0.1 * i / 15 for i in range(16)])
+
+
+def test_stochastic_depth_draws_anew_for_every_image_and_only_in_training(autoencoder, batch) -> None:
+    model = autoencoder(drop_path=0.9)
+    image, visible, _ = batch(1, 32, 32)
+    image, visible = image.expand(16, -1, -1, -1), visible.expand(16, -1)
+
+    def distinct() -> list[int]:
+        stages = model.encoder(image, visible)
+        return [len({tuple(row.tolist()) for row in stage.feat_BNC.detach().flatten(1)}) for stage in stages]
+
+    torch.manual_seed(0)
+    assert distinct() == [1, 1, 1, 1]
+    model.train()
+    first, *_, last = distinct()
+    assert first == 1 and last > 1  # the rate of the first block is 0
+
+
+def test_drop_path_of_a_vit_drops_whole_images() -> None:
     torch.manual_seed(0)
     dropped = DropPath(0.25)(torch.ones(400, 2, 3))
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])

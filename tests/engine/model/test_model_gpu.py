@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from affmae_engine.config import LossConfig, ModelConfig
-from affmae_engine.model.autoencoder import MaskedAutoencoder
-from affmae_engine.model.segmenter import Segmenter
+from affmae_engine.model.affmae import MaskedAutoencoder, Segmenter
 
 pytestmark = pytest.mark.gpu
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from affmae_engine.model.affmae import class_head_from_pixel_head
 from affmae_engine.model.collapse import effective_rank
-from affmae_engine.model.heads import class_head_from_pixel_head
 from affmae_engine.model.patches import canvas_of, pad_to_patches, patchify, real_pixels, unpatchify
 
 

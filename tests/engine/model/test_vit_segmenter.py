@@ -1,4 +1,4 @@
-"""The plain ViT's segmenter: outputs, names and weight shared with the autoencoder, layers, compiled parts."""
+"""The plain ViT's segmenter: outputs, names and weight shared with the autoencoder, layers."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 from affmae_engine.config import LossConfig, ModelConfig
 from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.model.vit_segmenter import VitSegmenter
-from affmae_engine.train.compile import compile_regions
 
 TINY = ModelConfig(family="vit-mae", size="tiny", channels=2, drop_path=0.2)
 
@@ -74,12 +73,3 @@ def test_layers_count_blocks_from_the_image(model) -> None:
     assert {depth is None for name, depth in depths.items() if not name.startswith("encoder.")} == {True}
     with pytest.raises(ValueError, match="unknown encoder parameter"):
         layers.depth_of("encoder.stem.weight")
-
-
-def test_encoder_decoder_and_head_are_compiled_each_as_one_graph(model) -> None:
-    torch._dynamo.reset()
-    model.eval()
-    image = torch.randn(1, 2, 32, 32)
-    expected = model(image)["logits"]
-    assert compile_regions(model, backend="eager") == 3
-    torch.testing.assert_close(model(image)["logits"], expected)

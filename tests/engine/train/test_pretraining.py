@@ -13,7 +13,7 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.phantom import generate
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError, InputError
-from affmae_engine.model.segmenter import Segmenter
+from affmae_engine.model.affmae import Segmenter
 from affmae_engine.run_dir import create
 from affmae_engine.train.loop import fit
 from affmae_engine.train.pretraining import pretrain_task

@@ -188,12 +188,12 @@ def test_what_shows_in_the_last_digits_is_recorded(make_toy: Make, make_config: 
 def test_other_draws_of_dropout_are_not_called_rounding(drop_path: float, dropout: float, make_config: Make) -> None:
     model = {"drop_path": drop_path, "decoder_dropout": dropout}
     before, now = (
-        RunConfig.model_validate({"model": model, "train": {"micro_batch": micro}, "kernels": {"compile": on}})
+        RunConfig.model_validate({"model": model, "train": {"micro_batch": micro}, "kernels": {"cuda_graph": on}})
         for micro, on in ((2, True), (4, False))
     )
     notes = resume.rounding_notes(before, now)
     ending = " up to rounding and the draws of dropout" if drop_path or dropout else " up to rounding"
-    assert [note.split(" is ")[0] for note in notes] == ["train.micro_batch", "kernels.compile"]
+    assert [note.split(" is ")[0] for note in notes] == ["train.micro_batch", "kernels.cuda_graph"]
     assert all(note.endswith(f"the result stays the same{ending}") for note in notes)
 
 

@@ -1,0 +1,56 @@
+"""Every operation against its reference in float64: results and every gradient, in every precision, on odd shapes."""
+
+import pytest
+import torch
+
+from affmae_kernels.cases import LIMITS, OPERATIONS, Case, cases, errors, solve
+
+pytest.importorskip("triton", reason="needs Triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [
+    pytest.param(dtype, marks=() if dtype == torch.float32 else pytest.mark.gpu, id=str(dtype)[6:]) for dtype in LIMITS
+]
+SMALL = [pytest.param(case, id=case.title) for operation in OPERATIONS for case in cases(operation, network=False)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SMALL)
+def test_kernels_equal_the_reference(case: Case, dtype: torch.dtype, poison: None) -> None:
+    found = errors(case, DEVICE, dtype, "triton")
+    assert found and {name: error for name, error in found.items() if not error <= LIMITS[dtype]} == {}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_reference_in_fp32_is_close_to_float64(case: Case) -> None:
+    assert max(errors(case, "cpu", torch.float32, "reference").values()) <= LIMITS[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_two_runs_give_the_same_bits(operation: str) -> None:
+    for case in cases(operation, network=False):
+        first, second = (solve(case, DEVICE, torch.bfloat16, "triton") for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first), case.title
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_network_shapes_agree_with_the_reference(operation: str) -> None:
+    """bf16 kernels against the reference in bf16 on the same GPU: a float64 reference of these shapes is too large."""
+    for case in cases(operation, network=True):
+        found, plain = (solve(case, DEVICE, torch.bfloat16, backend) for backend in ("triton", "reference"))
+        for name, tensor in plain.items():
+            if tensor.is_floating_point():
+                difference = float((found[name].double() - tensor.double()).norm() / tensor.double().norm())
+                assert difference <= 2 * LIMITS[torch.bfloat16], (case.title, name, difference)
+            else:
+                assert torch.equal(found[name], tensor), (case.title, name)
+
+
+def test_every_folder_of_an_operation_is_listed_and_has_both_kinds_of_cases() -> None:
+    for operation in OPERATIONS:
+        found = cases(operation)
+        assert {case.operation for case in found} == {operation}
+        assert len({case.name for case in found}) == len(found)
+        assert any(case.network for case in found) and not all(case.network for case in found)
