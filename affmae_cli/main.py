@@ -7,7 +7,7 @@ Command modules import only Typer and the option types at the top; the engine is
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,8 +27,19 @@ Pretraining and segmentation for electron microscopy.
 [bold]affmae watch[/bold]                              see how a run is doing
 """
 
+ORDER = ("ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "check", "presets", "doctor")
+"""The commands in the order of the help."""
+
+
+class RootGroup(ErrorGroup):
+    """The root command, which lists its commands in `ORDER`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(ORDER)
+
+
 app = typer.Typer(
-    cls=ErrorGroup,
+    cls=RootGroup,
     help=STORY,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -36,16 +47,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# In the order in which the help lists them: ingest, pretrain, finetune, predict, watch, demo, bench, check, presets,
-# doctor.
 app.command()(ingest.ingest)
 app.command()(led(pretrain.pretrain))
 app.command()(led(finetune.finetune))
 app.command()(predict.predict)
 app.command()(watch.watch)
 app.command()(demo.demo)
-app.command()(bench.bench)
-app.command("benchmark", hidden=True)(bench.bench)
+app.add_typer(bench.app, name="bench")
 app.command()(check.check)
 app.command()(presets.presets)
 app.command()(doctor.doctor)

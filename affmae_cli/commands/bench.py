@@ -1,308 +1,309 @@
-"""`affmae bench`: AFFMAE against ViT-MAE on this machine, or (`--kernels`) single operations against their references.
-
-What is wrong is not timed: each operation is first compared with its float64 reference.
-"""
+"""`affmae bench`: AFFMAE against ViT-MAE in speed and in quality, and single operations against their references."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
 from affmae_cli import output
-from affmae_cli.bench_compare import CompareOption
-from affmae_cli.bench_tables import show_tables
-from affmae_cli.options import ConfigOption, DeviceOption, JsonOption, PresetOption, QuietOption, SetOption
-from affmae_cli.pixel_size import PixelSizeOption
-from affmae_cli.quality_options import (
-    BudgetOption,
-    FinetuneBudgetOption,
-    FractionsOption,
-    ImagesOption,
-    LabelsOption,
-    QualityOption,
-    SeedsOption,
-    UnlabelledOption,
-)
+from affmae_cli.options import ConfigOption, DeviceOption, JsonOption, PresetOption, SetOption
+from affmae_engine.errors import AffmaeError, ConfigError, Interrupted
 
-if TYPE_CHECKING:
-    from affmae_cli.bench_plan import Plan
-    from affmae_cli.bench_view import View
-    from affmae_cli.quality_plan import QualityOptions
-    from affmae_engine.bench.comparison import Comparison
-    from affmae_engine.bench.results import Ratio, Result
+app = typer.Typer(rich_markup_mode="rich", invoke_without_command=True)
 
-    Old = dict[str, Any] | None
-    """An earlier result to compare with."""
+SMALLEST_EDGE, LARGEST_EDGE = 64, 4096
+_TINY = {"sizes": "tiny", "resolutions": "128", "batch": 2}
+"""What is measured where there is no GPU."""
+_CPU_REMARK = "No GPU: plain PyTorch on a CPU shows that everything runs, and says little about a GPU."
+_Name = TypeVar("_Name", bound=str)
 
-_NETWORKS, _HOW, _KERNELS = "What is compared", "How it is measured", "Single operations"
+OutOption = Annotated[
+    Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write report.md and results.json there.")
+]
+CompareOption = Annotated[
+    Path | None,
+    typer.Option("--compare", metavar="OLD", help="Earlier results.json, or its folder: show what changed since."),
+]
 
 
-def bench(
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            "--sizes",
-            metavar="LIST",
-            help="tiny, small, base; small unless full.",
-            rich_help_panel=_NETWORKS,
-        ),
+@app.callback()
+def bench(ctx: typer.Context) -> None:
+    """Compare AFFMAE with ViT-MAE on this machine.
+
+    Without a subcommand: `bench speed` with its defaults, a pretraining step of the small network at 512 px.
+    """
+    if ctx.invoked_subcommand is None:
+        speed()
+
+
+@app.command()
+def speed(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="[TASK]...", help="pretrain (default), finetune, predict.")
     ] = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", metavar="LIST", help="tiny, small (default), base.")] = None,
     resolutions: Annotated[
-        str | None,
-        typer.Option(
-            "--resolutions",
-            metavar="LIST",
-            help="Edges in pixels; 512 unless full.",
-            rich_help_panel=_NETWORKS,
-        ),
+        str | None, typer.Option("--resolutions", metavar="LIST", help="Image edges in pixels. Default: 512.")
     ] = None,
-    task: Annotated[
-        str,
-        typer.Option("--task", metavar="LIST", help="pretrain, finetune, predict.", rich_help_panel=_NETWORKS),
-    ] = "pretrain",
     batch: Annotated[
-        str,
-        typer.Option(
-            "--batch", metavar="N|auto", help="Images; `auto` by task, size and card.", rich_help_panel=_NETWORKS
-        ),
-    ] = "auto",
-    models: Annotated[
-        str, typer.Option("--models", metavar="LIST", help="affmae, vit-mae.", rich_help_panel=_NETWORKS)
-    ] = "affmae,vit-mae",
-    vit: Annotated[
-        str,
-        typer.Option(
-            "--vit",
-            metavar="LIST",
-            help="How ViT-MAE runs: auto (the faster of compile and graph), compile, compile-fp32-residual, graph "
-            "(recorded step), reduce-overhead, eager. The fastest counts.",
-            rich_help_panel=_NETWORKS,
-        ),
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option("--dtype", help="Of features and autocast.", rich_help_panel=_NETWORKS),
-    ] = "auto",
+        int | None, typer.Option("--batch", min=1, help="Images. Default: by task, size and resolution.")
+    ] = None,
+    families: Annotated[str, typer.Option("--families", metavar="LIST", help="affmae, vit-mae.")] = "affmae,vit-mae",
+    protocol: Annotated[
+        Literal["trainer", "paper", "both"],
+        typer.Option("--protocol", help="`paper`: batch 4, no optimizer, as in the published benchmark."),
+    ] = "trainer",
     data: Annotated[
         Path | None,
+        typer.Option("--data", metavar="STORE", help="Dataset: also time pretraining with the data loader."),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also list the most expensive kernels.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Start every case with empty compiler caches.")] = False,
+    limit: Annotated[
+        float | None,
+        typer.Option("--limit", metavar="MINUTES", min=0, help="Start no case after this time; see -o."),
+    ] = None,
+    device: DeviceOption = None,
+    compare: CompareOption = None,
+    out: Annotated[
+        Path | None,
         typer.Option(
-            "--data",
-            metavar="STORE",
-            help="Dataset made by `affmae ingest`: also time pretraining with its loading.",
-            rich_help_panel=_NETWORKS,
+            "-o", "--out", metavar="DIR", help="Write the report there. Finished cases are kept; rerun to continue."
         ),
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick",
-            help="Few rounds, AFFMAE not compiled; unless sizes are named.",
-            rich_help_panel=_HOW,
-        ),
-    ] = False,
-    full: Annotated[
-        bool,
-        typer.Option("--full", help="small and base at 512 and 1024 px, compiled, three rounds.", rich_help_panel=_HOW),
-    ] = False,
-    rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="Processes per case.", rich_help_panel=_HOW)
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Timed steps in each.", rich_help_panel=_HOW)
-    ] = None,
-    compile_: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile AFFMAE's layers, as long training runs do. Default: not when quick.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    max_batch: Annotated[
-        bool,
-        typer.Option("--max-batch", help="Also find the largest batch that fits.", rich_help_panel=_HOW),
-    ] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Also show where each step spends its time.", rich_help_panel=_HOW)
-    ] = False,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=1, help="Seconds until a process is given up.", rich_help_panel=_HOW)
-    ] = 900.0,
-    kernels: Annotated[
-        bool,
-        typer.Option("--kernels", help="Time single operations instead of networks.", rich_help_panel=_KERNELS),
-    ] = False,
-    ops: Annotated[
-        str | None,
-        typer.Option("--ops", metavar="LIST", help="Only these operations.", rich_help_panel=_KERNELS),
+    json: JsonOption = False,
+) -> None:
+    """Time and memory of a step, each case in a fresh process, both networks at their best.
+
+    Full report in pieces: affmae bench speed pretrain finetune predict --sizes base,small --resolutions 512,1024
+    --limit 6 -o bench, repeated until nothing is left.
+    """
+    import torch
+
+    from affmae_cli.bench_output import finish
+    from affmae_engine import atomic
+    from affmae_engine.bench import report
+    from affmae_engine.bench import speed as engine
+    from affmae_engine.bench.child import Children
+    from affmae_engine.bench.networks import Family, SpeedTask
+    from affmae_engine.config import TrainConfig
+    from affmae_engine.data.store import Store
+    from affmae_engine.model.sizes import SIZES
+    from affmae_engine.train.device import pick_device
+
+    # Check the options before anything is measured.
+    old = None if compare is None else report.read_results(compare, "speed")
+    chosen_tasks = _names("TASK", tasks or ["pretrain"], get_args(SpeedTask))
+    chosen_families = _names("--families", families.split(","), get_args(Family))
+    choice = pick_device(TrainConfig.model_validate({"device": device or "auto"}))
+    on_gpu = choice.device.type == "cuda"
+    usual = {"sizes": "small", "resolutions": "512", "batch": None} if on_gpu else _TINY
+    chosen_sizes = _names("--sizes", str(sizes or usual["sizes"]).split(","), list(SIZES))
+    edges = _edges(str(resolutions or usual["resolutions"]))
+    if data is not None:
+        Store.open(data)
+    cases = engine.cases_of(
+        chosen_tasks,
+        chosen_sizes,
+        edges,
+        chosen_families,
+        ("trainer", "paper") if protocol == "both" else (protocol,),
+        batch=batch or (None if on_gpu else 2),
+        memory_gib=torch.cuda.get_device_properties(choice.device).total_memory / 2**30 if on_gpu else 0.0,
+    )
+    folder = None if out is None else atomic.ensure_folder(out)
+
+    # Measure what an earlier call has not measured; write a report after every case.
+    remarks = [] if on_gpu else [_CPU_REMARK]
+    about = report.circumstances(choice, {"protocol": protocol, "cold caches": cold}, remarks)
+    run = engine.SpeedRun(engine.SpeedPlan(cases, choice, profile, data, cold), about, folder)
+    _begin(choice.description, remarks)
+    if len(run.waiting) < len(cases):
+        output.say(f"{len(cases) - len(run.waiting)} of {len(cases)} cases were finished earlier")
+
+    def document() -> dict[str, Any]:
+        return report.document(
+            "speed",
+            about,
+            engine.records_of(run.results),
+            engine.figures_of(run.results),
+            ratios=engine.ratios_of(run.results),
+            complete=not run.waiting,
+        )
+
+    title = "AFFMAE against ViT-MAE: speed and memory"
+    try:
+        with Children(engine.TIMEOUT_S) as children:
+            limit_s = None if limit is None else 60 * limit
+            for case in run.run(children, limit_s=limit_s, begin=lambda case: output.say(f"measuring {case.name}")):
+                output.say(f"  {run.results[case].describe()}; {len(run.waiting)} cases left")
+                if folder is not None:
+                    report.write(folder, title, document(), engine.tables_of(run.results))
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"with {len(run.waiting)} of {len(cases)} cases left", "the same command continues"
+        ) from error
+    if run.waiting:
+        output.say(f"{len(run.waiting)} of {len(cases)} cases left: repeat the command", label="note")
+    finish(title, document(), engine.tables_of(run.results), folder=folder, old=old, json=json)
+
+
+@app.command()
+def kernels(
+    operations: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPERATION]...", help="Only these operations. Default: all.")
     ] = None,
     reference: Annotated[
-        bool,
-        typer.Option("--reference/--no-reference", help="Time the references too.", rich_help_panel=_KERNELS),
+        bool, typer.Option("--reference/--no-reference", help="Also time the references in plain PyTorch.")
     ] = True,
-    counters: Annotated[
-        bool,
+    precision: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option("--precision", help="Of the features.")
+    ] = "auto",
+    device: DeviceOption = None,
+    compare: CompareOption = None,
+    out: OutOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check every operation against its float64 reference, then time it at the shapes of the base network.
+
+    Times stand beside the bound that the measured copy rate and matrix product rate of this device allow. Exits with 1
+    if an operation is wrong or does not run.
+    """
+    from affmae_cli.bench_output import finish
+    from affmae_engine import atomic
+    from affmae_engine.bench import kernels as engine
+    from affmae_engine.bench import report
+    from affmae_engine.bench.child import Children
+    from affmae_engine.config import TrainConfig
+    from affmae_engine.train.device import pick_device
+    from affmae_kernels.cases import OPERATIONS
+
+    old = None if compare is None else report.read_results(compare, "kernels")
+    chosen = _names("OPERATION", operations or OPERATIONS, OPERATIONS)
+    choice = pick_device(TrainConfig.model_validate({"device": device or "auto", "precision": precision}))
+    folder = None if out is None else atomic.ensure_folder(out)
+    remarks = [] if choice.device.type == "cuda" else [_CPU_REMARK]
+    about = report.circumstances(choice, {"reference": reference}, remarks)
+    _begin(choice.description, remarks)
+    found = []
+    with Children(engine.TIMEOUT_S) as children:
+        for item, result in engine.run_items(engine.items_of(chosen, choice, reference=reference), children):
+            name = ", ".join(item[key] for key in ("what", "operation", "name") if key in item)
+            output.say(f"{name}: {result['status']}")
+            found.append((item, result))
+    records, ceilings = engine.records_of(found)
+    if ceilings is not None:
+        about["settings"]["measured ceilings"] = f"{ceilings.gb_s:.0f} GB/s, {ceilings.tflop_s:.3g} TFLOP/s"
+    values = report.document("kernels", about, records, engine.figures_of(records))
+    finish("Operations", values, engine.tables_of(records), folder=folder, old=old, json=json)
+    bad = [record for record in records if record["status"] != "ok"]
+    if bad:
+        raise AffmaeError(
+            f"{len(bad)} of {len(records)} cases are wrong or do not run, first {bad[0]['operation']}, "
+            f"{bad[0]['name']}: {bad[0]['note']}",
+            "--set kernels.backend=reference trains without the Triton kernels",
+        )
+
+
+@app.command()
+def quality(
+    images: Annotated[list[str], typer.Option("--images", metavar="PATH", help="Labeled images. May be repeated.")],
+    labels: Annotated[list[str], typer.Option("--labels", metavar="PATH", help="Their labels, as for finetune.")],
+    unlabelled: Annotated[
+        list[str] | None, typer.Option("--unlabelled", metavar="PATH", help="More images, for pretraining only.")
+    ] = None,
+    budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="Of one pretraining.")] = "10m",
+    finetune_budget: Annotated[
+        str | None,
         typer.Option(
-            "--counters",
-            help="Also count bytes and instructions with NVIDIA's ncu: what bounds each kernel.",
-            rich_help_panel=_KERNELS,
+            "--finetune-budget",
+            metavar="TIME",
+            help="Of one finetuning of the slower model; both take as many steps. Default: a quarter of --budget.",
         ),
-    ] = False,
-    quality: QualityOption = False,
-    images: ImagesOption = None,
-    labels: LabelsOption = None,
-    unlabelled: UnlabelledOption = None,
-    budget: BudgetOption = None,
-    finetune_budget: FinetuneBudgetOption = None,
-    seeds: SeedsOption = None,
-    label_fractions: FractionsOption = None,
-    pixel_size: PixelSizeOption = None,
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of random seeds.")] = 3,
+    fractions: Annotated[
+        str, typer.Option("--label-fractions", metavar="LIST", help="Shares of the labels, besides all of them.")
+    ] = "0.1,0.25",
     preset: PresetOption = "auto",
     config: ConfigOption = None,
     set_: SetOption = None,
-    compare: CompareOption = None,
     device: DeviceOption = None,
+    compare: CompareOption = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write report.md and results.json there.")
-    ] = None,
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of results; rerun to continue there.")
+    ] = Path("bench-quality"),
     json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Compare AFFMAE with ViT-MAE on this machine: speed, memory, arithmetic.
-
-    Without options a quick look at the small network; `--full` measures both sizes at both resolutions. `--quality`
-    asks what the two learn in equal time, on your own labelled images.
-    """
-    from affmae_cli import bench_plan, quality_plan
-    from affmae_cli.bench_compare import read_old
-
-    old = read_old(compare, "quality" if quality else "kernels" if kernels else "comparison")
-    speed_options = {
-        "--resolutions": resolutions, "--task": task != "pretrain", "--batch": batch != "auto", "--vit": vit != "auto",
-        "--models": models != "affmae,vit-mae", "--dtype": dtype != "auto", "--data": data, "--quick": quick,
-        "--full": full, "--rounds": rounds, "--steps": steps, "--compile": compile_ is not None, "--ops": ops,
-        "--max-batch": max_batch, "--profile": profile, "--kernels": kernels,
-        "--counters": counters,
-    }  # fmt: skip
-    asked = quality_plan.QualityOptions(
-        images=images, labels=labels, unlabelled=unlabelled, budget=budget, finetune_budget=finetune_budget,
-        seeds=seeds, fractions=label_fractions, sizes=sizes, preset=preset, config=config, set_=set_, device=device,
-        pixel_size=pixel_size,
-    )  # fmt: skip
-    asked.refuse_mixture(quality, speed_options)
-    if quality:
-        _quality(asked, out, old, json=json, quiet=quiet)
-        return
-    plan = bench_plan.make_plan(
-        bench_plan.Options(
-            sizes=sizes, resolutions=resolutions, batch=batch, task=task, models=models, vit=vit, dtype=dtype,
-            device=device, quick=quick, full=full, compile=compile_, rounds=rounds, steps=steps, max_batch=max_batch,
-            data=data, profile=profile, timeout=timeout, kernels=kernels, counters=counters,
-            operations=ops, out=out,
-        )
-    )  # fmt: skip
-    if not quiet:
-        output.say(plan.choice.description)
-        for remark in plan.remarks:
-            output.say(remark, label="note", style="bold yellow")
-    if kernels:
-        from affmae_cli.bench_kernels import run_kernels
-
-        run_kernels(plan, old, reference=reference, counters=counters, json=json, quiet=quiet)
-    else:
-        _networks(plan, old, json=json, quiet=quiet)
-
-
-def _quality(asked: QualityOptions, out: Path | None, old: Old, *, json: bool, quiet: bool) -> None:
-    from affmae_cli.bench_compare import changes, with_changes
-    from affmae_cli.bench_quality import run_quality
-    from affmae_engine.bench import quality_report
-
-    values = run_quality(asked, out, quiet=quiet)
-    if json:
-        output.print_json(with_changes(values, old))
-        return
-    for sentence in quality_report.in_short(values):
-        output.show(sentence)
-    show_tables([*quality_report.tables(values), *changes(values, old)])
-
-
-def _networks(plan: Plan, old: Old, *, json: bool, quiet: bool) -> None:
-    """The comparison; what was measured is written after every process, so that nothing is lost on the way.
-
-    Operations are checked while compilers run, which disturbs neither; nothing is timed before both are done.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from affmae_cli.bench_charts import charted
-    from affmae_cli.bench_compare import changes, with_changes
-    from affmae_cli.bench_view import showing
-    from affmae_engine.bench import comparison_report, report
-    from affmae_engine.bench.card import CardWatch
-    from affmae_engine.bench.comparison import Comparison
-    from affmae_engine.bench.processes import Processes
-
-    about = report.circumstances(plan.choice, plan.remarks)
-    with (
-        showing(quiet=quiet) as view,
-        ThreadPoolExecutor(1) as aside,
-        Processes(plan.timeout, ahead=plan.ahead) as processes,
-    ):
-        comparison = Comparison(plan.cases, plan.comparison, view.changed)
-        view.follow(comparison.outcomes, comparison.clock)
-        compiling = aside.submit(comparison.compile_all, processes)
-        gate = _gate(plan, view)
-        compiling.result()
-        with CardWatch(plan.choice.device) as card:
-            for _ in comparison.measure(processes):
-                values, results, ratios = _document(about, gate, plan, comparison, card.record())
-                if plan.out is not None:
-                    report.write(plan.out, values, comparison_report.markdown(values, results, ratios))
-    if plan.out is not None:
-        section = charted(values, plan.out, quiet=quiet)
-        report.write(plan.out, values, comparison_report.markdown(values, results, ratios, section))
-    if json:
-        output.print_json(with_changes(values, old))
-        return
-    for sentence in comparison_report.sentences(ratios, results):
-        output.show(sentence.replace("**", ""))
-    show_tables([*comparison_report.tables(results, ratios), *changes(values, old)])
-
-
-def _document(
-    about: dict[str, Any], gate: dict[str, Any], plan: Plan, comparison: Comparison, card: dict[str, Any]
-) -> tuple[dict[str, Any], list[Result], list[Ratio]]:
-    """The document of what is known so far, and its results and ratios as records."""
+    """Pretrain both models for equal time on your images, finetune both and from scratch, compare the scores."""
+    from affmae_cli import bench_quality
+    from affmae_cli.bench_output import finish
     from affmae_engine.bench import report
-    from affmae_engine.bench.results import ratios_of, result_of
+    from affmae_engine.bench.quality import tables_of
+    from affmae_engine.bench.quality_data import Sources
 
-    results = [result_of(outcome) for outcome in comparison.outcomes]
-    ratios = ratios_of(results)
-    asked = plan.comparison
-    settings = {"rounds": asked.rounds, "steps": asked.request.steps, "warmup": asked.request.warmup}
-    values = report.document(
-        "comparison", about, [result.model_dump(mode="json") for result in results],
-        settings=settings, gate=gate, card=card, ratios=[ratio.model_dump(mode="json") for ratio in ratios],
-    )  # fmt: skip
-    return values, results, ratios
+    old = None if compare is None else report.read_results(compare, "quality")
+    plan = bench_quality.make_plan(
+        budget=budget,
+        finetune_budget=finetune_budget,
+        seeds=seeds,
+        fractions=fractions,
+        preset=preset,
+        config=config,
+        overrides=set_ or (),
+        device=device,
+    )
+    values = bench_quality.run(plan, Sources(tuple(images), tuple(labels), tuple(unlabelled or ())), out)
+    finish(bench_quality.TITLE, values, tables_of(values), folder=out, old=old, json=json)
 
 
-def _gate(plan: Plan, view: View) -> dict[str, Any]:
-    """Compares every operation with its reference.
+def _begin(device: str, remarks: Sequence[str]) -> None:
+    output.say(device)
+    for remark in remarks:
+        output.say(remark, label="note", style="bold yellow")
+
+
+def _names(what: str, given: Sequence[str], known: Sequence[_Name]) -> list[_Name]:
+    """The given names in their order, each once.
 
     Raises:
-        AffmaeError: one is wrong or does not run.
+        ConfigError: one is unknown, or there are none.
     """
-    from affmae_cli.bench_kernels import refuse_wrong
-    from affmae_engine.bench.kernels import run_cases
+    entries = [entry.strip() for entry in given if entry.strip()]
+    if not entries:
+        raise ConfigError(f"{what} is empty", f"known: {', '.join(known)}")
+    found = []
+    for entry in entries:
+        match = next((name for name in known if name == entry), None)
+        if match is None:
+            near = get_close_matches(entry, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{what}: unknown name {entry!r}", hint)
+        found.append(match)
+    return list(dict.fromkeys(found))
 
-    found = list(
-        run_cases(
-            plan.gate_settings, plan.choice.device, plan.choice.dtype, None, operations=plan.operations,
-            tell=lambda text: view.tell(f"check {text}"),
-        )
-    )  # fmt: skip
-    refuse_wrong(found)
-    return {"cases": len(found), "worst_error": max((result.worst_error for result in found), default=0.0)}
+
+def _edges(text: str) -> list[int]:
+    """Image edges from a comma-separated list.
+
+    Raises:
+        ConfigError: an entry is not a number in range, or not a multiple of the patch.
+    """
+    from affmae_engine.config import ModelConfig
+
+    patch = ModelConfig().patch_size
+    found = []
+    for entry in filter(None, (entry.strip() for entry in text.split(","))):
+        edge = int(entry) if entry.isascii() and entry.isdigit() else 0
+        if not SMALLEST_EDGE <= edge <= LARGEST_EDGE or edge % patch:
+            raise ConfigError(
+                f"--resolutions must be multiples of {patch} from {SMALLEST_EDGE} to {LARGEST_EDGE}; got {entry!r}"
+            )
+        found.append(edge)
+    if not found:
+        raise ConfigError("--resolutions is empty", "give one or more edges in pixels, separated by commas")
+    return list(dict.fromkeys(found))

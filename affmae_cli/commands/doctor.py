@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from affmae_engine.doctor.diagnosis import Diagnosis
     from affmae_engine.doctor.machine import Card, Machine
     from affmae_engine.doctor.selfcheck import Check
-    from affmae_engine.doctor.timings import Times, Timing
 
 RUNS = Path("runs")
 _STYLES = {"ready": "bold green", "slow": "bold yellow", "failed": "bold red"}
@@ -28,16 +27,16 @@ _BACKENDS = {"triton": "Triton", "reference": "PyTorch", None: "nothing"}
 
 
 def doctor(
-    quick: Annotated[bool, typer.Option("--quick", help="Leave the timings out.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the timings.")] = False,
     device: DeviceOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what this machine can do, and check that its kernels compute right.
+    """Show what this machine can do, and check that its kernels compute correctly.
 
-    Every operation solves small random problems, forward and backward, and is compared with an exact answer. Exits
-    with 1 when one of them is wrong.
+    Small random cases of every operation, forward and backward, are compared with exact results. Exits with 1 if one of
+    them is wrong.
     """
     from affmae_cli import settings
     from affmae_engine.doctor.diagnosis import diagnose
@@ -68,7 +67,7 @@ def _error(found: Diagnosis) -> AffmaeError:
     unable = [operation for operation in found.operations if operation.backend is None]
     if unable:
         return AffmaeError(
-            f"{', '.join(operation.operation for operation in unable)} cannot run as asked: {unable[0].reason}",
+            f"{', '.join(operation.operation for operation in unable)} cannot run as requested: {unable[0].reason}",
             "use --set kernels.backend=auto",
         )
     backends = {operation.operation: operation.backend for operation in found.operations}
@@ -76,7 +75,7 @@ def _error(found: Diagnosis) -> AffmaeError:
     for check in found.checks:
         if check.ok:
             continue
-        name = f"{check.operation} ({_BACKENDS[backends[check.operation]]}, {_precision(check.precision)})"
+        name = f"{check.operation} ({_BACKENDS[backends[check.operation]]}, {check.precision})"
         if check.error is None:
             parts.append(f"{name} fails: {check.failure}")
         else:
@@ -101,7 +100,7 @@ def _show(found: Diagnosis) -> None:
             _show_reasons(found)
     for timing in found.timings:
         if timing.failure:
-            output.show(f"{timing.name} could not be timed: {output.printable(timing.failure)}")
+            output.show(f"{timing.operation}, {timing.shape} could not be timed: {output.printable(timing.failure)}")
 
 
 def _show_reasons(found: Diagnosis) -> None:
@@ -149,56 +148,47 @@ def _operations(found: Diagnosis) -> tuple[str, Table]:
 
 
 def _checks(found: Diagnosis) -> tuple[str, Table]:
-    """The largest error of every operation, one column a precision."""
-    limits = {check.precision: check.limit for check in found.checks}
-    allowed = ", ".join(f"{name} {limit:.0e}" for name, limit in limits.items() if limit).replace("e-0", "e-")
-    table = _table("operation", *map(_precision, limits), "verdict")
+    """The largest error of every operation, one column per precision."""
+    precisions = list(dict.fromkeys(check.precision for check in found.checks))
+    limits = {check.precision: check.limit for check in found.checks if check.limit}
+    allowed = ", ".join(f"{name} {limit:.0e}" for name, limit in limits.items()).replace("e-0", "e-")
+    table = _table("operation", *precisions, "verdict")
     for name in dict.fromkeys(check.operation for check in found.checks):
         own = {check.precision: check for check in found.checks if check.operation == name}
-        cells = [_verdict(own.get(precision)) for precision in limits]
         right = all(check.ok for check in own.values())
+        cells = [_verdict(own[precision]) for precision in precisions]
         _add(table, name, *cells, ("right", "green") if right else ("WRONG", "bold red"))
     return f"Self-check against exact results (at most {allowed})", table
 
 
-def _verdict(check: Check | None) -> tuple[str, str]:
+def _verdict(check: Check) -> tuple[str, str]:
     """Text and style of one check."""
-    if check is None:
-        return "", ""
     if check.error is None:
         return "fails", "bold red"
-    if check.ok:
-        return ("equal" if check.precision == "exact" else _error_text(check.error)), "green"
-    return _error_text(check.error), "bold red"
+    text = "equal" if check.error == 0 else _error_text(check.error)
+    return text, "green" if check.ok else "bold red"
 
 
 def _timings(found: Diagnosis) -> tuple[str, Table]:
     """Milliseconds; with kernels, those of plain PyTorch beside them."""
     kernels = any(timing.kernel for timing in found.timings)
-    table = _table("operation", "shape", "forward", "backward", *(["faster"] if kernels else []))
+    table = _table("operation", "case", "forward", "with backward", *(["times as fast"] if kernels else []))
     for timing in found.timings:
-        if kernels:
-            _add(table, timing.name, timing.shape, *_beside(timing))
+        ours, theirs = timing.kernel, timing.reference
+        forward, both = _ms(theirs.forward_ms if theirs else None), _ms(theirs.both_ms if theirs else None)
+        if not kernels:
+            _add(table, timing.operation, timing.shape, forward, both)
             continue
-        _add(table, timing.name, timing.shape, _forward(timing.reference), _backward(timing.reference))
+        faster = "-"
+        if ours and theirs:
+            faster = f"{(theirs.both_ms or theirs.forward_ms) / (ours.both_ms or ours.forward_ms):.1f}"
+        forward = f"{_ms(ours.forward_ms if ours else None)} | {forward}"
+        both = f"{_ms(ours.both_ms if ours else None)} | {both}"
+        _add(table, timing.operation, timing.shape, forward, both, faster)
     for column in table.columns[2:]:
         column.justify = "right"
     precision = found.timings[0].precision if found.timings else ""
     return f"Milliseconds of one call{', Triton | PyTorch' if kernels else ''}, {precision}", table
-
-
-def _beside(timing: Timing) -> tuple[str, str, str]:
-    """Forward, backward and how many times faster the kernel is in both together."""
-    ours, theirs = timing.kernel, timing.reference
-    forward = f"{_forward(ours)} | {_forward(theirs)}"
-    if not any(times and times.backward_ms for times in (ours, theirs)):
-        backward = "-"
-    else:
-        backward = f"{_backward(ours)} | {_backward(theirs)}"
-    if ours is None or theirs is None:
-        return forward, backward, "-"
-    fast, plain = (times.forward_ms + (times.backward_ms or 0) for times in (ours, theirs))
-    return forward, backward, f"{plain / fast:.1f} x" if fast else "-"
 
 
 def _table(*columns: str) -> Table:
@@ -251,20 +241,8 @@ def _preset(card: Card | None) -> str:
     return preset_for_card(card.name, card.total_bytes / 2**30) if card else "demo"
 
 
-def _precision(name: str) -> str:
-    return "integers" if name == "exact" else name
-
-
 def _error_text(error: float) -> str:
     return f"{error:.1e}".replace("e-0", "e-") if math.isfinite(error) else "not finite"
-
-
-def _forward(times: Times | None) -> str:
-    return _ms(times.forward_ms if times else None)
-
-
-def _backward(times: Times | None) -> str:
-    return _ms(times.backward_ms if times else None)
 
 
 def _ms(value: float | None) -> str:

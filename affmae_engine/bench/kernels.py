@@ -1,195 +1,258 @@
-"""Times single operations: the chosen implementation and the reference, beside what the device could do.
+"""Single operations: correct first, then how fast, beside the reference and beside what the device can do.
 
-Unusual: the gate. An operation is compared with the float64 reference at the very shape it is timed at, and where it is
-wrong no time is taken. To keep the reference small only the first and the last image are compared; the gradient that
-flows back is zero in all others, so that the gradients of shared parameters come from these two alone.
+The cases are those of `affmae_kernels.cases`. An operation's small cases are compared with the float64 reference; its
+network cases are timed only if that passes. The bound of a call is the larger of two times: every input, output and
+gradient moved once at the rate of a copy, and the unavoidable operations at the rate of a large matrix product.
 """
 
 from __future__ import annotations
 
-import gc
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from affmae_engine.bench.ceilings import Ceilings
-from affmae_engine.bench.kernel_cases import Case, Inputs, Setting, all_cases
-from affmae_engine.bench.timing import Call, Timing, measure
+from affmae_engine.bench.child import Children, Tell
+from affmae_engine.bench.report import Figure, Table, figure
+from affmae_engine.bench.timing import Call, Ceilings, Timing, measure_ceilings, time_calls
 from affmae_engine.errors import first_line
+from affmae_engine.train.device import DeviceChoice, exact_fp32
+from affmae_kernels.cases import LIMITS, Case, cases, errors, solve
 from affmae_kernels.dispatch import choose_backend
 
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
-"""Largest relative Frobenius error of the result and of each gradient, by the dtype of the features."""
-ZERO = 1e-10
-"""A float64 gradient smaller than this times the one it comes from is rounding."""
 INPUT_SETS = 4
-_GATE_SEED, _TIMING_SEED = 1, 2
+"""Copies of the inputs that take turns, so that the L2 cache does not serve them."""
+BACKWARD_FLOPS = 2
+"""Operations of a backward pass relative to its forward pass."""
+TIMEOUT_S = 600.0
 
 
-@dataclass
-class KernelResult:
-    """One case. status: "ok", "wrong" (the gate is red), "out of memory" or "failed". Times in milliseconds."""
+@dataclass(frozen=True)
+class CallTimes:
+    """Times of one implementation. both: forward and backward pass; None without gradients. Bytes of inputs and
+    outputs, and with the gradients of both."""
 
-    op: str
-    size: str
-    resolution: int
-    shape: str
-    backend: str
-    status: str = "ok"
-    note: str = ""
-    errors: dict[str, float] = field(default_factory=dict)
-    """Relative Frobenius errors against float64; shares of differing entries for whole numbers."""
-    forward: dict[str, float] | None = None
-    """Forward pass: "ms" (median), "low_ms", "high_ms", "repeats", "graphed", "bound_ms", "gb_s", "tflop_s"."""
-    both: dict[str, float] | None = None
-    """Forward and backward pass, likewise; None where there are no gradients."""
-    reference_forward_ms: float | None = None
-    reference_both_ms: float | None = None
-
-    @property
-    def worst_error(self) -> float:
-        """The largest of `errors`, NaN counting as infinite."""
-        return max((math.inf if math.isnan(error) else error for error in self.errors.values()), default=0.0)
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {**asdict(self), "worst_error": self.worst_error}
+    forward: Timing
+    both: Timing | None
+    forward_bytes: int
+    both_bytes: int
 
 
-def run_cases(
-    settings: list[Setting],
-    device: torch.device,
-    dtype: torch.dtype,
-    ceilings: Ceilings | None,
-    *,
-    operations: tuple[str, ...],
-    backend: str = "auto",
-    seconds: float = 0.2,
-    reference: bool = True,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Iterator[KernelResult]:
-    """Gate and times of every case, one after the other.
-
-    Args:
-        settings: sizes, resolutions and batches.
-        device, dtype: where, and the dtype of the features.
-        ceilings: what the device can do; None: the gate alone, no times.
-        operations: which of `kernel_cases.OPERATIONS`.
-        backend: see `affmae_kernels.dispatch`.
-        seconds: roughly how long to measure each time.
-        reference: time the reference too.
-        tell: told which case is next.
-    """
-    for case in all_cases(settings, operations):
-        tell(f"{case.op} {case.shape}")
-        chosen = choose_backend(backend, case.op, device).name
-        result = KernelResult(case.op, case.setting.size, case.setting.resolution, case.shape, chosen)
-        try:
-            _gate(result, case, device, dtype)
-            if ceilings is not None and result.status == "ok":
-                _time(result, case, device, dtype, ceilings, seconds, reference)
-        except torch.OutOfMemoryError as error:
-            result.status, result.note = "out of memory", first_line(error)
-        except Exception as error:  # a kernel that does not compile must not end the others' measurement
-            result.status, result.note = "failed", first_line(error)
-        if device.type == "cuda":
-            gc.collect()  # what cycles hold would stay on the card; on a large heap this takes a second
-            torch.cuda.empty_cache()
-        yield result
-
-
-def gate_errors(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, float]:
-    """Relative Frobenius errors of the result and of each gradient against the float64 reference, by name.
-
-    Results of whole numbers: the share of entries that differ.
-    """
-    inputs = case.make(_GATE_SEED, device, dtype)
-    images = sorted({0, case.setting.batch - 1})
-    exact = inputs.exact(images)
-    out = case.run(inputs, backend)
-    expected = case.run(exact, "reference")
-    if not out.is_floating_point():
-        return {"result": (out[images] != expected).double().mean().item()}
-    grad_out = torch.zeros_like(out)
-    grad_out[images] = torch.randn(
-        expected.shape, generator=torch.Generator(device).manual_seed(_GATE_SEED), device=device
-    ).to(out.dtype)
-    names = list(inputs.differentiable())
-    grads = torch.autograd.grad(out, list(inputs.differentiable().values()), grad_out)
-    wanted = torch.autograd.grad(expected, list(exact.differentiable().values()), grad_out[images].double())
-    errors = {"result": _relative(out[images], expected)}
-    for name, grad, true in zip(names, grads, wanted, strict=True):
-        errors[f"d {name}"] = _relative(grad[images] if name in inputs.features else grad, true, grad_out)
-    return errors
-
-
-def _gate(result: KernelResult, case: Case, device: torch.device, dtype: torch.dtype) -> None:
-    result.errors = gate_errors(case, device, dtype, result.backend)
-    limit = TOLERANCE[dtype] if case.backward else 0.0
-    wrong = {name: error for name, error in result.errors.items() if not error <= limit}
-    if wrong:
-        listed = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
-        result.status, result.note = "wrong", f"{listed}; allowed {limit:g}"
-
-
-def _time(
-    result: KernelResult,
-    case: Case,
-    device: torch.device,
-    dtype: torch.dtype,
-    ceilings: Ceilings,
-    seconds: float,
-    reference: bool,
-) -> None:
-    fast = device.type == "cuda" and result.backend == "triton"
-    sets = [case.make(_TIMING_SEED + i, device, dtype) for i in range(INPUT_SETS if fast else 1)]
-    work = case.forward(dtype.itemsize)
-    gigabytes, gigaflops = work.read_write / 1e9, work.flops / 1e9
-    calls: list[Call] = [partial(case.run, inputs, result.backend) for inputs in sets]
-    timing = measure(calls, device, seconds=seconds, graph=fast)
-    result.forward = _record(timing, gigabytes, gigaflops, ceilings)
-    if case.backward is not None:
-        more = case.backward(dtype.itemsize)
-        calls = [_both(case, inputs, result.backend) for inputs in sets]
-        timing = measure(calls, device, seconds=seconds, graph=fast)
-        total = gigabytes + more.read_write / 1e9, gigaflops + more.flops / 1e9
-        result.both = _record(timing, *total, ceilings)
-    if reference and result.backend != "reference":
-        del calls, sets[1:]
-        result.reference_forward_ms = measure(
-            [partial(case.run, sets[0], "reference")], device, seconds=seconds, warmup=1
-        ).ms
-        if case.backward is not None:
-            result.reference_both_ms = measure(
-                [_both(case, sets[0], "reference")], device, seconds=seconds, warmup=1
-            ).ms
-
-
-def _both(case: Case, inputs: Inputs, backend: str) -> Call:
-    """A call of the forward and the backward pass."""
-    wanted = list(inputs.differentiable().values())
-    grad_out = torch.randn_like(case.run(inputs, backend).detach())
-    return lambda: torch.autograd.grad(case.run(inputs, backend), wanted, grad_out)
-
-
-def _record(timing: Timing, gigabytes: float, gigaflops: float, ceilings: Ceilings) -> dict[str, float]:
+def wrong_by(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, tuple[float, float]]:
+    """(error, largest allowed error) of every result and gradient of a case; see `affmae_kernels.cases.errors`."""
+    found = solve(case, device, dtype, backend)
+    whole = {name for name, tensor in found.items() if not tensor.is_floating_point()}
     return {
-        **asdict(timing),
-        "bound_ms": ceilings.bound_ms(gigabytes, gigaflops),
-        "gb_s": gigabytes / timing.ms * 1e3,
-        "tflop_s": gigaflops / timing.ms,
+        name: (error, 0.0 if name in whole else LIMITS[dtype])
+        for name, error in errors(case, device, dtype, backend).items()
     }
 
 
-def _relative(got: Tensor, expected: Tensor, flowing: Tensor | None = None) -> float:
-    """|got - expected| / |expected|. A gradient that is nothing but float64 rounding is measured against `flowing`,
-    the gradient it comes from (with a single token to ask, logits have none)."""
-    scale = torch.linalg.vector_norm(expected)
-    if flowing is not None:
-        size = torch.linalg.vector_norm(flowing.double())
-        scale = torch.where(scale > ZERO * size, scale, size)
-    return (torch.linalg.vector_norm(got.double() - expected) / scale.clamp(min=1e-300)).item()
+def time_case(
+    case: Case, device: torch.device, dtype: torch.dtype, backend: str, *, seconds: float = 0.2, graph: bool = False
+) -> CallTimes:
+    """Time the forward pass of a case, and forward and backward together.
+
+    Args:
+        case, device, dtype, backend: see `affmae_kernels.cases`.
+        seconds: about how long each measurement takes.
+        graph: leave out the time of launching kernels, see `time_calls`.
+    """
+    sets = [case.arguments(device, dtype) for _ in range(INPUT_SETS if device.type == "cuda" else 1)]
+    with torch.no_grad():
+        prepared = [case.prepare(backend=backend, **arguments) for arguments in sets]
+
+    def forward_of(arguments: dict[str, Any]) -> Call:
+        return lambda: case.call(backend=backend, **arguments)
+
+    # One call shows what is differentiable, and how large everything is.
+    results = case.call(backend=backend, **prepared[0])
+    outputs = [tensor for tensor in results.values() if tensor.is_floating_point()]
+    leaves = [[tensor for tensor in _tensors(arguments) if tensor.requires_grad] for arguments in sets]
+    forward_bytes = _size(_tensors(prepared[0])) + _size(results.values())
+    forward = time_calls([forward_of(arguments) for arguments in prepared], device, seconds=seconds, graph=graph)
+    if not outputs or not leaves[0]:
+        return CallTimes(forward, None, forward_bytes, forward_bytes)
+
+    upstream = [torch.randn_like(output) for output in outputs]
+
+    def both_of(arguments: dict[str, Any], wanted: Sequence[Tensor]) -> Call:
+        def both() -> None:
+            found = [t for t in case.call(backend=backend, **arguments).values() if t.is_floating_point()]
+            torch.autograd.grad(found, wanted, upstream, allow_unused=True)
+
+        return both
+
+    calls = [both_of(arguments, wanted) for arguments, wanted in zip(prepared, leaves, strict=True)]
+    both = time_calls(calls, device, seconds=seconds, graph=graph)
+    return CallTimes(forward, both, forward_bytes, forward_bytes + _size(upstream) + _size(leaves[0]))
+
+
+def measure_operation(item: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Do one item of `items_of`; a target of `child`. Failures are results.
+
+    Returns:
+        "status" ("ok", "wrong", "failed") with "note", and by kind of item: "ceilings"; "errors" by name; or times.
+    """
+    exact_fp32()
+    device, dtype = torch.device(item["device"]), getattr(torch, item["dtype"])
+    try:
+        if item["what"] == "ceilings":
+            return {"status": "ok", "note": "", **asdict(measure_ceilings(device, dtype))}
+        backend = choose_backend("auto", item["operation"], device).name
+        (case,) = [case for case in cases(item["operation"]) if case.name == item["name"]]
+        if item["what"] == "check":
+            return _checked(case, device, dtype, backend)
+        return _timed(case, device, dtype, backend, reference=item["reference"])
+    except Exception as error:  # a kernel that does not compile must not end the measurement of the others
+        return {"status": "failed", "note": first_line(error)}
+
+
+def _checked(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    found = wrong_by(case, device, dtype, backend)
+    wrong = [f"{name} {error:.1e}" for name, (error, limit) in found.items() if not error <= limit]
+    worst = max((error for error, _ in found.values()), default=0.0)
+    return {"status": "wrong" if wrong else "ok", "note": ", ".join(wrong), "backend": backend, "error": worst}
+
+
+def _timed(case: Case, device: torch.device, dtype: torch.dtype, backend: str, *, reference: bool) -> dict[str, Any]:
+    fast = device.type == "cuda" and backend == "triton"
+    times = time_case(case, device, dtype, backend, graph=fast)
+    plain = None
+    note = ""
+    if reference and backend != "reference":
+        try:
+            plain = time_case(case, device, dtype, "reference", seconds=0.05)
+        except Exception as error:  # out of memory, most likely
+            note = f"reference: {first_line(error)}"
+    return {
+        "status": "ok",
+        "note": note,
+        "backend": backend,
+        "flops": case.flops,
+        **asdict(times),
+        "reference": None if plain is None else asdict(plain),
+    }
+
+
+def items_of(operations: Sequence[str], choice: DeviceChoice, *, reference: bool) -> list[dict[str, Any]]:
+    """What `measure_operation` is to do, in order. On a CPU the small cases stand in for those of the network."""
+    network = choice.device.type == "cuda"
+    about = {"device": str(choice.device), "dtype": str(choice.dtype).removeprefix("torch.")}
+    items: list[dict[str, Any]] = [{"what": "ceilings", **about}]
+    for operation in operations:
+        for what, of_network in (("check", False), ("time", network)):
+            items += [
+                {"what": what, "operation": operation, "name": case.name, "reference": reference, **about}
+                for case in cases(operation, network=of_network)
+            ]
+    return items
+
+
+def run_items(items: Sequence[dict[str, Any]], children: Children) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(item, result) in order; times of an operation that is wrong are left out."""
+    wrong: set[str] = set()
+    for message in children.run(f"{__name__}:measure_operation", items):
+        if message["event"] not in ("ended", "failed"):
+            continue
+        item = items[message["index"]]
+        result = message.get("result") or {"status": "failed", "note": message["reason"]}
+        if item["what"] == "check" and result["status"] != "ok":
+            wrong.add(item["operation"])
+        if item["what"] == "time" and item["operation"] in wrong:
+            continue
+        yield item, result
+
+
+def records_of(found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[list[dict[str, Any]], Ceilings | None]:
+    """One record per check and per timed case for results.json, and the ceilings when they were measured."""
+    ceilings = None
+    records = []
+    for item, result in found:
+        if item["what"] == "ceilings":
+            if result["status"] == "ok":
+                ceilings = Ceilings(result["gb_s"], result["tflop_s"])
+            continue
+        record = {name: item[name] for name in ("what", "operation", "name")} | result
+        if ceilings is not None and result.get("forward"):
+            record["forward_bound_ms"] = ceilings.bound_ms(result["forward_bytes"], result["flops"])
+            flops = (1 + BACKWARD_FLOPS) * result["flops"]
+            record["both_bound_ms"] = ceilings.bound_ms(result["both_bytes"], flops) if result["both"] else None
+        records.append(record)
+    return records, ceilings
+
+
+def tables_of(records: Sequence[dict[str, Any]]) -> list[Table]:
+    """Checks by operation, then times by case."""
+    checks = []
+    for operation in dict.fromkeys(record["operation"] for record in records):
+        own = [r for r in records if r["operation"] == operation and r["what"] == "check"]
+        bad = [r for r in own if r["status"] != "ok"]
+        worst = max((r["error"] for r in own if r.get("error") is not None), default=None)
+        backend = next((r["backend"] for r in own if "backend" in r), "")
+        note = f"{bad[0]['name']}: {bad[0]['note']}" if bad else ""
+        verdict = bad[0]["status"] if bad else "right" if own else "not checked"
+        checks.append((operation, backend, str(len(own)), "" if worst is None else f"{worst:.1e}", verdict, note))
+    columns = ("operation", "runs as", "cases", "largest error", "verdict", "note")
+    return [Table("Against the float64 reference", columns, checks), _time_table(records)]
+
+
+def figures_of(records: Sequence[dict[str, Any]]) -> list[Figure]:
+    """What `--compare` compares."""
+    found = []
+    for record in records:
+        for part in ("forward", "both"):
+            timing = record.get(part)
+            if timing:
+                name = f"{record['operation']}, {record['name']}"
+                metric = "forward" if part == "forward" else "forward and backward"
+                found.append(Figure(name, metric, "ms", timing["ms"], timing["low_ms"], timing["high_ms"]))
+    return found
+
+
+def _time_table(records: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for r in records:
+        if r["what"] != "time":
+            continue
+        if r["status"] != "ok":
+            rows.append((r["operation"], r["name"], r["status"], *[""] * 8, r["note"]))
+            continue
+        whole, part = (r["both"], "both") if r["both"] else (r["forward"], "forward")
+        plain = r["reference"] and (r["reference"]["both"] or r["reference"]["forward"])
+        bound = r.get(f"{part}_bound_ms")
+        rows.append(
+            (
+                r["operation"],
+                r["name"],
+                r["backend"],
+                figure(r["forward"]["ms"]),
+                figure(r["both"]["ms"]) if r["both"] else "",
+                figure(plain["ms"]) if plain else "",
+                figure(plain["ms"] / whole["ms"]) if plain else "",
+                figure(r[f"{part}_bytes"] / whole["ms"] / 1e6),
+                figure((1 + BACKWARD_FLOPS * bool(r["both"])) * r["flops"] / whole["ms"] / 1e9 if r["flops"] else None),
+                figure(bound),
+                figure(whole["ms"] / bound) if bound else "",
+                r["note"],
+            )
+        )
+    columns = ("operation", "case", "runs as", "forward ms", "forward+backward ms", "reference ms", "times as fast")
+    return Table("Times", (*columns, "GB/s", "TFLOP/s", "bound ms", "over bound", "note"), rows)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in dicts, lists, tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _size(tensors: Any) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())

@@ -1,9 +1,9 @@
-"""The data of a quality comparison: one store, and who may see which part of it.
+"""The data of a quality comparison: one dataset, and which training may see which part of it.
 
-The test part is a contiguous block (or whole images that stand alone), chosen as for finetuning, and what lies beside
-it is used by nobody. Unusual: test sections are kept out of pretraining too, although it sees no labels, and so is an
-unlabelled image that is a copy of a labelled one. Shares of the labels are contiguous runs of sections, since a
-biologist labels neighbours, and each share lies inside every larger one, so that a curve over them is one story.
+The test part is a contiguous block (or whole images, where images stand alone), chosen as for finetuning; the sections
+next to it are not used. Test sections are kept out of pretraining too, although it sees no labels, and so is an
+unlabeled image that is a copy of a labeled one. Shares of the labels are contiguous runs of sections, because people
+label neighboring sections, and each share lies inside every larger one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from affmae_engine.config import FinetuneConfig
 from affmae_engine.data.ingest import ingest
 from affmae_engine.data.labels.gather import gather_labels, write_labelled_store
-from affmae_engine.data.readers import PixelSize
 from affmae_engine.data.segmentation import Section, sections_of
 from affmae_engine.data.split import Region, natural_key, split
 from affmae_engine.data.store import Store
@@ -26,25 +25,23 @@ SPLIT_SEED = 0
 """Decides the test part, which is the same for every seed of the comparison."""
 
 _MOST_NAMED = 6
-_GOLDEN = 0.618034  # its multiples spread evenly over [0, 1), so that a few seeds see different parts of a stack
+_GOLDEN = 0.618034  # its multiples spread evenly over [0, 1): a few seeds already see different parts of a stack
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What the user named. unlabelled: more images, for pretraining alone."""
+    """Paths that the user named. unlabelled: more images, for pretraining only."""
 
     images: tuple[str, ...]
     labels: tuple[str, ...]
     unlabelled: tuple[str, ...] = ()
-    pixel_nm: PixelSize | None = None
 
-    def as_dict(self) -> dict[str, list[str] | list[float | None] | None]:
+    def as_dict(self) -> dict[str, list[str]]:
         """Absolute paths, as JSON values."""
         return {
             "images": [str(Path(path).absolute()) for path in self.images],
             "labels": [str(Path(path).absolute()) for path in self.labels],
             "unlabelled": [str(Path(path).absolute()) for path in self.unlabelled],
-            "pixel_nm": list(self.pixel_nm) if self.pixel_nm else None,
         }
 
 
@@ -62,27 +59,24 @@ class Parts:
 def collect(
     sources: Sources, path: Path, config: FinetuneConfig, *, should_stop: Callable[[], bool] | None = None
 ) -> Store:
-    """Check labels, and take all images into a store at `path`; continues where it was interrupted.
+    """Check the labels, and add all images to a dataset at `path`; continues where it was interrupted.
 
     Raises:
-        InputError: lists what is wrong with images or labels; or unlabelled images could not be taken.
-        Interrupted: `should_stop` said so.
+        InputError: lists what is wrong with images or labels; or unlabeled images could not be read.
+        Interrupted: `should_stop` returned true.
     """
     labelled = gather_labels(
         sources.images, sources.labels, class_names=config.class_names, ignore_label=config.ignore_label
     )
-    store, _ = write_labelled_store(labelled, path, pixel_nm=sources.pixel_nm, should_stop=should_stop)
+    store, _ = write_labelled_store(labelled, path, should_stop=should_stop)
     if not sources.unlabelled:
         return store
-    names = store.class_names
-    report = ingest(
-        list(sources.unlabelled), path, class_names=names, pixel_nm=sources.pixel_nm, should_stop=should_stop
-    )
+    report = ingest(list(sources.unlabelled), path, class_names=store.class_names, should_stop=should_stop)
     if report.interrupted:
         raise Interrupted("stopped while the images were collected", "the same command continues")
     if report.skipped:
         raise InputError(
-            "some unlabelled images could not be taken:\n  "
+            "some unlabeled images could not be read:\n  "
             + "\n  ".join(f"{skipped.path}: {skipped.reason}" for skipped in report.skipped),
             report.skipped[0].hint,
         )
@@ -90,7 +84,7 @@ def collect(
 
 
 def parts_of(store: Store, test_fraction: float) -> Parts:
-    """Who sees what; a pure function of the store's content.
+    """The regions by purpose; a pure function of the dataset's content.
 
     Raises:
         InputError: too little is labelled to set a test part aside.

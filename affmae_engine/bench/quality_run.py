@@ -1,55 +1,62 @@
-"""Runs a quality comparison: measures speeds, turns budgets into steps, trains every part in fresh processes, one per
-card at a time, and keeps what is finished.
+"""Runs a quality comparison: measures speeds, turns budgets into steps, trains every part, and keeps what is finished.
 
-After every part results.json is written anew, so an interrupted comparison goes on where it stopped: parts that are
-done are taken over, parts that failed are tried again. Unusual: nothing is taken over from other settings, other data
-or another card; that is an error, because equal time means nothing across machines.
+Child processes do the work, one per GPU at a time. results.json is written after every part, so an interrupted
+comparison continues where it stopped; parts that failed are tried again. Nothing is taken over from other settings,
+data, devices or versions, because equal time means nothing across machines.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from affmae_engine import atomic
-from affmae_engine.bench.quality import MODELS, Lengths, Model, Part, PartResult, QualityPlan, Speed, Status
-from affmae_engine.bench.quality_data import Parts
-from affmae_engine.bench.quality_process import Process
-from affmae_engine.bench.quality_worker import Job, Work, weights_of
-from affmae_engine.config import Task
+from affmae_engine.bench import quality, report
+from affmae_engine.bench.child import Children
+from affmae_engine.bench.quality import MODELS, TASKS, Lengths, Part, PartResult, QualityPlan, Record, Speed, Speeds
+from affmae_engine.bench.quality_data import Parts, Sources, described, section_count
+from affmae_engine.bench.quality_worker import weights_of
 from affmae_engine.data.store import Store
-from affmae_engine.errors import Interrupted
+from affmae_engine.errors import ConfigError, Interrupted
+from affmae_engine.events import finite
 from affmae_engine.train.signals import StopRequest
 
-Speeds = dict[tuple[str, Model, Task], Speed]
-
 CALIBRATION_SHARE, SHORTEST_CALIBRATION_S, LONGEST_CALIBRATION_S = 0.1, 1.0, 10.0
-"""After its start-up a calibration measures for a tenth of the budget, one second at least and ten at most."""
-
-OVERHEAD_S = {"pretrain": 8.0, "finetune": 6.0}
-"""Guess of what a part takes beside its steps (building, first data, scoring, saving) until parts have shown it."""
+"""After its start-up a calibration measures for a tenth of the budget, within these limits."""
+OVERHEAD_S = 8.0
+"""Estimate of what a part takes besides its steps: building, first data, scoring, saving."""
+TARGET = "affmae_engine.bench.quality_worker:do_part"
 _POLL_S = 0.1
+_OURS = frozenset({"data.zarr", "logs", "runs", "run.lock", report.REPORT})
+"""Entries of a folder whose comparison was stopped before it had results."""
+_MUST_AGREE = {
+    "budget_s": "--budget",
+    "finetune_budget_s": "--finetune-budget",
+    "configs": "settings (--preset, --config, --set)",
+    "sources": "images or labels",
+    "device": "device",
+    "versions": "versions",
+}
+"""What an earlier attempt must have been made with, and how it is called. Seeds and fractions may be added."""
 
 
 @dataclass
-class Progress:
-    """Where the comparison stands, for whoever draws it. running: {part name: (step, steps)}; results: by part."""
+class Earlier:
+    """What earlier attempts left in the folder. seconds: that they took."""
 
-    stage: str = "calibration"
-    running: dict[str, tuple[int, int]] = field(default_factory=dict)
-    results: dict[Part, PartResult] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=dict)
     lengths: Lengths | None = None
-    eta_s: float | None = None
-    """Estimated seconds to the end; None until speeds are known."""
-    expected_s: float | None = None
-    """What the whole was estimated to take when it was planned, without parts that were taken over."""
+    results: dict[Part, PartResult] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -60,11 +67,11 @@ class QualityRun:
         plan: what to do.
         folder: of results, runs and logs.
         store, parts: see `quality_data`.
-        slots: environment variables of each process that may run at the same time: one per card.
-        commit: writes results.json from the progress; called after every change of a result.
-        look: called about ten times a second.
-        stop: read at the same pace.
-        speeds, lengths, results: what an earlier attempt left.
+        slots: environment variables of each process that may run at the same time: one per GPU.
+        commit: writes results.json; called after every change of a result.
+        say: shows one line of progress.
+        stop: read about ten times a second.
+        earlier: what earlier attempts left.
     """
 
     plan: QualityPlan
@@ -72,25 +79,21 @@ class QualityRun:
     store: Store
     parts: Parts
     slots: Sequence[Mapping[str, str]]
-    commit: Callable[[Progress], None]
-    look: Callable[[Progress], None]
+    commit: Callable[[QualityRun], None]
+    say: Callable[[str], None]
     stop: StopRequest
-    speeds: Speeds = field(default_factory=dict)
-    lengths: Lengths | None = None
-    results: dict[Part, PartResult] = field(default_factory=dict)
+    earlier: Earlier = field(default_factory=Earlier)
 
     def __post_init__(self) -> None:
         self.runs = self.folder / "runs"
+        self.complete = False
+        self.speeds, self.lengths = dict(self.earlier.speeds), self.earlier.lengths
+        self.results = {part: self.earlier.results.get(part, PartResult.of(part)) for part in self.plan.parts()}
         self._lock = threading.RLock()
-        self._processes: set[Process] = set()
         self._failure: BaseException | None = None
-        self.progress = Progress(results={part: PartResult.of(part) for part in self.plan.parts()}, speeds=self.speeds)
-        for part, result in self.results.items():
-            if part in self.progress.results:
-                self.progress.results[part] = result
 
-    def run(self) -> Progress:
-        """Everything that is not done yet.
+    def run(self) -> None:
+        """Do everything that is not done yet.
 
         Raises:
             ConfigError: a budget is too short.
@@ -99,228 +102,280 @@ class QualityRun:
         """
         for name in ("runs", "logs"):
             atomic.ensure_folder(self.folder / name)
-        self.look(self.progress)
-        pairs = [(size, model) for size in self.plan.sizes for model in MODELS]
-        unknown = [work for pair in pairs for work in self._calibration(*pair)]
-        self._pool(_dealt(unknown, len(self.slots)))
-        self.progress.lengths = self.plan.lengths(self.speeds, earlier=self.lengths)
-        self._fail_unfit()
-        todo = [chain for chain in (self._unfinished(chain) for chain in self.plan.chains()) if chain]
-        self.progress.stage = "training"
-        self.progress.expected_s = self.progress.eta_s = self._remaining(todo)
-        self._commit()
-        self._pool([self._jobs_of(chain) for chain in todo])
-        self.progress.stage, self.progress.eta_s = "done", 0.0
-        self._commit()
-        return self.progress
-
-    def _calibration(self, size: str, model: Model) -> list[Work]:
-        """Work that measures the speeds that are not known yet."""
-        seed, fraction = self.plan.seeds[0], self.plan.fractions[-1]
-        found = []
-        for part, budget_s in (
-            (Part(size, model, seed), self.plan.budget_s),
-            (Part(size, model, seed, "scratch", fraction), self.plan.finetune_budget_s),
-        ):
-            if (size, model, part.stage) in self.speeds:
-                continue
-            seconds = min(LONGEST_CALIBRATION_S, max(SHORTEST_CALIBRATION_S, CALIBRATION_SHARE * budget_s))
-            found.append(Work(part, self.plan.config_of(part, 1).model_dump(mode="json"), seconds))
-        return found
-
-    def _jobs_of(self, chain: Sequence[Part]) -> list[Work]:
-        assert self.progress.lengths is not None
-        work = []
-        for part in chain:
-            lengths = self.progress.lengths
-            steps = lengths.pretrain[part.size, part.model] if part.stage == "pretrain" else lengths.finetune[part.size]
-            micro = self.speeds[part.size, part.model, part.stage].micro_batch
-            work.append(Work(part, self.plan.config_of(part, steps, micro).model_dump(mode="json")))
-        return work
-
-    def _unfinished(self, chain: Sequence[Part]) -> list[Part]:
-        """Parts to train. Weights that are gone and still needed are trained again."""
-        results = self.progress.results
-        open_ = [part for part in chain if results[part].status != "ok"]
-        fit = [part for part in open_ if self.speeds[part.size, part.model, part.stage].step_s is not None]
-        first = chain[0]
-        needed = any(part.init == "pretrained" for part in fit)
-        can = self.speeds[first.size, first.model, "pretrain"].step_s is not None
-        if needed and can and first not in fit and not weights_of(first, self.runs).is_file():
-            return [first, *fit]
-        return fit
-
-    def _fail_unfit(self) -> None:
-        """What cannot be trained at all is a result at once."""
-        for part, result in self.progress.results.items():
-            speed = self.speeds[part.size, part.model, part.stage]
+        done = sum(result.status == "ok" for result in self.results.values())
+        if done:
+            self.say(f"{done} of {len(self.results)} parts were finished earlier")
+        # Measure the speeds that are not known yet, and turn budgets into steps.
+        unknown = self._calibrations()
+        if unknown:
+            self.say("measuring how fast each model trains")
+            self._work(unknown)
+        self.lengths = self.plan.lengths(self.speeds, self.lengths)
+        # Train what is left; what cannot be trained at all is a result at once.
+        for part, result in self.results.items():
+            speed = self.speeds[part.model, part.stage]
             if speed.step_s is None and result.status != "ok":
                 result.status, result.note = speed.status, speed.note
+        chains = [left for chain in self.plan.chains() if (left := self._unfinished(chain))]
+        self._announce(chains)
+        self._commit()
+        self._work([[self._item(part) for part in chain] for chain in chains])
+        self.complete = True
+        self._commit()
 
-    def _pool(self, queued: Sequence[list[Work]]) -> None:
-        """Do lists of work, each in a process of its own, as many at once as there are slots."""
-        waiting: queue.SimpleQueue[list[Work]] = queue.SimpleQueue()
-        for work in queued:
-            waiting.put(work)
-        threads = [threading.Thread(target=self._serve, args=(slot, waiting)) for slot in self.slots[: len(queued)]]
-        for thread in threads:
-            thread.start()
-        try:
-            while any(thread.is_alive() for thread in threads):
-                if self._ending():
-                    self._end_processes()
-                with self._lock:
-                    self._count_down(queued)
-                    self.look(self.progress)
-                time.sleep(_POLL_S)
-        except BaseException as error:
-            self._failure = error
-            raise
-        finally:
-            while any(thread.is_alive() for thread in threads):
-                self._end_processes()
-                time.sleep(_POLL_S)
+    def _calibrations(self) -> list[list[dict[str, Any]]]:
+        """Items that measure unknown speeds, by model."""
+        found = []
+        for model in MODELS:
+            items = []
+            for task in TASKS:
+                if (model, task) in self.speeds:
+                    continue
+                part, budget_s = Part(model, self.plan.seeds[0]), self.plan.budget_s
+                if task == "finetune":
+                    part = Part(model, self.plan.seeds[0], "scratch", self.plan.fractions[-1])
+                    budget_s = self.plan.finetune_budget_s
+                seconds = min(LONGEST_CALIBRATION_S, max(SHORTEST_CALIBRATION_S, CALIBRATION_SHARE * budget_s))
+                items.append(self._item(part, seconds))
+            if items:
+                found.append(items)
+        return found
+
+    def _item(self, part: Part, calibrate_s: float | None = None) -> dict[str, Any]:
+        """What `quality_worker.do_part` is given."""
+        steps, micro_batch = 1, None
+        if calibrate_s is None:
+            assert self.lengths is not None
+            steps, micro_batch = self.lengths.steps(part), self.speeds[part.model, part.stage].micro_batch
+        return {
+            "store": str(self.store.path),
+            "runs": str(self.runs),
+            "test_fraction": self.plan.test_fraction,
+            "part": asdict(part),
+            "config": self.plan.config_of(part, steps, micro_batch).model_dump(mode="json"),
+            "calibrate_s": calibrate_s,
+        }
+
+    def _unfinished(self, chain: Sequence[Part]) -> list[Part]:
+        """Parts of a chain to train. Pretrained weights that are gone and still needed are trained again."""
+
+        def can(part: Part) -> bool:
+            return self.speeds[part.model, part.stage].step_s is not None
+
+        left = [part for part in chain if self.results[part].status != "ok" and can(part)]
+        first = chain[0]
+        needed = any(part.init == "pretrained" for part in left)
+        if needed and first not in left and can(first) and not weights_of(first, self.runs).is_file():
+            return [first, *left]
+        return left
+
+    def _announce(self, chains: Sequence[Sequence[Part]]) -> None:
+        assert self.lengths is not None
+        seconds = [
+            OVERHEAD_S + self.lengths.steps(part) * (self.speeds[part.model, part.stage].step_s or 0.0)
+            for chain in chains
+            for part in chain
+        ]
+        steps = ", ".join(f"{model} {n}" for model, n in self.lengths.pretrain.items())
+        self.say(f"steps: pretraining {steps}; finetuning {self.lengths.finetune}")
+        total = sum(seconds) / len(self.slots)
+        self.say(f"{len(seconds)} trainings to do, {len(self.slots)} at a time: about {total / 60:.0f} min")
+
+    def _work(self, batches: Sequence[list[dict[str, Any]]]) -> None:
+        """Do lists of items, as many lists at once as there are slots."""
+        waiting: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
+        for batch in batches:
+            waiting.put(batch)
+        with Children() as children:
+            threads = [
+                threading.Thread(target=self._serve, args=(children, slot, waiting))
+                for slot in self.slots[: len(batches)]
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                while any(thread.is_alive() for thread in threads):
+                    if self.stop.requested or self._failure is not None:
+                        children.end()
+                    time.sleep(_POLL_S)
+            finally:
+                children.end()
+                for thread in threads:
+                    thread.join()
         if self._failure is not None:
             raise self._failure
         if self.stop.requested:
             raise Interrupted(
                 f"by {self.stop.reason}; finished parts are kept in {self.folder}",
-                "the same command goes on where it stopped",
+                "the same command continues where it stopped",
                 signal_number=self.stop.signal_number or 2,
             )
 
-    def _serve(self, slot: Mapping[str, str], waiting: queue.SimpleQueue[list[Work]]) -> None:
-        """Take work until none is left, or the comparison ends."""
+    def _serve(self, children: Children, slot: Mapping[str, str], waiting: queue.SimpleQueue[Any]) -> None:
+        """Take lists of items until none is left or the comparison ends."""
         try:
-            while not self._ending():
+            while not self.stop.requested and self._failure is None:
                 try:
-                    work = waiting.get_nowait()
+                    items = waiting.get_nowait()
                 except queue.Empty:
                     return
-                while work and not self._ending():
-                    work = self._attempt(work, slot)
+                prefix = "calibration-" if items[0]["calibrate_s"] is not None else ""
+                log = self.folder / "logs" / f"{prefix}{Part(**items[0]['part']).name}.log"
+                for message in children.run(TARGET, items, log=log, environment=slot):
+                    self._take(message, items[message["index"]])
         except BaseException as error:
             self._failure = self._failure or error
 
-    def _attempt(self, work: list[Work], slot: Mapping[str, str]) -> list[Work]:
-        """One process for the work; returns what it left undone. One that dies costs the part it was at, one that gives
-        up costs nothing."""
-        job = Job(str(self.store.path), str(self.runs), self.plan.test_fraction, tuple(work))
-        log = self.folder / "logs" / f"{'calibration-' if work[0].calibrate_s else ''}{work[0].part.name}.log"
-        process = Process(job, slot, log)
-        with self._registered(process):
-            for message in process.messages():
-                self._take(message, {entry.part.name: entry.part for entry in work})
-        if self._ending():
-            return []
-        left = [entry for entry in work if entry.part.name not in process.ended]
-        if left and not process.gave_up:
-            victims = left if not process.ready else left[:1]
-            for victim in victims:
-                self._record_death(victim, process.death())
-            left = left[len(victims) :]
-        return left
-
-    def _take(self, message: dict[str, Any], parts: Mapping[str, Part]) -> None:
+    def _take(self, message: dict[str, Any], item: dict[str, Any]) -> None:
+        """Note what a message says."""
+        part, calibration = Part(**item["part"]), item["calibrate_s"] is not None
         with self._lock:
-            running = self.progress.running
-            if message["event"] == "began":
-                running[message["name"]] = (0, 0)
-                self._mark(parts[message["name"]], "running")
-            elif message["event"] == "step":
-                running[message["name"]] = (message["step"], message["total"])
-            elif message["event"] == "ended":
-                part = parts[message["name"]]
-                running.pop(message["name"], None)
-                if "speed" in message:
-                    self.speeds[part.size, part.model, part.stage] = Speed(**message["speed"])
-                    self._mark(part, "waiting")
+            if message["event"] == "began" and not calibration:
+                if self.results[part].status != "ok":  # it may be trained again for its weights
+                    self.results[part].status = "running"
+            elif message["event"] == "ended" and calibration:
+                self.speeds[part.model, part.stage] = Speed(**message["result"]["speed"])
+            elif message["event"] == "failed" and calibration:
+                self.speeds[part.model, part.stage] = Speed(None, status="failed", note=message["reason"])
+            elif message["event"] in ("ended", "failed"):
+                if message["event"] == "ended":
+                    self.results[part] = PartResult(**message["result"]["result"])
                 else:
-                    self.progress.results[part] = PartResult(**message["result"])
-                    self._commit()
-
-    def _mark(self, part: Part, status: Status) -> None:
-        """Note where a part is, unless it is finished: weights that are gone are made again for the others' sake."""
-        if self.progress.results[part].status != "ok":
-            self.progress.results[part].status = status
-
-    def _record_death(self, work: Work, reason: str) -> None:
-        part = work.part
-        with self._lock:
-            self.progress.running.pop(part.name, None)
-            if work.calibrate_s is not None:
-                self.speeds[part.size, part.model, part.stage] = Speed(None, status="failed", note=reason)
-                return
-            result = self.progress.results[part]
-            result.status, result.note = "failed", reason
-            self._commit()
+                    self.results[part].status, self.results[part].note = "failed", message["reason"]
+                self.say(self.results[part].describe())
+                self._commit()
 
     def _commit(self) -> None:
         with self._lock:
-            self.commit(self.progress)
-
-    def _count_down(self, queued: Sequence[list[Work]]) -> None:
-        if self.progress.stage == "training":
-            self.progress.eta_s = self._remaining([[entry.part for entry in work] for work in queued])
-
-    def _remaining(self, chains: Sequence[Sequence[Part]]) -> float:
-        """Seconds to the end: the longest chain, or all of them spread over the slots."""
-        left = [
-            sum(self._expected(part) for part in chain if self.progress.results[part].status in ("waiting", "running"))
-            for chain in chains
-        ]
-        return max([*left, sum(left) / len(self.slots)], default=0.0)
-
-    def _expected(self, part: Part) -> float:
-        """Seconds that a part still takes."""
-        lengths = self.progress.lengths
-        assert lengths is not None
-        steps = lengths.pretrain.get((part.size, part.model), 0)
-        if part.stage == "finetune":
-            steps = lengths.finetune.get(part.size, 0)
-        speed = self.speeds[part.size, part.model, part.stage]
-        done, _ = self.progress.running.get(part.name, (0, 0))
-        alike = [
-            result.seconds - (result.steps * (result.step_s or 0.0))
-            for other, result in self.progress.results.items()
-            if (other.model, other.stage) == (part.model, part.stage) and result.status == "ok" and result.seconds
-        ]
-        overhead = sum(alike) / len(alike) if alike else OVERHEAD_S[part.stage] + speed.startup_s
-        return max(0, steps - done) * (speed.step_s or 0.0) + (overhead if done == 0 else overhead / 2)
-
-    def _ending(self) -> bool:
-        return self.stop.requested or self._failure is not None
-
-    @contextlib.contextmanager
-    def _registered(self, process: Process) -> Iterator[None]:
-        with self._lock:
-            self._processes.add(process)
-        try:
-            yield
-        finally:
-            process.end()
-            with self._lock:
-                self._processes.discard(process)
-
-    def _end_processes(self) -> None:
-        with self._lock:
-            processes = list(self._processes)
-        for process in processes:
-            process.end()
+            self.commit(self)
 
 
-def _dealt(work: Sequence[Work], hands: int) -> list[list[Work]]:
-    """Work dealt out evenly, neighbours together."""
-    each = -(-len(work) // hands) if work else 1
-    return [list(work[i : i + each]) for i in range(0, len(work), each)]
+def gpu_slots(device: str) -> tuple[list[dict[str, str]], bool]:
+    """Environment variables of the processes that may run side by side, and whether GPUs were left out.
+
+    Args:
+        device: "cuda": one process per visible GPU of the first one's kind; "cpu": one process.
+    """
+    if device != "cuda":
+        return [{}], False
+    kinds = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in chosen.split(",") if name.strip()] or [str(i) for i in range(len(kinds))]
+    alike = [name for name, kind in zip(names, kinds, strict=False) if kind == kinds[0]]
+    # LOCAL_WORLD_SIZE makes the processes share the cores for data loading, as the ranks of one machine do.
+    slots = [{"CUDA_VISIBLE_DEVICES": name, "LOCAL_WORLD_SIZE": str(len(alike))} for name in alike]
+    return slots, len(alike) < len(kinds)
 
 
-def speeds_to_json(speeds: Speeds) -> list[dict[str, Any]]:
-    """For results.json."""
-    return [{"size": s, "model": m, "task": task, **asdict(speed)} for (s, m, task), speed in sorted(speeds.items())]
+def identity(plan: QualityPlan, sources: Sources, about: Mapping[str, Any]) -> Record:
+    """What decides the results: two attempts with equal values are one comparison."""
+    values = {**plan.settings(), "sources": sources.as_dict(), "device": about["device"], "versions": about["versions"]}
+    plain: Record = json.loads(json.dumps(finite(values)))
+    return plain
 
 
-def speeds_from_json(records: Sequence[Mapping[str, Any]]) -> Speeds:
-    """What `speeds_to_json` made; models that could not be trained are left out, to be tried again."""
-    found = [dict(record) for record in records]
-    return {(r.pop("size"), r.pop("model"), r.pop("task")): Speed(**r) for r in found if r["step_s"] is not None}
+def read_earlier(folder: Path, wanted: Record) -> Earlier:
+    """Finished parts in the folder; empty when it is new.
+
+    Args:
+        folder: of the comparison.
+        wanted: its `identity`.
+
+    Raises:
+        ConfigError: the folder holds something else, or a comparison with other settings; says which.
+    """
+    path = folder / report.RESULTS
+    other = "choose another folder with -o/--out"
+    if not path.is_file():
+        strangers = [entry.name for entry in folder.iterdir() if entry.name not in _OURS] if folder.is_dir() else []
+        if strangers:
+            raise ConfigError(f"{folder} holds other files ({strangers[0]})", other)
+        return Earlier()
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        if value["kind"] != "quality" or value["schema"] != report.SCHEMA:
+            raise ConfigError(f"{folder} holds another result ({value['kind']}, schema {value['schema']})", other)
+        found = value["identity"]
+        differing = [title for name, title in _MUST_AGREE.items() if found[name] != wanted[name]]
+        if differing:
+            raise ConfigError(
+                f"{folder} holds a comparison with other {', '.join(differing)}{_example(found, wanted)}",
+                f"repeat the command it was made with to continue, or {other}",
+            )
+        results = [PartResult(**record) for record in value["results"]]
+        speeds = {(r["model"], r["task"]): Speed(**r["speed"]) for r in value["speeds"]}
+        return Earlier(
+            {key: speed for key, speed in speeds.items() if speed.step_s is not None},  # the others are tried again
+            Lengths(**value["lengths"]) if value["lengths"] else None,
+            {result.part: result for result in results if result.status == "ok"},
+            value["seconds"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", other) from error
+
+
+def refuse_narrower(plan: QualityPlan, earlier: Earlier, folder: Path) -> None:
+    """Finished parts are never dropped.
+
+    Raises:
+        ConfigError: the folder has finished parts that the plan does not ask for.
+    """
+    extra = [part.name for part in earlier.results if part not in set(plan.parts())]
+    if extra:
+        raise ConfigError(
+            f"{folder} holds {len(extra)} finished trainings that were not asked for now, such as {extra[0]}",
+            "ask for at least the same seeds and shares of the labels, or choose another folder with -o/--out",
+        )
+
+
+def document(run: QualityRun, sources: Sources, about: Mapping[str, Any], *, seconds: float) -> Record:
+    """results.json (docs/bench-quality.md).
+
+    Args:
+        run: with its results so far.
+        sources: what it compares.
+        about: `report.circumstances`.
+        seconds: that all attempts took together.
+    """
+    plan, store, parts = run.plan, run.store, run.parts
+    records = [asdict(result) for result in run.results.values()]
+    summary = quality.summarize(records)
+    return report.document(
+        "quality",
+        about,
+        records,
+        quality.figures_of(summary),
+        complete=run.complete,
+        seconds=seconds,
+        seeds=plan.seeds,
+        fractions=plan.fractions,
+        budget_s=plan.budget_s,
+        finetune_budget_s=plan.finetune_budget_s,
+        identity=identity(plan, sources, about),
+        data={
+            "fingerprint": store.fingerprint(),
+            "class_names": list(store.class_names),
+            "test": described(store, parts.test),
+            "test_sections": section_count(store, parts.test),
+            "train": described(store, parts.train),
+            "train_sections": section_count(store, parts.train),
+            "pretrain_sections": section_count(store, parts.pretrain),
+            "left_out": list(parts.left_out),
+        },
+        speeds=[{"model": m, "task": task, "speed": asdict(speed)} for (m, task), speed in sorted(run.speeds.items())],
+        lengths=asdict(run.lengths) if run.lengths else None,
+        summary=summary,
+        differences=quality.differences(records),
+        times=quality.times(records),
+    )
+
+
+def _example(found: Record, wanted: Record) -> str:
+    """One setting that differs, in words."""
+    for task, sections in wanted["configs"].items():
+        for section, values in sections.items():
+            for name, value in values.items():
+                old = found["configs"].get(task, {}).get(section, {}).get(name)
+                if old != value:
+                    return f": {section}.{name} was {old}, is {value} now"
+    return ""

@@ -1,38 +1,34 @@
-"""A process of a quality comparison: takes a job on stdin, does its work one after the other, tells on stdout.
+"""The work of one part of a quality comparison: train and score it, or measure how fast it trains.
 
-    python -m affmae_engine.bench.quality_worker
-
-Messages are lines of JSON, {"event": "ready" | "began" | "step" | "ended", ...}. Whatever else is printed goes to
-stderr. Every piece of work is an ordinary run of the trainer in a run directory of its own; a failure is a result.
-Unusual: stdin stays open for as long as the comparison lives, and this process ends with it (`lifeline`).
+Every piece of work is an ordinary run of the trainer in its own run directory. A failure is a result.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
+import math
 import shutil
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from affmae_engine import run_dir
-from affmae_engine.bench.lifeline import end_with_parent
-from affmae_engine.bench.quality import Part, PartResult, Speed, Status
+from affmae_engine.bench.child import Tell
+from affmae_engine.bench.quality import Part, PartResult, PartStatus, Speed
 from affmae_engine.bench.quality_data import Parts, parts_of, share_of_labels
-from affmae_engine.bench.quality_pace import WARMUP_STEPS, Pace
 from affmae_engine.config import RunConfig
+from affmae_engine.data.loading import PREFETCH
 from affmae_engine.data.split import Split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, ResourceError, first_line
-from affmae_engine.events import finite
+from affmae_engine.events import Evaluated, Event, RunStarted, StepLogged
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.checkpoint import STATE, WEIGHTS
 from affmae_engine.train.device import pick_device
@@ -41,56 +37,102 @@ from affmae_engine.train.finetuning import finetune_task
 from affmae_engine.train.loop import fit
 from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.pretraining import pretrain_task
+from affmae_engine.train.signals import StopRequest
+from affmae_engine.train.step import EAGER_STEPS
 from affmae_engine.train.task import Task
 
-Tell = Callable[[dict[str, Any]], None]
-
+WARMUP_STEPS = {"cuda": EAGER_STEPS + 8 * PREFETCH + 6, "cpu": 3}
+"""Steps that count as start-up: they compile, record, and use up what eight loader processes prepared ahead."""
+FEWEST_WINDOWS = 5
+"""Logged intervals of steady steps that a calibration measures at least."""
 CALIBRATION_STEPS = 1_000_000
 """Nominal length of a calibration, which is stopped by the clock."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """A part to train, or with `calibrate_s` to measure for so many seconds; `config` is a `RunConfig` as JSON."""
+@dataclass
+class Pace:
+    """A sink of events that keeps what a result needs, and requests a stop once it has measured for `enough_s`."""
 
-    part: Part
-    config: dict[str, Any]
-    calibrate_s: float | None = None
+    warmup: int
+    on_step: Callable[[int, int], None] = lambda step, total: None
+    enough_s: float = math.inf
+    stop: StopRequest = field(default_factory=StopRequest)
+    windows: list[tuple[int, float]] = field(default_factory=list)
+    """Steps, and seconds per step, between two logged events."""
+    started: RunStarted | None = None
+    last: StepLogged | None = None
+    evaluated: Evaluated | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.started = event
+        elif isinstance(event, Evaluated):
+            self.evaluated = event
+        elif isinstance(event, StepLogged):
+            self.windows.append((event.step - (self.last.step if self.last else 0), event.step_s))
+            self.last = event
+            self.on_step(event.step, self.started.total_steps if self.started else event.step)
+            steady = self._steady()
+            if len(steady) >= FEWEST_WINDOWS and sum(n * step_s for n, step_s in steady) >= self.enough_s:
+                self.stop.request()
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of all steps."""
+        return sum(n * step_s for n, step_s in self.windows)
+
+    @property
+    def step_s(self) -> float:
+        """Median seconds of a step after the start-up."""
+        return statistics.median(step_s for _, step_s in self._steady() or self.windows)
+
+    @property
+    def startup_s(self) -> float:
+        """What the first steps took beyond the usual."""
+        first = self.windows[: len(self.windows) - len(self._steady())]
+        if len(first) == len(self.windows):
+            return 0.0
+        return sum(max(0.0, step_s - self.step_s) * n for n, step_s in first)
+
+    def _steady(self) -> list[tuple[int, float]]:
+        """The windows that began after the warm-up."""
+        before, steady = 0, []
+        for n, step_s in self.windows:
+            if before >= self.warmup:
+                steady.append((n, step_s))
+            before += n
+        return steady
 
 
-@dataclass(frozen=True)
-class Job:
-    """What one process does: work on one store, with runs in one folder."""
+def do_part(item: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Train or calibrate one part; a target of `child`.
 
-    store: str
-    runs: str
-    test_fraction: float
-    work: tuple[Work, ...]
+    Args:
+        item: "store" (path), "runs" (folder), "test_fraction", "part" (`Part` as a dict), "config" (a `RunConfig` as
+            JSON), "calibrate_s" (measure the speed for so many seconds instead; None: train).
+        tell: gets {"event": "step", "step", "total"} while it trains.
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
+    Returns:
+        "status", and "result" (`PartResult` as a dict) or "speed" (`Speed` as a dict).
+    """
+    store, part = Store.open(Path(item["store"])), Part(**item["part"])
+    config, parts, runs = RunConfig.model_validate(item["config"]), parts_of(store, item["test_fraction"]), item["runs"]
+    if item["calibrate_s"] is not None:
+        speed = calibrate(part, config, store, parts, Path(runs), item["calibrate_s"])
+        return {"status": speed.status, "speed": asdict(speed)}
+    result = train_part(part, config, store, parts, Path(runs), tell)
+    return {"status": result.status, "result": asdict(result)}
 
-    @classmethod
-    def from_json(cls, text: str) -> Job:
-        """What `to_json` wrote."""
-        value = json.loads(text)
-        work = [Work(Part(**entry["part"]), entry["config"], entry["calibrate_s"]) for entry in value.pop("work")]
-        return cls(**value, work=tuple(work))
 
-
-def train_part(work: Work, store: Store, parts: Parts, runs: Path, tell: Tell) -> PartResult:
+def train_part(part: Part, config: RunConfig, store: Store, parts: Parts, runs: Path, tell: Tell) -> PartResult:
     """Train one part and score it. A failure is in the result."""
-    begun, part = time.monotonic(), work.part
-    result = PartResult.of(part)
-    run, pace = RunDir(runs / part.name), Pace(0)
+    began, result, run = time.monotonic(), PartResult.of(part), RunDir(runs / part.name)
+    pace = Pace(0)
     try:
-        config = RunConfig.model_validate(work.config)
-        pace = Pace(_warmup(config), lambda step, total: tell(_step(part, step, total)))
-        _reset_memory(config)
-        shutil.rmtree(run.root, ignore_errors=True)  # what an interrupted attempt left
+        pace = Pace(_warmup(config), lambda step, total: tell({"event": "step", "step": step, "total": total}))
+        _free_memory()
+        shutil.rmtree(run.root, ignore_errors=True)  # of an interrupted attempt
         config, task = _task(config, part, store, parts, runs, result)
-        run_dir.create(run.root)
         _fit(run, config, task, store, pace)
         result.status, result.steps = "ok", config.train.steps
         result.images = config.train.steps * config.train.batch_size
@@ -100,54 +142,53 @@ def train_part(work: Work, store: Store, parts: Parts, runs: Path, tell: Tell) -
     except Exception as error:  # one part's failure must not hide the results of the others
         traceback.print_exception(error, file=sys.stderr)
         result.status, result.note = _status(error), first_line(error)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)  # gigabytes that nobody asked for
-    _take_times(result, pace, work)
-    result.seconds = time.monotonic() - begun
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    if pace.last is not None and pace.started is not None:
+        result.train_s, result.startup_s, result.step_s = pace.train_s, pace.startup_s, pace.step_s
+        result.parameters = pace.started.parameters
+        result.loss = _loss_of_last_output(pace.last.losses, config, part)
+        if pace.warmup == WARMUP_STEPS["cuda"]:
+            result.memory_gib = pace.last.memory_peak_gib
+    result.seconds = time.monotonic() - began
     return result
 
 
 def weights_of(part: Part, runs: Path) -> Path:
     """Where the weights of the pretraining that a part starts from are kept."""
-    return runs / Part(part.size, part.model, part.seed).name / WEIGHTS
+    return runs / Part(part.model, part.seed).name / WEIGHTS
 
 
-def calibrate(work: Work, store: Store, parts: Parts, runs: Path) -> Speed:
-    """Measure the training speed of a part's kind: its own model, data and loop, for a few seconds.
+def calibrate(part: Part, config: RunConfig, store: Store, parts: Parts, runs: Path, seconds: float) -> Speed:
+    """Measure the training speed of a part's kind for a few seconds.
 
-    Where the micro-batch does not fit into the card's memory, the loop halves it; what it came to is in the result, so
-    that the parts begin with it.
+    Where the micro-batch does not fit in memory the trainer halves it; the size it ended with is in the result, so that
+    the parts begin with it.
     """
-    config = RunConfig.model_validate(work.config)
-    run = RunDir(runs / f"calibration-{work.part.name}")
-    pace = Pace(_warmup(config), enough_s=work.calibrate_s or 0.0)
-    every = 1 if pace.warmup == WARMUP_STEPS["cpu"] else 5
-    train = {"steps": CALIBRATION_STEPS, "log_every": every}
+    run = RunDir(runs / f"calibration-{part.name}")
+    pace = Pace(_warmup(config), enough_s=seconds)
+    train = {"steps": CALIBRATION_STEPS, "log_every": 1 if pace.warmup == WARMUP_STEPS["cpu"] else 5}
     config = config.model_copy(update={"train": config.train.model_copy(update=train)})
     try:
         shutil.rmtree(run.root, ignore_errors=True)
-        config, task = _task(config, work.part, store, parts, runs, PartResult.of(work.part), init=False)
-        run_dir.create(run.root)
+        config, task = _task(config, part, store, parts, runs, PartResult.of(part), init=False)
         _fit(run, config, task, store, pace)
     except Interrupted:
-        return Speed(pace.step_s, pace.startup_s, _used_micro_batch(run))
+        # The trainer leaves a checkpoint when it is stopped, with the micro-batch in use.
+        state = run.read_json(run.checkpoint(run.checkpoint_steps()[0]) / STATE)
+        return Speed(pace.step_s, pace.startup_s, int(state["micro_batch"]["used"]))
     except Exception as error:  # a model that cannot be trained here is a result
         traceback.print_exception(error, file=sys.stderr)
         return Speed(None, status=_status(error), note=first_line(error))
     finally:
         shutil.rmtree(run.root, ignore_errors=True)
-        _free()
+        _free_memory()
     raise AssertionError("a calibration is stopped by the clock, long before its last step")
-
-
-def _used_micro_batch(run: RunDir) -> int:
-    """What the loop ended with, from the checkpoint that it leaves when it is stopped."""
-    return int(run.read_json(run.checkpoint(run.checkpoint_steps()[0]) / STATE)["micro_batch"]["used"])
 
 
 def _task(
     config: RunConfig, part: Part, store: Store, parts: Parts, runs: Path, result: PartResult, *, init: bool = True
 ) -> tuple[RunConfig, Task]:
-    """The trainer's task for a part; notes in `result` how many labelled sections it sees."""
+    """The trainer's task for a part; notes in `result` how many labeled sections it sees."""
     if part.fraction is None:
         return pretrain_task(config, store, parts=Split(list(parts.pretrain), list(parts.test)))
     train = share_of_labels(parts.train, part.fraction, part.seed)
@@ -160,7 +201,8 @@ def _task(
 
 
 def _fit(run: RunDir, config: RunConfig, task: Task, store: Store, pace: Pace) -> None:
-    command = {"line": "affmae bench --quality", "init_from": None}
+    run_dir.create(run.root)
+    command = {"line": "affmae bench quality", "init_from": None}
     write_environment(
         run, task.name, pick_device(config.train), store=store, command=command, backend=config.kernels.backend
     )
@@ -179,95 +221,28 @@ def _take_scores(result: PartResult, pace: Pace) -> None:
         result.per_class = pace.evaluated.per_class
 
 
-def _take_times(result: PartResult, pace: Pace, work: Work) -> None:
-    if pace.last is None or pace.started is None:
-        return
-    result.train_s, result.startup_s, result.step_s = pace.train_s, pace.startup_s, pace.step_s
-    result.parameters, result.loss = pace.started.parameters, _loss_of_last_output(pace.last.losses, work)
-    if torch.cuda.is_available() and pace.warmup == WARMUP_STEPS["cuda"]:
-        result.memory_gib = pace.last.memory_peak_gib
-
-
-def _loss_of_last_output(losses: Mapping[str, float], work: Work) -> float:
-    """What both models have: without the losses of AFFMAE's intermediate decoder steps, which ViT-MAE has none of."""
-    if work.part.stage == "pretrain":
+def _loss_of_last_output(losses: Mapping[str, float], config: RunConfig, part: Part) -> float:
+    """Without the losses of AFFMAE's intermediate decoder steps, which ViT-MAE does not have."""
+    if part.stage == "pretrain":
         return losses["last"]
-    finetune = RunConfig.model_validate(work.config).finetune
-    return finetune.focal_weight * losses["focal"] + finetune.dice_weight * losses["dice"]
+    return config.finetune.focal_weight * losses["focal"] + config.finetune.dice_weight * losses["dice"]
 
 
 def _warmup(config: RunConfig) -> int:
     return WARMUP_STEPS[pick_device(config.train).device.type]
 
 
-def _reset_memory(config: RunConfig) -> None:
-    _free()
-    if pick_device(config.train).device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _free() -> None:
-    """Give back what the last training held: compiled code holds on to models."""
+def _free_memory() -> None:
+    """Free what the last training held: compiled code holds on to models."""
     if torch.cuda.is_available():
         torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
-def _status(error: BaseException) -> Status:
+def _status(error: BaseException) -> PartStatus:
     if out_of_memory(error) is not None or (isinstance(error, ResourceError) and "out of memory" in error.message):
         return "out of memory"
     return "diverged" if isinstance(error, DivergedError) else "failed"
-
-
-def _step(part: Part, step: int, total: int) -> dict[str, Any]:
-    return {"event": "step", "name": part.name, "step": step, "total": total}
-
-
-def work_through(job: Job, tell: Tell) -> None:
-    """Do the job, or as much of it as this process can: a failure on a card may leave it unable to go on."""
-    store, runs = Store.open(Path(job.store)), Path(job.runs)
-    parts = parts_of(store, job.test_fraction)
-    tell({"event": "ready"})
-    for work in job.work:
-        tell({"event": "began", "name": work.part.name})
-        if work.calibrate_s is not None:
-            speed = calibrate(work, store, parts, runs)
-            status, outcome = speed.status, {"speed": asdict(speed)}
-        else:
-            result = train_part(work, store, parts, runs, tell)
-            status, outcome = result.status, {"result": result.as_dict()}
-        tell({"event": "ended", "name": work.part.name, **outcome})
-        if status != "ok" and not _card_answers():
-            return
-
-
-def _card_answers() -> bool:
-    """Whether this process can still compute: after some errors every further call fails, or every random number."""
-    if not torch.cuda.is_available():
-        return True
-    try:
-        torch.rand(1, device="cuda")
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def main() -> None:
-    """Read the job, do it."""
-    job = Job.from_json(sys.stdin.readline())
-    end_with_parent(sys.stdin)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def tell(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(finite(message)) + "\n")
-        channel.flush()
-
-    work_through(job, tell)
-
-
-if __name__ == "__main__":
-    main()

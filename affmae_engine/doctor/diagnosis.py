@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -14,31 +15,23 @@ import torch
 from affmae_engine.config import RunConfig
 from affmae_engine.doctor.machine import Card, Machine, look_around
 from affmae_engine.doctor.selfcheck import Check, run_checks
-from affmae_engine.doctor.timings import Timing, run_timings
+from affmae_engine.doctor.timings import OperationTiming, run_timings
 from affmae_engine.errors import AffmaeError, first_line
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_kernels import launch
+from affmae_kernels.cases import OPERATIONS
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.launch import OLDEST_CAPABILITY
 
-OPERATIONS = {
-    "neighbourhoods": "sorts the tokens into clusters",
-    "cluster_attention": "the encoder's attention",
-    "token_merging": "thins the tokens out between stages",
-    "point_attention": "the decoder's attention",
-    "residual_norm": "joins a layer to what came before",
-    "bias_gelu": "the bend inside the encoder's layers",
-    "linear_relu": "the bend inside the decoder's layers",
-}
 NEEDS = (
-    f"The kernels need an NVIDIA card of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer "
+    f"The kernels need an NVIDIA GPU of compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or newer "
     "(RTX 30 series, A100)."
 )
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Which implementation an operation gets and why; backend None: it cannot run as asked."""
+    """Which implementation an operation gets and why; backend None: it cannot run as requested."""
 
     operation: str
     about: str
@@ -56,7 +49,7 @@ class Diagnosis:
     card: Card | None = None
     operations: list[Operation] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    timings: list[Timing] = field(default_factory=list)
+    timings: list[OperationTiming] = field(default_factory=list)
     status: Literal["ready", "slow", "failed"] = "failed"
     verdict: str = ""
     remark: str = ""
@@ -71,7 +64,7 @@ class Diagnosis:
     def document(self) -> dict[str, Any]:
         """Everything as one JSON document."""
         return {
-            "schema": 1,
+            "schema": 2,
             "status": self.status,
             "verdict": self.verdict,
             "remark": self.remark,
@@ -95,7 +88,7 @@ def diagnose(
 
     Args:
         config: `train.device`, `train.precision` and `kernels.backend` count.
-        quick: leave the timings out.
+        quick: leave the timings out, as on a CPU.
         runs: where runs are written.
         on_step: told what comes next.
 
@@ -115,12 +108,13 @@ def diagnose(
         precisions: tuple[str, ...] = ("fp32",)
         if device.type == "cuda":
             precisions = ("fp32", "bf16", "fp16") if card and card.bf16 else ("fp32", "fp16")
-        able = {operation.operation for operation in found.operations if operation.backend}
-        if able:
-            found.checks = [c for c in run_checks(device, precisions, backend, on_step) if c.operation in able]
-        if able and not quick:
-            taken = {operation.operation: operation.backend or "" for operation in found.operations}
-            found.timings = list(run_timings(device, choice.precision, taken, backend, on_step))
+        able = {operation.operation: operation.backend for operation in found.operations if operation.backend}
+        found.checks = list(run_checks(device, list(able), precisions, backend, on_step))
+        if device.type == "cuda" and not quick:
+            right = {check.operation for check in found.checks} - set(found.wrong)
+            found.timings = list(
+                run_timings(device, choice.precision, {o: b for o, b in able.items() if o in right}, on_step)
+            )
     found.status, found.verdict, found.remark = judge(found)
     return found
 
@@ -128,23 +122,23 @@ def diagnose(
 def judge(found: Diagnosis) -> tuple[Literal["ready", "slow", "failed"], str, str]:
     """Status, a line for people, and what else they should know."""
     if any(operation.backend is None for operation in found.operations):
-        return "failed", "Not right: the Triton kernels that were asked for cannot run on this machine", ""
+        return "failed", "Failed: the requested Triton kernels cannot run on this machine", ""
     if found.wrong:
-        return "failed", f"Not right: {_names(found.wrong)} failed on this machine", ""
+        return "failed", f"Failed: {_names(found.wrong)} on this machine", ""
     slow = [operation for operation in found.operations if operation.backend == "reference"]
     if found.card is None:
         if not slow:
-            return "slow", "For tests only: kernels in Triton's interpreter, on the CPU", NEEDS
+            return "slow", "For tests only: kernels in Triton's interpreter on the CPU", NEEDS
         if found.machine.cards:
-            return "slow", "Works, slowly: plain PyTorch on the CPU, as asked for", ""
-        return "slow", "Works, slowly: no usable NVIDIA card, plain PyTorch on the CPU", NEEDS
+            return "slow", "Works, but slowly: plain PyTorch on the CPU, as requested", ""
+        return "slow", "Works, but slowly: no usable NVIDIA GPU; plain PyTorch on the CPU", NEEDS
     if not slow:
         return "ready", f"Ready: Triton kernels on {found.card.name}", ""
     reasons = "; ".join(dict.fromkeys(operation.reason for operation in slow))
     if len(slow) == len(found.operations):
         if reasons == "asked for":
-            reasons = "Plain PyTorch was asked for (kernels.backend = reference)."
-        return "slow", f"Works, slowly: plain PyTorch on {found.card.name}", reasons
+            reasons = "Plain PyTorch was requested (kernels.backend = reference)."
+        return "slow", f"Works, but slowly: plain PyTorch on {found.card.name}", reasons
     names = _names([operation.operation for operation in slow])
     return "ready", f"Ready: Triton kernels on {found.card.name}, except for {names}", reasons
 
@@ -161,8 +155,11 @@ def _device(config: RunConfig, machine: Machine) -> DeviceChoice:
 
 
 def _operation(name: str, backend: str, device: torch.device) -> Operation:
-    operation = Operation(name, OPERATIONS[name], None, "")
+    operation = Operation(name, "", None, "")
     try:
+        # What an operation does stands in the first line of its package's docstring.
+        contract = importlib.import_module(f"affmae_kernels.{name}").__doc__ or ""
+        operation = replace(operation, about=contract.strip().partition("\n")[0])
         choice = choose_backend(backend, name, device)
     except Exception as error:  # forced where it cannot run, or a probe that fails
         return replace(operation, reason=_obstacle(device) or first_line(error))

@@ -1,109 +1,94 @@
 """`affmae doctor`: what it prints, its JSON and its exit codes."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import affmae_kernels.cases
 from affmae_cli.main import app
-from affmae_engine.doctor import selfcheck
+from affmae_engine.doctor import diagnosis
+from affmae_engine.doctor.selfcheck import Check
 from affmae_kernels import launch
-from affmae_kernels.cluster_attention import reference as attention
-from affmae_kernels.dispatch import OPERATIONS
+from tests import toy_operation
+from tests.toy_operation import OPERATION
 
 
 @pytest.fixture(autouse=True)
-def small_and_without_a_card(monkeypatch):
+def toy(monkeypatch):
+    """toy(wrong): no GPU, and the toy operation is the only one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(selfcheck, "SHAPES", selfcheck.SHAPES[1:3])
-
-
-@pytest.fixture
-def wrong_attention(monkeypatch):
-    """Cluster attention that is a little off in every precision but float64."""
-    right = attention.cluster_attention
-    monkeypatch.setattr(
-        attention, "cluster_attention", lambda qkv, *rest: right(qkv, *rest) + 0.01 * (qkv.dtype != torch.float64)
-    )
+    monkeypatch.setattr(affmae_kernels.cases, "OPERATIONS", ())
+    monkeypatch.setitem(sys.modules, f"affmae_kernels.{OPERATION}.cases", None)
+    monkeypatch.setattr(diagnosis, "OPERATIONS", (OPERATION,))
+    toy_operation.install()
+    return toy_operation.install
 
 
 def run(*arguments: str):
     return CliRunner().invoke(app, ["doctor", *arguments])
 
 
-def test_a_machine_without_a_card():
+def test_a_machine_without_a_gpu():
     result = run()
     assert result.exit_code == 0, result.output
-    first, *others = result.stdout.splitlines()
-    assert first == "Works, slowly: no usable NVIDIA card, plain PyTorch on the CPU"
-    text = "\n".join(others)
-    assert "compute capability 8.0 or newer" in text
-    for title in ("This machine", "Which kernels run", "Self-check", "Milliseconds of one call"):
+    text = result.stdout
+    assert text.startswith("Works, but slowly") and "compute capability 8.0 or newer" in text
+    for title in ("This machine", "Which kernels run", "Self-check"):
         assert f"\n{title}" in text
-    assert all(text.count(name) >= 3 for name in OPERATIONS)
-    assert text.count(" right ") == len(OPERATIONS) and "WRONG" not in text
-    assert max(map(len, result.stdout.splitlines())) <= 80
-
-
-def test_quick_leaves_the_timings_out():
-    assert "Milliseconds" not in run("--quick").stdout
+    assert "Milliseconds" not in text, "a CPU is not timed"
+    assert text.count(" right ") == 1 and "WRONG" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_json():
     result = run("--json")
     assert result.exit_code == 0 and result.stderr == ""
     document = json.loads(result.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert (document["status"], document["wrong"], document["preset"]) == ("slow", [], "demo")
     assert document["machine"]["cards"] == [] and document["machine"]["problems"]["card"]
     assert document["machine"]["versions"]["torch"] == torch.__version__
-    assert [row["operation"] for row in document["operations"]] == list(OPERATIONS)
-    assert {row["backend"] for row in document["operations"]} == {"reference"}
-    for row in document["checks"]:
-        assert row["ok"] is True and 0 <= row["error"] <= row["limit"] and row["problems"] > 0
-    for row in document["timings"]:
-        assert row["kernel"] is None and row["reference"]["forward_ms"] > 0 and row["failure"] == ""
+    (row,) = document["operations"]
+    assert row["operation"] == OPERATION and row["backend"] == "reference" and row["about"]
+    (check,) = document["checks"]
+    assert check["ok"] is True and 0 <= check["error"] <= check["limit"] and check["cases"] == 1
+    assert document["timings"] == []
 
 
-def test_a_wrong_operation_is_named(wrong_attention):
+def test_a_wrong_operation_is_named(toy):
+    toy(wrong=0.01)
     result = run("--quick")
     assert result.exit_code == 1
-    assert result.stdout.startswith("Not right: cluster_attention failed on this machine\n")
-    assert result.stdout.count("WRONG") == 1
-    assert "error: cluster_attention (PyTorch, fp32) is wrong: result is off by" in result.stderr
+    assert result.stdout.startswith("Failed") and result.stdout.count("WRONG") == 1
+    assert f"error: {OPERATION} (PyTorch, fp32) is wrong: " in result.stderr and "off by 1.0e-2" in result.stderr
     assert "hint: reinstall PyTorch" in result.stderr and "report it" in result.stderr
+    document = json.loads(run("--quick", "--json").stdout)
+    assert (document["status"], document["wrong"]) == ("failed", [OPERATION])
 
 
-def test_a_wrong_kernel_is_named_with_the_way_out(wrong_attention, monkeypatch):
-    monkeypatch.setattr("affmae_engine.doctor.diagnosis.run_checks", checks_of_a_wrong_kernel)
+def test_a_wrong_kernel_is_named_with_the_way_out(monkeypatch):
+    wrong = Check(OPERATION, "bf16", 1e-2, 0.032, "gradient of x", 8)
+    monkeypatch.setattr(diagnosis, "run_checks", lambda *arguments: [wrong])
     monkeypatch.setattr(launch, "obstacle", lambda kind, index: None)
     result = run("--quick", "--set", "kernels.backend=triton")
     assert result.exit_code == 1
-    assert "error: cluster_attention (Triton, bf16) is wrong: gradient of qkv is off by 3.2e-2" in result.stderr
+    assert f"error: {OPERATION} (Triton, bf16) is wrong: gradient of x is off by 3.2e-2" in result.stderr
     assert "hint: use --set kernels.backend=reference and report it" in result.stderr
 
 
-def checks_of_a_wrong_kernel(*arguments):
-    return [selfcheck.Check("cluster_attention", "bf16", 1e-2, 0.032, "gradient of qkv", 8)]
-
-
-def test_a_wrong_operation_in_json(wrong_attention):
-    result = run("--quick", "--json")
-    assert result.exit_code == 1
-    document = json.loads(result.stdout)
-    assert (document["status"], document["wrong"]) == ("failed", ["cluster_attention"])
-
-
 def test_an_operation_that_raises_shows_no_traceback(monkeypatch):
-    def broken(*args):
+    def broken(**arguments):
         raise RuntimeError("illegal memory access")
 
-    monkeypatch.setattr(attention, "cluster_attention", broken)
+    module = sys.modules[f"affmae_kernels.{OPERATION}.cases"]
+    monkeypatch.setattr(module, "CASES", [replace(case, call=broken) for case in module.CASES])
     result = run()
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
-    assert "cluster_attention (PyTorch, fp32) fails: RuntimeError: illegal memory access" in result.stderr
-    assert "cluster_attention could not be timed: RuntimeError: illegal memory access" in result.stdout
+    assert f"{OPERATION} (PyTorch, fp32) fails: RuntimeError: illegal memory access" in result.stderr
 
 
 def test_triton_that_cannot_be_imported_is_the_reason(monkeypatch):
@@ -111,11 +96,12 @@ def test_triton_that_cannot_be_imported_is_the_reason(monkeypatch):
     result = run("--quick", "--set", "kernels.backend=triton")
     assert result.exit_code == 1
     assert "Triton cannot be imported (ImportError: no libcuda)" in result.stdout
-    assert "cannot run as asked: Triton cannot be imported" in result.stderr
+    assert "Triton cannot be imported" in result.stderr
 
 
 def test_settings_are_those_of_other_commands(monkeypatch):
     monkeypatch.setenv("AFFMAE_KERNELS__BACKEND", "reference")
-    assert "The reason: asked for" in run("--quick").stdout
+    document = json.loads(run("--quick", "--json").stdout)
+    assert {row["backend"] for row in document["operations"]} == {"reference"}
     assert run("--set", "kernels.backend=cuda").exit_code == 2
     assert run("--device", "cuda").exit_code == 4

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
-from affmae_engine.bench import quality_figures
-from affmae_engine.bench.quality import INITS, MODELS, Part, PartResult
-from affmae_engine.bench.report import SCHEMA
+from affmae_engine.bench.quality import (
+    INITS,
+    MODELS,
+    Part,
+    PartResult,
+    differences,
+    figures_of,
+    summarize,
+    times,
+)
+from affmae_engine.bench.report import circumstances, document
+from affmae_engine.config import TrainConfig
+from affmae_engine.train.device import pick_device
 
 Score = Callable[[str, str, float, int], float | None]
 """Mean IoU by model, init, fraction and seed; None: that part failed."""
@@ -17,7 +28,7 @@ Score = Callable[[str, str, float, int], float | None]
 
 @pytest.fixture
 def quality_document() -> Callable[..., Any]:
-    """`quality_document(score=usual, seeds=..., fractions=...)` -> results.json of one size."""
+    """`quality_document(score=usual, seeds=..., fractions=...)` -> results.json."""
     return _document
 
 
@@ -49,26 +60,37 @@ def _part_result(part: Part, miou: float | None = None) -> PartResult:
 def _document(
     score: Score = usual, *, seeds: tuple[int, ...] = (0, 1, 2), fractions: tuple[float, ...] = (0.1, 1.0)
 ) -> Any:
-    parts = [Part("small", model, seed) for model in MODELS for seed in seeds]
-    tuned = [Part("small", m, s, i, f) for m in MODELS for s in seeds for i in INITS for f in fractions]
-    results = [_part_result(part).as_dict() for part in parts]
+    results = [asdict(_part_result(Part(model, seed))) for model in MODELS for seed in seeds]
     results += [
-        _part_result(part, score(part.model, part.init or "", part.fraction or 1.0, part.seed)).as_dict()
-        for part in tuned
+        asdict(_part_result(Part(m, s, i, f), score(m, i, f, s)))
+        for m in MODELS
+        for s in seeds
+        for i in INITS
+        for f in fractions
     ]
-    return {
-        "schema": SCHEMA, "kind": "quality", "device": "a card", "dtype": "bf16", "versions": {"torch": "2.13.0"},
-        "card": {}, "python": "3.12", "platform": "Linux", "cpus": 16, "git": None, "created": "2026-11-25",
-        "command": ["affmae", "bench", "--quality"], "mask_kind": "perlin", "mask_ratio": 0.5, "merge_keep": 0.4,
-        "remarks": [], "complete": True, "seconds": 100.0, "sizes": ["small"], "seeds": list(seeds),
-        "fractions": list(fractions), "budget_s": 10.0, "finetune_budget_s": 5.0,
-        "lengths": {"pretrain": [], "finetune": {"small": 50}},
-        "data": {
-            "test": "stack 16-19", "test_sections": 4, "train": "stack 0-13", "train_sections": 14,
-            "pretrain_sections": 14, "left_out": [],
+    about = circumstances(pick_device(TrainConfig(device="cpu")), {"size": "small"}, [])
+    return document(
+        "quality",
+        about,
+        results,
+        figures_of(summarize(results)),
+        complete=True,
+        seconds=100.0,
+        seeds=list(seeds),
+        fractions=list(fractions),
+        budget_s=10.0,
+        finetune_budget_s=5.0,
+        lengths={"pretrain": {"affmae": 100, "vit-mae": 25}, "finetune": 50},
+        speeds=[],
+        data={
+            "test": "stack 16-19",
+            "test_sections": 4,
+            "train": "stack 0-13",
+            "train_sections": 14,
+            "pretrain_sections": 14,
+            "left_out": [],
         },
-        "results": results,
-        "summary": quality_figures.summarise(results),
-        "differences": quality_figures.differences(results),
-        "times": quality_figures.times(results),
-    }  # fmt: skip
+        summary=summarize(results),
+        differences=differences(results),
+        times=times(results),
+    )

@@ -1,133 +1,104 @@
-"""Cases of single operations, the gate before the clock."""
+"""Operations: checked first, then timed; bounds and tables. On cases of a toy operation."""
+
+import sys
 
 import pytest
 import torch
 
-from affmae_engine.bench import kernel_cases, kernels
-from affmae_engine.bench.ceilings import Ceilings
-from affmae_engine.bench.kernel_cases import OPERATIONS, Setting, all_cases
-from affmae_engine.bench.kernels import run_cases
-
-CPU = torch.device("cpu")
-CEILINGS = Ceilings(gb_s=100, tflop_s=1)
-TINY = Setting("tiny", 64, 2)
-
-
-def run(operation: str, **options) -> list[kernels.KernelResult]:
-    options = {"ceilings": CEILINGS, "seconds": 0.0, **options}
-    return list(run_cases([TINY], CPU, torch.float32, operations=(operation,), **options))
-
-
-def test_production_shapes() -> None:
-    cases = all_cases([Setting("base", 512, 32), Setting("base", 1024, 8), Setting("small", 512, 32)])
-    shapes = {(case.op, case.shape) for case in cases}
-    assert ("cluster_attention", "B 32 N 2048 A 4 D 32") in shapes
-    assert ("cluster_attention", "B 32 N 130 A 24 D 32") in shapes
-    assert ("cluster_attention", "B 32 N 2048 A 3 D 32") in shapes
-    assert ("token_merging", "B 32 N 819 K 327 C 256") in shapes
-    assert ("point_attention", "B 32 Q 2048 self A 6 D 64") in shapes
-    assert ("point_attention", "B 8 Q 8192 cross N 524 A 6 D 64") in shapes
-    assert len(shapes) == len(cases)
-    per_op = {op: sum(case.op == op for case in cases) for op in OPERATIONS}
-    assert per_op == {
-        "neighbourhoods": 8,
-        "cluster_attention": 12,
-        "token_merging": 9,
-        "nearest_table": 8,
-        "point_attention": 10,
-        "residual_norm": 14,
-        "bias_gelu": 12,
-        "linear_relu": 2,
-    }
-    assert {"residual_norm", "bias_gelu", "linear_relu"} <= {case.op for case in cases if case.backward is not None}
-    assert ("linear_relu", "B 32 N 2048 C 384 H 768") in shapes
-
-
-def test_work_of_the_first_stage() -> None:
-    """16.8 MB of features: four units forward, eight backward; the indices are a few per cent."""
-    case = next(c for c in all_cases([Setting("base", 512, 32)]) if c.op == "cluster_attention")
-    unit = 32 * 2048 * 128 * 2
-    assert case.backward is not None
-    assert case.forward(2).read_write == pytest.approx(4 * unit, rel=0.05)
-    assert case.backward(2).read_write == pytest.approx(8 * unit, rel=0.05)
-    assert case.forward(2).flops == 4 * 32 * 2048 * 65 * 128
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_is_right_and_timed(operation: str) -> None:
-    results = run(operation)
-    assert results
-    for result in results:
-        assert result.status == "ok", result.note
-        assert result.backend == "reference" and result.reference_forward_ms is None
-        assert result.forward is not None and result.forward["ms"] > 0
-        assert (result.both is not None) == (operation not in ("neighbourhoods", "nearest_table"))
-
-
-def test_gate_alone_takes_no_time() -> None:
-    assert all(result.forward is None and result.errors for result in run("token_merging", ceilings=None))
-
-
-def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = kernel_cases.cluster_attention
-
-    def wrong(qkv, *args, backend):
-        out = right(qkv, *args, backend=backend)
-        return out if qkv.dtype == torch.float64 else out * 1.001
-
-    monkeypatch.setattr(kernel_cases, "cluster_attention", wrong)
-    monkeypatch.setattr(kernels, "measure", lambda *args, **options: pytest.fail("a wrong operation was timed"))
-    for result in run("cluster_attention"):
-        assert result.status == "wrong" and "result" in result.note
-        assert result.forward is None and result.both is None
-
-
-def test_a_wrong_gradient_of_the_last_image_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = kernel_cases.merge_tokens
-
-    def wrong(feat, *args, backend):
-        if feat.dtype == torch.float64:
-            return right(feat, *args, backend=backend)
-        last = torch.cat([feat[:-1], feat[-1:].detach()])
-        return right(last, *args, backend=backend)
-
-    monkeypatch.setattr(kernel_cases, "merge_tokens", wrong)
-    assert all(result.status == "wrong" and "d feat" in result.note for result in run("token_merging"))
-
-
-def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = kernel_cases.point_attention
-
-    def wrong(value, *args, backend):
-        return right(value, *args, backend=backend) * (1.0 if value.dtype == torch.float64 else float("nan"))
-
-    monkeypatch.setattr(kernel_cases, "point_attention", wrong)
-    assert all(result.status == "wrong" for result in run("point_attention"))
-
-
-@pytest.mark.parametrize(
-    ("error", "status"), [(torch.OutOfMemoryError("no more"), "out of memory"), (RuntimeError("PTX"), "failed")]
+import affmae_kernels.cases
+from affmae_engine.bench import child
+from affmae_engine.bench.child import Children
+from affmae_engine.bench.kernels import (
+    figures_of,
+    items_of,
+    measure_operation,
+    records_of,
+    run_items,
+    tables_of,
+    time_case,
+    wrong_by,
 )
-def test_a_failure_is_a_result(monkeypatch: pytest.MonkeyPatch, error: Exception, status: str) -> None:
-    def fail(*args, **options):
-        raise error
+from affmae_engine.config import TrainConfig
+from affmae_engine.train.device import pick_device
+from tests import toy_operation
 
-    monkeypatch.setattr(kernel_cases, "cluster_attention", fail)
-    results = run("cluster_attention")
-    assert len(results) == 4 and {result.status for result in results} == {status}
-    assert all(str(error) in result.note for result in results)
+RUN = "from affmae_engine.bench.child import main; main()"
+CPU = pick_device(TrainConfig(device="cpu"))
 
 
-def test_inputs_repeat() -> None:
-    case = next(case for case in all_cases([TINY]) if case.op == "point_attention")
-    first, second = (case.make(3, CPU, torch.float32) for _ in range(2))
-    assert torch.equal(first.features["offset"], second.features["offset"])
-    assert torch.equal(first.fixed["pos"], second.fixed["pos"])
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch):
+    """toy(wrong): the toy operation is the only one, here and in child processes."""
+    name = f"affmae_kernels.{toy_operation.OPERATION}.cases"
+    monkeypatch.setattr(affmae_kernels.cases, "OPERATIONS", ())
+    monkeypatch.setitem(sys.modules, name, None)  # both are put back afterwards
+
+    def install(wrong: float = 0.0) -> None:
+        toy_operation.install(wrong)
+        code = f"import tests.toy_operation as toy; toy.install({wrong})\n" + RUN
+        monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", code))
+
+    install()
+    return install
+
+
+def everything(**options):
+    with Children(60) as children:
+        return list(run_items(items_of([toy_operation.OPERATION], CPU, reference=True), children))
+
+
+def test_errors_and_limits(toy) -> None:
+    case = toy_operation.case("x", 8, network=False, wrong=1e-3)
+    found = wrong_by(case, CPU.device, torch.float32, "reference")
+    error, limit = found["y"]
+    assert error == pytest.approx(1e-3, rel=0.1) and limit == 1e-5
+    assert found["largest"] == (0.0, 0.0), "whole numbers must be equal"
+    assert "gradient of weight" in found
+
+
+def test_times_and_bytes(toy) -> None:
+    case = toy_operation.case("x", 16, network=True)
+    times = time_case(case, CPU.device, torch.float32, "reference", seconds=0.01)
+    x = 2 * 5 * 16 * 4
+    inputs, outputs = 2 * x + 2 * 16 * 4, x + 2 * 5 * 8
+    assert times.forward_bytes == inputs + outputs
+    assert times.both_bytes == inputs + outputs + x + inputs
+    assert times.forward.ms > 0 and times.both.ms > 0
+
+
+def test_operations_are_checked_and_timed_in_children(toy) -> None:
+    found = everything()
+    assert [(item["what"], result["status"]) for item, result in found] == [
+        ("ceilings", "ok"), ("check", "ok"), ("time", "ok"),
+    ]  # fmt: skip
+    records, ceilings = records_of(found)
+    assert ceilings.gb_s > 0.1 and ceilings.tflop_s > 1e-4
+    check, timed = records
+    assert check["error"] < 1e-5 and timed["forward"]["ms"] > 0 and timed["both_bound_ms"] > 0
+    assert {figure.metric for figure in figures_of(records)} == {"forward", "forward and backward"}
+    text = "\n".join(table.markdown() for table in tables_of(records))
+    assert "right" in text and "small" in text
+
+
+def test_a_wrong_operation_is_not_timed(toy) -> None:
+    toy(wrong=0.01)
+    found = everything()
+    assert [(item["what"], result["status"]) for item, result in found] == [("ceilings", "ok"), ("check", "wrong")]
+    records, _ = records_of(found)
+    assert "y 1.0e-02" in records[0]["note"] and figures_of(records) == []
+    assert "wrong" in tables_of(records)[0].markdown()
+
+
+def test_an_operation_that_raises_is_a_result(toy) -> None:
+    item = {"what": "check", "operation": "no_such_operation", "name": "x", "device": "cpu", "dtype": "float32"}
+    found = measure_operation(item, lambda message: None)
+    assert found["status"] == "failed" and found["note"]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_operations_on_a_card(operation: str) -> None:
-    results = run_cases([TINY], torch.device("cuda"), torch.bfloat16, CEILINGS, operations=(operation,), seconds=0.01)
-    for result in results:
-        assert result.status == "ok", result.note
+@pytest.mark.slow
+def test_real_operations_on_a_gpu() -> None:
+    choice = pick_device(TrainConfig(device="cuda"))
+    with Children(300.0) as children:
+        found = list(run_items(items_of(affmae_kernels.cases.OPERATIONS, choice, reference=False), children))
+    assert [(item, result) for item, result in found if result["status"] != "ok"] == []

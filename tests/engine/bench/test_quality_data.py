@@ -41,8 +41,8 @@ def test_fractions_of_equal_section_counts_are_one() -> None:
     assert distinct_fractions((0.1, 0.25), 20) == ((0.1, 0.25, 1.0), [])
     kept, notes = distinct_fractions((0.05, 0.1, 0.5), 4)
     assert kept == (0.1, 0.5, 1.0)
-    assert len(notes) == 1 and notes[0].startswith("5% of 4 labelled sections")
-    assert distinct_fractions((0.1,), 1) == ((1.0,), ["10% of 1 labelled sections is no fewer than 100%: left out"])
+    assert len(notes) == 1 and notes[0].startswith("5% of 4 labeled sections")
+    assert distinct_fractions((0.1,), 1) == ((1.0,), ["10% of 1 labeled sections is no fewer than 100%: left out"])
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""What a worker makes of a part: scores, times, and failures that are results."""
+"""What becomes of a part: scores, times, and failures that are results."""
+
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -6,8 +8,7 @@ import torch
 from affmae_engine.bench import quality_worker
 from affmae_engine.bench.quality import Part, QualityPlan
 from affmae_engine.bench.quality_data import parts_of
-from affmae_engine.bench.quality_pace import Pace
-from affmae_engine.bench.quality_worker import Job, Work, calibrate, train_part, weights_of, work_through
+from affmae_engine.bench.quality_worker import Pace, calibrate, do_part, train_part, weights_of
 from affmae_engine.config import RunConfig
 from affmae_engine.data.phantom import CLASS_NAMES, generate
 from affmae_engine.events import Evaluated, RunStarted, StepLogged
@@ -31,33 +32,28 @@ def store(make_labelled_store):
 
 
 @pytest.fixture
-def work(config: RunConfig):
-    """work(part, steps, calibrate_s): a piece of work with the settings of a comparison."""
-    plan = QualityPlan(("tiny",), (0,), (1.0,), 10.0, 5.0, {("tiny", t): config for t in ("pretrain", "finetune")})
+def train(config: RunConfig, store, tmp_path):
+    """train(part, tell): two steps with the settings of a comparison."""
+    plan = QualityPlan((0,), (1.0,), 10.0, 5.0, {"pretrain": config, "finetune": config})
 
-    def make(part: Part, steps: int = 2, calibrate_s: float | None = None) -> Work:
-        return Work(part, plan.config_of(part, steps).model_dump(mode="json"), calibrate_s)
+    def run(part: Part, tell=lambda message: None):
+        return train_part(part, plan.config_of(part, 2), store, parts_of(store, 0.2), tmp_path, tell)
 
-    return make
-
-
-def test_a_job_survives_json(work) -> None:
-    job = Job("store", "runs", 0.2, (work(Part("tiny", "affmae", 0)), work(Part("tiny", "vit-mae", 1, "scratch", 0.5))))
-    assert Job.from_json(job.to_json()) == job
+    return run
 
 
-def test_pretraining_and_finetuning_give_scores(store, work, tmp_path) -> None:
+def test_pretraining_and_finetuning_give_scores(store, train, tmp_path) -> None:
     parts, told = parts_of(store, 0.2), []
-    first = Part("tiny", "vit-mae", 0)
-    pretrained = train_part(work(first), store, parts, tmp_path, told.append)
+    first = Part("vit-mae", 0)
+    pretrained = train(first, told.append)
     assert pretrained.status == "ok", pretrained.note
     assert pretrained.steps == 2 and pretrained.images == 8 and pretrained.held_out_loss > 0
     assert pretrained.train_s > 0 and pretrained.seconds > pretrained.train_s
     assert weights_of(first, tmp_path).is_file(), "finetunings start from it"
     assert {m["step"] for m in told} == {1, 2} and told[-1]["total"] == 2
 
-    tuned = Part("tiny", "vit-mae", 0, "pretrained", 0.5)
-    result = train_part(work(tuned), store, parts, tmp_path, told.append)
+    tuned = Part("vit-mae", 0, "pretrained", 0.5)
+    result = train(tuned, told.append)
     assert result.status == "ok", result.note
     assert 0 <= result.miou <= 1 and result.sections == 2 and len(result.per_class) == 5
     pixels = sum(figures["pixels"] for figures in result.per_class.values())
@@ -68,27 +64,25 @@ def test_pretraining_and_finetuning_give_scores(store, work, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("model", "terms"), [("affmae", {"step1", "step2"}), ("vit-mae", set())])
-def test_losses_are_of_the_output_that_both_models_have(model, terms, store, work, tmp_path, monkeypatch) -> None:
+def test_losses_are_of_the_output_that_both_models_have(model, terms, train, monkeypatch) -> None:
     events = []
     real = quality_worker.Pace.__call__
     monkeypatch.setattr(quality_worker.Pace, "__call__", lambda pace, event: (events.append(event), real(pace, event)))
-    parts, first = parts_of(store, 0.2), Part("tiny", model, 0)
-    pretrained = train_part(work(first), store, parts, tmp_path, lambda message: None)
+    pretrained = train(Part(model, 0))
     (held_out,) = [event.metrics for event in events if isinstance(event, Evaluated)]
     trained = [event.losses for event in events if isinstance(event, StepLogged)][-1]
     assert held_out.keys() - {"loss", "last"} == terms == trained.keys() - {"loss", "last"}
     assert pretrained.held_out_loss == held_out["last"] and pretrained.loss == trained["last"]
     assert (held_out["loss"] > 1.1 * held_out["last"]) == bool(terms)
 
-    tuned = train_part(work(Part("tiny", model, 0, "scratch", 1.0)), store, parts, tmp_path, lambda message: None)
+    tuned = train(Part(model, 0, "scratch", 1.0))
     trained = [event.losses for event in events if isinstance(event, StepLogged)][-1]
     assert tuned.loss == pytest.approx(trained["focal"] + trained["dice"])
     assert (trained["loss"] > 1.1 * tuned.loss) == bool(terms)
 
 
-def test_without_pretraining_there_is_no_finetuning_from_it(store, work, tmp_path) -> None:
-    part = Part("tiny", "affmae", 0, "pretrained", 1.0)
-    result = train_part(work(part), store, parts_of(store, 0.2), tmp_path, lambda message: None)
+def test_without_pretraining_there_is_no_finetuning_from_it(train) -> None:
+    result = train(Part("affmae", 0, "pretrained", 1.0))
     assert (result.status, result.note) == ("failed", "its pretraining gave no weights")
 
 
@@ -99,25 +93,24 @@ def test_without_pretraining_there_is_no_finetuning_from_it(store, work, tmp_pat
         (RuntimeError("cuDNN error\nmore"), "failed", "RuntimeError: cuDNN error"),
     ],
 )
-def test_failures_are_results(raised, status, note, store, work, tmp_path, monkeypatch, capsys) -> None:
-    def fail(*args: object) -> None:
+def test_failures_are_results(raised, status, note, train, monkeypatch, capsys) -> None:
+    def fail(*args: object, **more: object) -> None:
         raise raised
 
-    monkeypatch.setattr(quality_worker, "_fit", fail)
-    part = Part("tiny", "affmae", 0, "scratch", 1.0)
-    result = train_part(work(part), store, parts_of(store, 0.2), tmp_path, lambda message: None)
+    monkeypatch.setattr(quality_worker, "fit", fail)
+    result = train(Part("affmae", 0, "scratch", 1.0))
     assert result.status == status and note in result.note and "\n" not in result.note and result.miou is None
     assert "Traceback" in capsys.readouterr().err, "the log has it all"
 
 
-@pytest.mark.parametrize(("answers", "done"), [(True, 2), (False, 1)])
-def test_a_process_that_cannot_go_on_leaves_the_rest(answers, done, store, work, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(quality_worker, "_card_answers", lambda: answers)
-    told: list[dict] = []
-    impossible = tuple(work(Part("tiny", "affmae", seed, "pretrained", 1.0)) for seed in (0, 1))
-    work_through(Job(str(store.path), str(tmp_path), 0.2, impossible), told.append)
-    assert told[0] == {"event": "ready"}
-    assert [message["result"]["status"] for message in told if message["event"] == "ended"] == ["failed"] * done
+def test_an_item_is_done_by_name(store, config, tmp_path) -> None:
+    part = Part("vit-mae", 0, "pretrained", 1.0)
+    item = {
+        "store": str(store.path), "runs": str(tmp_path), "test_fraction": 0.2, "part": asdict(part),
+        "config": config.model_dump(mode="json"), "calibrate_s": None,
+    }  # fmt: skip
+    found = do_part(item, lambda message: None)
+    assert found["status"] == "failed" and found["result"]["note"] == "its pretraining gave no weights"
 
 
 def test_divergence_is_a_result(store, config, tmp_path) -> None:
@@ -127,15 +120,13 @@ def test_divergence_is_a_result(store, config, tmp_path) -> None:
             "train": config.train.model_copy(update={"steps": 6, "log_every": 1, "max_nonfinite": 2}),
         }
     )
-    part = Part("tiny", "vit-mae", 0, "scratch", 1.0)
+    part = Part("vit-mae", 0, "scratch", 1.0)
     wild = wild.model_copy(update={"model": wild.model.model_copy(update={"family": "vit-mae"})})
-    result = train_part(
-        Work(part, wild.model_dump(mode="json")), store, parts_of(store, 0.2), tmp_path, lambda message: None
-    )
+    result = train_part(part, wild, store, parts_of(store, 0.2), tmp_path, lambda message: None)
     assert result.status == "diverged" and "non-finite" in result.note
 
 
-def test_calibration_halves_what_does_not_fit(store, work, tmp_path, monkeypatch) -> None:
+def test_calibration_halves_what_does_not_fit(store, config, tmp_path, monkeypatch) -> None:
     real, tried = SegmentationLoss.__call__, []
 
     def scarce(loss: SegmentationLoss, outputs: dict, labels: torch.Tensor) -> dict:
@@ -145,13 +136,14 @@ def test_calibration_halves_what_does_not_fit(store, work, tmp_path, monkeypatch
         return real(loss, outputs, labels)
 
     monkeypatch.setattr(SegmentationLoss, "__call__", scarce)
-    part = Part("tiny", "vit-mae", 0, "scratch", 1.0)
-    speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
+    part = Part("vit-mae", 0, "scratch", 1.0)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"family": "vit-mae"})})
+    speed = calibrate(part, config, store, parts_of(store, 0.2), tmp_path, 0.05)
     assert tried[:3] == [2, 1, 1] and speed.micro_batch == 1 and 0 < speed.step_s < 10
     assert not list(tmp_path.glob("calibration-*")), "nothing is left of it"
 
     monkeypatch.setattr(SegmentationLoss, "__call__", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-    speed = calibrate(work(part, calibrate_s=0.05), store, parts_of(store, 0.2), tmp_path)
+    speed = calibrate(part, config, store, parts_of(store, 0.2), tmp_path, 0.05)
     assert speed.step_s is None and speed.status == "out of memory"
 
 
