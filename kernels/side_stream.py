@@ -21,8 +21,9 @@ _streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 class SideStream:
     """Runs functions beside the current stream while that is captured, and at once otherwise.
 
-    Streams of different numbers do not wait for each other. What a function reads is kept alive until the current stream has waited for it, because the allocator
-    would hand their memory to the next kernel otherwise. `turn` bounds how many those are.
+    Streams of different numbers do not wait for each other. What a function reads is kept alive until the current
+    stream has waited for it, because the allocator would hand its memory to the next kernel otherwise. `turn` bounds
+    how much that is.
     """
 
     def __init__(self, device: torch.device, number: int = 0) -> None:

@@ -40,6 +40,7 @@ from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, layer_decay_groups, set_learning_rate
+from affmae_engine.train.precompile import compile_kernels
 from affmae_engine.train.step import EAGER_STEPS, Losses, TrainStep, seed_forward
 
 Family = Literal["affmae", "vit-mae"]
@@ -163,6 +164,8 @@ def _measure(result: Measurement, case: SpeedCase, choice: DeviceChoice, *, prof
     # Build the network and take the first step.
     wall, began = time.time(), time.perf_counter()
     model, result.how = build_network(case, choice)
+    if device.type == "cuda" and case.family == "affmae":
+        compile_kernels(model, None if case.task == "predict" else losses_of(case), batches[0], choice)
     step = make_step(case, model, choice, itertools.cycle(batches))
     float(step())
     result.first_step_s = time.perf_counter() - began

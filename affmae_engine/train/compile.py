@@ -6,7 +6,9 @@ AFFMAE is not compiled: its operations are fused by hand (`affmae_kernels`).
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +29,15 @@ def compile_vit(model: nn.Module, backend: str | Callable[..., Any] = "inductor"
         model: any model.
         backend: of torch.compile.
     """
+    # PyTorch would keep what it compiles in /tmp, which many machines empty.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_user_cache() / "affmae" / "inductor"))
     for module in model.modules():
         if isinstance(module, VitEncoder | VitDecoder):
             setattr(module, "forward", _compiled_in_training(module, backend))  # noqa: B010 (mypy: it is a method)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _compiled_in_training(module: VitEncoder | VitDecoder, backend: str | Callable[..., Any]) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -34,6 +35,7 @@ from affmae_engine.train.environment import kernel_backends
 from affmae_engine.train.memory import free_memory, largest_divisor, measured_micro_batch
 from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window, drop_superseded
 from affmae_engine.train.optim import allocate_state, build_adamw, set_learning_rate
+from affmae_engine.train.precompile import compile_kernels
 from affmae_engine.train.report import line
 from affmae_engine.train.resume import rounding_notes
 from affmae_engine.train.schedule import due, learning_rate
@@ -118,9 +120,9 @@ def _train(session: Session) -> None:
     state, stop, ranks, train = session.state, session.stop, session.ranks, session.config.train
     share = ranks.share(train.batch_size)
     state.model.train()
-    state.micro_batch = _micro_batch(session, share)
     if _runs_triton(session):
-        compile_vit(state.model)
+        _compile(session, share)
+    state.micro_batch = _micro_batch(session, share)
     while not _steps(session, state.micro_batch):
         if state.micro_batch == 1:
             raise ResourceError(
@@ -140,6 +142,19 @@ def _train(session: Session) -> None:
             f"continue with: affmae {session.task.name} --resume {session.run.root}",
             signal_number=stop.signal_number or 2,
         )
+
+
+def _compile(session: Session, share: int) -> None:
+    """Compiles what the steps run, so that the first one does not wait for it piece by piece."""
+    state, task = session.state, session.task
+    if not runs_kernels(session.config.model):
+        compile_vit(state.model)
+        return
+    began = time.monotonic()
+    sample = task.dataset.sample(0)
+    batch = {name: tensor[None].expand(share, *tensor.shape) for name, tensor in sample.items()}
+    count = compile_kernels(state.model, task.losses, batch, session.choice)
+    _engine_log.info("%d kernels compiled or loaded in %.1f s", count, time.monotonic() - began)
 
 
 def _micro_batch(session: Session, share: int) -> int:

@@ -76,14 +76,13 @@ class SegmentationLoss:
         return {"loss": total, "focal": focal, "dice": dice, **auxiliary}
 
     def _focal_and_dice(self, logits: Tensor, labels_BHW: Tensor) -> tuple[Tensor, Tensor]:
-        if self._class_weights_K.device != logits.device:  # in the first step, before one is captured as a CUDA graph
-            self._class_weights_K = self._class_weights_K.to(logits.device)
+        weights_K = self._class_weights_K.to(logits.device)
+        if not logits.is_meta:  # stays on the device from the first step on, before one is captured as a CUDA graph
+            self._class_weights_K = weights_K
         patch = None
         if logits.ndim == 3:
-            patch = math.isqrt(logits.shape[-1] // len(self._class_weights_K))
-        return segmentation_loss(
-            logits, labels_BHW, self._class_weights_K, gamma=self._gamma, patch=patch, backend=self._backend
-        )
+            patch = math.isqrt(logits.shape[-1] // len(weights_K))
+        return segmentation_loss(logits, labels_BHW, weights_K, gamma=self._gamma, patch=patch, backend=self._backend)
 
 
 def weights_from_counts(counts: Sequence[int]) -> tuple[float, ...]:

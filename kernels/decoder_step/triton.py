@@ -2,8 +2,8 @@
 
 As in `encoder_blocks`, a branch's bias, dropout, the residual addition and the LayerNorm that follows share one kernel
 in each direction. Value, offset and logit of the self-attention come from one product, whose columns the attention
-kernels read in place; gradients that meet at a query are added in the accumulator of the last product (addmm). Saved are
-the sums before each LayerNorm with their statistics, the other inputs of the products, and the results of both
+kernels read in place; gradients that meet at a query are added in the accumulator of the last product (addmm_). Saved
+are the sums before each LayerNorm with their statistics, the other inputs of the products, and the results of both
 attentions; LayerNorm outputs are written again by the kernels that differentiate them.
 
 Axes: B batch, Q queries, N tokens, C decoder channels, E channels of the stage, F hidden channels, H heads, S samples,

@@ -19,8 +19,7 @@ from typer.testing import CliRunner, Result
 from affmae_cli.main import app
 from affmae_engine import run_dir
 from affmae_engine.config import RunConfig
-from affmae_engine.model.affmae import MaskedAutoencoder
-from affmae_engine.model.affmae import Segmenter
+from affmae_engine.model.affmae import MaskedAutoencoder, Segmenter
 from affmae_engine.train import checkpoint
 from affmae_engine.train.weights import WeightsMetadata
 

@@ -11,9 +11,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [
     pytest.param(dtype, marks=() if dtype == torch.float32 else pytest.mark.gpu, id=str(dtype)[6:]) for dtype in LIMITS
 ]
-SMALL = [
-    pytest.param(case, id=case.title) for operation in OPERATIONS for case in cases(operation, network=False)
-]
+SMALL = [pytest.param(case, id=case.title) for operation in OPERATIONS for case in cases(operation, network=False)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,8 +22,8 @@ from affmae_engine.data.labels.gather import gather_labels, write_labelled_store
 from affmae_engine.data.segmentation import Section
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError, Interrupted
-from affmae_engine.model.build import encoder_layers
 from affmae_engine.model.affmae import Segmenter
+from affmae_engine.model.build import encoder_layers
 from affmae_engine.train.finetuning import finetune_task
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.segmentation_evaluation import chosen_sections
