@@ -14,7 +14,8 @@ padding after them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class _DecoderStep(torch.autograd.Function):
         w = _nested(parameters)
         low = _lowered(w, x.dtype)
         seed = torch.randint(2**31 - 1, (3,), dtype=torch.int32, device=x.device) if dropout else None
-        drop = {"dropout": dropout, "seed": seed}
+        drop: dict[str, Any] = {"dropout": dropout, "seed": seed}
         channels = x.shape[2]
         # The queries ask each other.
         projected = torch.addmm(low.self_bias, rows(x), low.self_matrix.t()).view(*x.shape[:2], -1)
@@ -136,7 +137,7 @@ class _DecoderStep(torch.autograd.Function):
         of_norm3 = norm.backward(dy.contiguous(), None, sum3, stat3, w.norm3_weight_C, salt=2, **drop)
         dbranch = rows(of_norm3.dbranch)
         dhidden, dhidden_bias = activations.relu_backward(dbranch @ low.last, hidden, run=run)
-        dlast = run(weight_gradient, dbranch, hidden), of_norm3.doffset
+        dlast_weight = run(weight_gradient, dbranch, hidden)
         dy = rows(of_norm3.dx).addmm_(dhidden, low.hidden).view_as(x)
         # Cross-attention: queries, then tokens
         of_norm2 = norm.backward(dy, None, sum2, stat2, w.norm2_weight_C, bias=w.norm2_bias_C, salt=1, **drop)
@@ -181,16 +182,21 @@ class _DecoderStep(torch.autograd.Function):
         dself_bias = run(torch.mv, w.self_attention.out_weight_CC.detach().t(), of_norm1.doffset)
         dcross_bias = run(torch.mv, w.cross_attention.out_weight_CC.detach().t(), of_norm2.doffset)
         side.join()
+        # The bias before a LayerNorm is the offset of the kernel that adds it.
+        dsource_bias, dself_out_bias, dcross_out_bias, dlast_bias = (
+            cast(Tensor, found.doffset) for found in (of_source, of_norm1, of_norm2, of_norm3)
+        )
         gradients = StepWeights(
-            dsource, of_source.doffset, of_source.dweight, of_source.dbias,
+            dsource, dsource_bias, of_source.dweight, of_source.dbias,
             AttentionWeights(
-                dmatrix[:channels], dself_bias, *_split_asked(dself_asked, w), dself_out, of_norm1.doffset, dself_tau
+                dmatrix[:channels], dself_bias, *_split_asked(dself_asked, w), dself_out, dself_out_bias, dself_tau
             ),
             of_norm1.dweight, of_norm1.dbias,
             AttentionWeights(
-                dcross_value, dcross_bias, *_split_asked(dcross_asked, w), dcross_out, of_norm2.doffset, dcross_tau
+                dcross_value, dcross_bias, *_split_asked(dcross_asked, w), dcross_out, dcross_out_bias, dcross_tau
             ),
-            of_norm2.dweight, of_norm2.dbias, dhidden_weight, dhidden_bias, *dlast, of_norm3.dweight, of_norm3.dbias,
+            of_norm2.dweight, of_norm2.dbias, dhidden_weight, dhidden_bias, dlast_weight, dlast_bias,
+            of_norm3.dweight, of_norm3.dbias,
         )  # fmt: skip
         return dx, dfeat, None, None, None, None, None, *_flat(gradients)
 
@@ -259,7 +265,7 @@ def _gradients_into(dvalue_BNC: Tensor, dasked_BQA: Tensor, heads: int) -> dict[
     return {"dvalue_BNHD": dvalue_BNC.unflatten(-1, (heads, -1)), "doffset_BQHS2": doffset, "dlogit_BQHS": dlogit}
 
 
-def _split_asked(gradients: tuple[Tensor, Tensor], w: StepWeights) -> tuple[Tensor, ...]:
+def _split_asked(gradients: tuple[Tensor, Tensor], w: StepWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of offset_weight, offset_bias, logit_weight and logit_bias from those of both layers together."""
     lengths = len(w.self_attention.offset_bias_O), len(w.self_attention.logit_bias_L)
     (doffset_weight, dlogit_weight), (doffset_bias, dlogit_bias) = (both.split(lengths) for both in gradients)
@@ -275,8 +281,8 @@ def _flat(weights: StepWeights) -> list[Tensor]:
 
 def _nested(flat: Sequence[Tensor]) -> StepWeights:
     remaining = iter(flat)
-    fields = [
-        AttentionWeights(*(next(remaining) for _ in range(_ATTENTION))) if "attention" in name else next(remaining)
+    fields: dict[str, Any] = {
+        name: AttentionWeights(*islice(remaining, _ATTENTION)) if "attention" in name else next(remaining)
         for name in StepWeights._fields
-    ]
-    return StepWeights(*fields)
+    }
+    return StepWeights(**fields)
