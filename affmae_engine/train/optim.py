@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.optim imports it when the first optimizer is made, which would be part of the first step
 from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig
