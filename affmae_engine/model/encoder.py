@@ -39,7 +39,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class Stem(nn.Module):
-    """Patch embedding: 3x3 convolutions of stride 2 and widths dim/2, ..., dim/2, dim; LayerNorm and GELU between them."""
+    """Patch embedding: 3x3 convolutions of stride 2, widths dim/2, ..., dim/2, dim; LayerNorm and GELU between them."""
 
     def __init__(self, channels: int, dim: int, patch: int, backend: str) -> None:
         super().__init__()
@@ -92,7 +92,8 @@ class Block(nn.Module):
         return BlockWeights(
             self.norm1.weight, self.norm1.bias, attention.qkv.weight, attention.qkv.bias, attention.position.weight,
             attention.position.bias, attention.blank_key, attention.blank_value, attention.output.weight,
-            attention.output.bias, self.norm2.weight, self.norm2.bias, hidden.weight, hidden.bias, last.weight, last.bias,
+            attention.output.bias, self.norm2.weight, self.norm2.bias, hidden.weight, hidden.bias, last.weight,
+            last.bias,
         )  # fmt: skip
 
 
