@@ -67,10 +67,9 @@ class _Launch:
 
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that Triton compiles to one kernel."""
-        constants = {parameter.name: parameter.is_constexpr for parameter in self.kernel.params}
+        parameters = {parameter.name: parameter for parameter in self.kernel.params}
         return id(self.kernel), *(
-            (name, value if constants.get(name, True) else _specialized(value))
-            for name, value in sorted(self.arguments.items())
+            (name, _specialized(value, parameters.get(name))) for name, value in sorted(self.arguments.items())
         )
 
 
@@ -103,6 +102,8 @@ def _compile_aside(jobs: list[_Launch], workers: int) -> None:
     """Compiles the jobs in forked processes. Their faults show when this process compiles what is missing."""
     from triton.runtime import driver
 
+    # Long kernels take longest, so they are begun first.
+    jobs = sorted(jobs, key=lambda job: -len(job.kernel.src))
     fork = multiprocessing.get_context("fork")
     taken = fork.Value("i", 0)
     arguments = (jobs, taken, _DriverWithoutGpu(driver.active))
@@ -169,8 +170,11 @@ def _noting(launches: dict[tuple[Any, ...], _Launch]) -> Iterator[None]:
         JITFunction.run = run
 
 
-def _specialized(value: Any) -> Any:
-    """What Triton looks at in an argument that is no constant."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return "int", value == 1, value % 16 == 0, value.bit_length() > 31
-    return type(value) if isinstance(value, float) else value
+def _specialized(value: Any, parameter: Any) -> Any:
+    """What Triton looks at in an argument: all of a constant or a launch option, little of other numbers."""
+    if parameter is None or parameter.is_constexpr or not isinstance(value, int | float) or isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        return "float"
+    wide = value.bit_length() > 31
+    return ("int", wide) if parameter.do_not_specialize else ("int", wide, value == 1, value % 16 == 0)
