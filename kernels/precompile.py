@@ -102,6 +102,10 @@ def _compile_aside(jobs: list[_Launch], workers: int) -> None:
     """Compiles the jobs in forked processes. Their faults show when this process compiles what is missing."""
     from triton.runtime import driver
 
+    # Triton's key of a kernel depends on which of the functions it calls had a key before. Made here, in one order, the
+    # keys are the same in all processes.
+    for job in jobs:
+        _ = job.kernel.cache_key
     # Long kernels take longest, so they are begun first.
     jobs = sorted(jobs, key=lambda job: -len(job.kernel.src))
     fork = multiprocessing.get_context("fork")
