@@ -156,7 +156,7 @@ def _named_leaves(value: Any, name: str = "") -> dict[str, Tensor]:
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = list(value._asdict().items())
+        items = list(zip(value._fields, value, strict=True))
     elif isinstance(value, list | tuple):
         items = list(enumerate(value))
     else:

@@ -14,16 +14,6 @@ import torch
 
 from affmae_kernels import launch, precompile
 
-OPERATIONS = (
-    "neighbourhoods",
-    "cluster_attention",
-    "token_merging",
-    "point_attention",
-    "residual_norm",
-    "bias_gelu",
-    "linear_relu",
-)
-"""Every operation that has kernels, by the name of its package."""
 Backend = Literal["auto", "triton", "reference"]
 _BACKENDS = get_args(Backend)
 
@@ -72,7 +62,6 @@ def fp32_only(parameter: torch.Tensor) -> str | None:
     return None if parameter.dtype == torch.float32 else f"parameters of {parameter.dtype}, only fp32"
 
 
-@launch.constant_when_compiled
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)

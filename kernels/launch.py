@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: bf16 tensor cores and asynchronous copies. Older cards train with the reference."""
@@ -26,17 +21,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def constant_when_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`torch.compiler.assume_constant_result` without what that does besides setting this mark: it loads the compiler,
-    which takes longer than all the rest of a prediction's start."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 _found: dict[tuple[str, int], str | None] = {}
 
 
-@constant_when_compiled
 def obstacle(device_type: str, index: int) -> str | None:
     """Why no Triton kernel can run on this device, in words that name the remedy; None when they can.
 

@@ -136,7 +136,7 @@ def _compile_share(jobs: list[_Launch], taken: Any, without_gpu: _DriverWithoutG
                 jobs[index].kernel.device_caches.clear()
                 kernel = jobs[index].compile()
                 # Up to Triton 3.6 a kernel's launcher is C code, which is compiled at the first launch.
-                without_gpu.launcher_cls(kernel.src, kernel.metadata)
+                without_gpu.launcher(kernel.src, kernel.metadata)
     finally:
         os._exit(0)
 
@@ -149,7 +149,7 @@ class _DriverWithoutGpu:
         self.get_current_target = lambda: target
         self.get_current_device = lambda: device
         self.get_current_stream = lambda device: 0
-        self.launcher_cls = getattr(driver, "launcher_cls", None)
+        self.launcher: Any = getattr(driver, "launcher_cls", None)
         self.utils = getattr(driver, "utils", None)
 
 

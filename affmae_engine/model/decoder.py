@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.config import ModelConfig
-from affmae_engine.model.encoder import STD, StageOutput, linear
+from affmae_engine.model.encoder import STD, StageOutput, linear, weight_and_bias
 from affmae_engine.model.sizes import size_of
 from affmae_kernels.decoder_step import (
     AttentionWeights,
@@ -48,8 +48,8 @@ def position_code(canvas_hw: tuple[int, int], dim: int, device: torch.device) ->
     """Sine code of every canvas cell, [T, dim] fp32: dim/2 channels for x, then dim/2 for y.
 
     With u = 2 * pi * x / max(w - 1, 1), channel i of a half has the frequency 10000^(-2 * floor(i / 2) / (dim / 2));
-    the sines of the even channels come first, then the cosines of the odd ones. The canvas sets the scale, not the
-    batch.
+    the sines of the even channels come first, then the cosines of the odd ones. The canvas, not the batch, sets the
+    scale.
     """
     half = dim // 2
     frequency_F = 10000.0 ** (-2 * (torch.arange(half, device=device) // 2) / half)
@@ -85,8 +85,10 @@ class PointAttention(nn.Module):
 
     def weights(self) -> AttentionWeights:
         """The parameters as `decoder_step` takes them."""
-        layers = self.value, self.offset, self.logit, self.output
-        return AttentionWeights(*(t for layer in layers for t in (layer.weight, layer.bias)), self.tau)
+        return AttentionWeights(
+            self.value.weight, self.value.bias, self.offset.weight, self.offset.bias, self.logit.weight,
+            self.logit.bias, self.output.weight, self.output.bias, self.tau,
+        )  # fmt: skip
 
 
 class DecoderStep(nn.Module):
@@ -125,7 +127,7 @@ class DecoderStep(nn.Module):
         return StepWeights(
             self.source.weight, self.source.bias, self.source_norm.weight, self.source_norm.bias,
             self.self_attention.weights(), self.norm1.weight, self.norm1.bias, self.cross_attention.weights(),
-            self.norm2.weight, self.norm2.bias, hidden.weight, hidden.bias, last.weight, last.bias,
+            self.norm2.weight, self.norm2.bias, *weight_and_bias(hidden), *weight_and_bias(last),
             self.norm3.weight, self.norm3.bias,
         )  # fmt: skip
 

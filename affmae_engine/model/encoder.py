@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,11 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The parameters of a layer that comes out of a container, where its type is lost."""
+    return layer.get_parameter("weight"), layer.get_parameter("bias")
+
+
 class Stem(nn.Module):
     """Patch embedding: 3x3 convolutions of stride 2, widths dim/2, ..., dim/2, dim; LayerNorm and GELU between them."""
 
@@ -48,13 +54,14 @@ class Stem(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[1:])
         for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            weight, bias = weight_and_bias(conv)
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+            nn.init.zeros_(bias)
 
     def forward(self, image_BIHW: Tensor, visible_BV: Tensor) -> Tensor:
         """Features [B, V, C] of the visible patches; nothing of a masked patch reaches them."""
-        convs = [(conv.weight, conv.bias) for conv in self.convs]
-        norms = [(norm.weight, norm.bias) for norm in self.norms]
+        convs = [weight_and_bias(conv) for conv in self.convs]
+        norms = [weight_and_bias(norm) for norm in self.norms]
         return stem(image_BIHW, visible_BV, convs, norms, self.patch, backend=self.backend)
 
 
@@ -88,12 +95,12 @@ class Block(nn.Module):
 
     def weights(self) -> BlockWeights:
         """The parameters as `encoder_blocks` takes them."""
-        attention, (hidden, _, last) = self.attention, self.mlp
+        attention = self.attention
+        hidden, _, last = self.mlp
         return BlockWeights(
             self.norm1.weight, self.norm1.bias, attention.qkv.weight, attention.qkv.bias, attention.position.weight,
             attention.position.bias, attention.blank_key, attention.blank_value, attention.output.weight,
-            attention.output.bias, self.norm2.weight, self.norm2.bias, hidden.weight, hidden.bias, last.weight,
-            last.bias,
+            attention.output.bias, self.norm2.weight, self.norm2.bias, *weight_and_bias(hidden), *weight_and_bias(last),
         )  # fmt: skip
 
 
@@ -223,7 +230,7 @@ class Stage(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """LN(x) and x, the features after the blocks."""
         return encoder_blocks(
-            feat_BNC, [block.weights() for block in blocks], self.norm.weight, self.norm.bias, near,
+            feat_BNC, [cast(Block, block).weights() for block in blocks], self.norm.weight, self.norm.bias, near,
             branch_scale_SB=scale_SB, backend=self.backend,
         )  # fmt: skip
 
@@ -262,7 +269,8 @@ class Encoder(nn.Module):
         """
         canvas_hw = image_BIHW.shape[-2] // self.patch, image_BIHW.shape[-1] // self.patch
         # Sort the visible patches into clusters, then embed them in that order.
-        near, visible_BV = self.stages[0].sorted(cell_positions(visible_BV, canvas_hw), canvas_hw, visible_BV)
+        first = cast(Stage, self.stages[0])
+        near, visible_BV = first.sorted(cell_positions(visible_BV, canvas_hw), canvas_hw, visible_BV)
         feat_BNC = self.stem(image_BIHW, visible_BV)
         outputs: list[StageOutput] = []
         for stage in self.stages:

@@ -20,7 +20,8 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.run_dir import RunDir
 from affmae_engine.train.device import DeviceChoice
-from affmae_kernels.dispatch import OPERATIONS, choose_backend
+from affmae_kernels.cases import OPERATIONS
+from affmae_kernels.dispatch import choose_backend
 
 ENVIRONMENT_SCHEMA = 1
 _PACKAGES = ("affmae", "torch", "numpy", "zarr", "safetensors", "triton")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from affmae_kernels.adamw import reference
 from affmae_kernels.dispatch import choose_backend
+
+if TYPE_CHECKING:
+    from affmae_kernels.adamw.triton import Plan
 
 __all__ = ["AdamW", "unsupported"]
 
@@ -57,7 +61,7 @@ class AdamW:
         self._step_P, self._rates, self._decays, self._betas, self._eps = step_P, rates, decays, betas, eps
         obstacle = unsupported([*parameters, *moments, *squares])
         self._choice = choose_backend(backend, "adamw", step_P.device, obstacle)
-        self._plan = None
+        self._plan: Plan | None = None
 
     def prepare(self, gradients: Sequence[Tensor]) -> None:
         """Tell where the gradients are. Needed before `update` is captured as a CUDA graph; waits for the device."""
@@ -80,6 +84,7 @@ class AdamW:
             from affmae_kernels.adamw import triton
 
             self.prepare(gradients)
+            assert self._plan is not None
             triton.update(self._plan, self._step_P, self._betas, self._eps, grad_scale, found_inf)
         else:
             reference.update(

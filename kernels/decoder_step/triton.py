@@ -14,6 +14,7 @@ padding after them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class _DecoderStep(torch.autograd.Function):
         w = _nested(parameters)
         low = _lowered(w, x.dtype)
         seed = torch.randint(2**31 - 1, (3,), dtype=torch.int32, device=x.device) if dropout else None
-        drop = {"dropout": dropout, "seed": seed}
+        drop: dict[str, Any] = {"dropout": dropout, "seed": seed}
         channels = x.shape[2]
         # The queries ask each other.
         projected = torch.addmm(low.self_bias, rows(x), low.self_matrix.t()).view(*x.shape[:2], -1)
@@ -126,7 +127,7 @@ class _DecoderStep(torch.autograd.Function):
         # Parameter gradients are computed beside the chain of the features' gradients.
         side = SideStream(x.device)
         run = side.run
-        drop = {"dropout": dropout, "seed": seed, "sum_branch": True, "run": run}
+        drop: dict[str, Any] = {"dropout": dropout, "seed": seed, "sum_branch": True, "run": run}
 
         # MLP
         of_norm3 = norm.backward(dy.contiguous(), None, sum3, stat3, w.norm3_weight_C, salt=2, **drop)
@@ -308,7 +309,7 @@ def _gradients_into(dvalue_BNC: Tensor, dasked_BQA: Tensor, heads: int) -> dict[
     return {"dvalue_BNHD": dvalue_BNC.unflatten(-1, (heads, -1)), "doffset_BQHS2": doffset, "dlogit_BQHS": dlogit}
 
 
-def _split_asked(gradients: tuple[Tensor, Tensor], w: StepWeights) -> tuple[Tensor, ...]:
+def _split_asked(gradients: tuple[Tensor, Tensor], w: StepWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of offset_weight, offset_bias, logit_weight and logit_bias from those of both layers together."""
     lengths = len(w.self_attention.offset_bias_O), len(w.self_attention.logit_bias_L)
     (doffset_weight, dlogit_weight), (doffset_bias, dlogit_bias) = (both.split(lengths) for both in gradients)
@@ -324,8 +325,8 @@ def _flat(weights: StepWeights) -> list[Tensor]:
 
 def _nested(flat: Sequence[Tensor]) -> StepWeights:
     remaining = iter(flat)
-    fields = [
-        AttentionWeights(*(next(remaining) for _ in range(_ATTENTION))) if "attention" in name else next(remaining)
+    fields: dict[str, Any] = {
+        name: AttentionWeights(*islice(remaining, _ATTENTION)) if "attention" in name else next(remaining)
         for name in StepWeights._fields
-    ]
-    return StepWeights(*fields)
+    }
+    return StepWeights(**fields)

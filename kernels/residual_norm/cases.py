@@ -24,7 +24,7 @@ def _case(
         }
         return arguments | ({"offset_C": normal(shape[-1])} if offset else {})
 
-    def call(*, backend: str, **arguments: Tensor) -> dict[str, Tensor]:
+    def call(*, backend: str, **arguments: Any) -> dict[str, Tensor]:
         x_BNC = arguments["x_BNC"]
         # One image in three loses its branch, the others are scaled up, as with stochastic depth.
         scale_B = 1.5 * (torch.arange(len(x_BNC), device=x_BNC.device) % 3 != 0) if scale else None

@@ -13,7 +13,7 @@ Axes: N rows, C channels, R rows of a tile, CP channels padded to a power of two
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -165,12 +165,12 @@ class Gradients(NamedTuple):
     dx: Tensor
     dbranch: Tensor
     """dx itself where neither dropout nor a scale makes a difference."""
-    y: Tensor | None
-    """y again, without the code, if it was asked for."""
+    y: Tensor
+    """y again, without the code; None unless it was asked for."""
     dweight: Tensor
     dbias: Tensor
-    doffset: Tensor | None
-    """fp32 [C], like the two above; the sum of dbranch over all rows, if it was asked for."""
+    doffset: Tensor
+    """fp32 [C], like the two above; the sum of dbranch over all rows; None unless it was asked for."""
 
 
 def forward(
@@ -229,9 +229,8 @@ def backward(
         **config,
     )  # fmt: skip
     sums = run(column_sums, part).view(-1, width)
-    return Gradients(
-        dx, dx if dbranch is None else dbranch, y, sums[0], sums[1], sums[2] if sum_branch else None
-    )  # fmt: skip
+    doffset = sums[2] if sum_branch else None
+    return Gradients(dx, dx if dbranch is None else dbranch, cast(Tensor, y), sums[0], sums[1], cast(Tensor, doffset))
 
 
 class _ResidualNorm(torch.autograd.Function):
