@@ -19,7 +19,7 @@ from affmae_engine.bench.report import Figure, Table, figure
 from affmae_engine.bench.timing import Call, Ceilings, Timing, measure_ceilings, time_calls
 from affmae_engine.errors import first_line
 from affmae_engine.train.device import DeviceChoice, exact_fp32
-from affmae_kernels.cases import LIMITS, Case, cases, errors, solve
+from affmae_kernels.cases import Case, cases, deviations
 from affmae_kernels.dispatch import choose_backend
 
 INPUT_SETS = 4
@@ -38,16 +38,6 @@ class CallTimes:
     both: Timing | None
     forward_bytes: int
     both_bytes: int
-
-
-def wrong_by(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, tuple[float, float]]:
-    """(error, largest allowed error) of every result and gradient of a case; see `affmae_kernels.cases.errors`."""
-    found = solve(case, device, dtype, backend)
-    whole = {name for name, tensor in found.items() if not tensor.is_floating_point()}
-    return {
-        name: (error, 0.0 if name in whole else LIMITS[dtype])
-        for name, error in errors(case, device, dtype, backend).items()
-    }
 
 
 def time_case(
@@ -102,19 +92,20 @@ def measure_operation(item: dict[str, Any], tell: Tell) -> dict[str, Any]:
         if item["what"] == "ceilings":
             return {"status": "ok", "note": "", **asdict(measure_ceilings(device, dtype))}
         backend = choose_backend("auto", item["operation"], device).name
-        (case,) = [case for case in cases(item["operation"]) if case.name == item["name"]]
         if item["what"] == "check":
-            return _checked(case, device, dtype, backend)
+            return _checked(cases(item["operation"], network=False), device, dtype, backend)
+        (case,) = [case for case in cases(item["operation"]) if case.name == item["name"]]
         return _timed(case, device, dtype, backend, reference=item["reference"])
     except Exception as error:  # a kernel that does not compile must not end the measurement of the others
         return {"status": "failed", "note": first_line(error)}
 
 
-def _checked(case: Case, device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    found = wrong_by(case, device, dtype, backend)
-    wrong = [f"{name} {error:.1e}" for name, (error, limit) in found.items() if not error <= limit]
-    worst = max((error for error, _ in found.values()), default=0.0)
-    return {"status": "wrong" if wrong else "ok", "note": ", ".join(wrong), "backend": backend, "error": worst}
+def _checked(group: Sequence[Case], device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    found = deviations(group, device, dtype, backend)
+    wrong = [f"{name} {tensor.error:.1e}" for name, tensor in found.items() if not tensor.ok]
+    worst = max((tensor.error for tensor in found.values()), default=0.0)
+    status = "wrong" if wrong else "ok"
+    return {"status": status, "note": ", ".join(wrong), "backend": backend, "error": worst, "cases": len(group)}
 
 
 def _timed(case: Case, device: torch.device, dtype: torch.dtype, backend: str, *, reference: bool) -> dict[str, Any]:
@@ -143,11 +134,11 @@ def items_of(operations: Sequence[str], choice: DeviceChoice, *, reference: bool
     about = {"device": str(choice.device), "dtype": str(choice.dtype).removeprefix("torch.")}
     items: list[dict[str, Any]] = [{"what": "ceilings", **about}]
     for operation in operations:
-        for what, of_network in (("check", False), ("time", network)):
-            items += [
-                {"what": what, "operation": operation, "name": case.name, "reference": reference, **about}
-                for case in cases(operation, network=of_network)
-            ]
+        items.append({"what": "check", "operation": operation, "name": "small cases", **about})
+        items += [
+            {"what": "time", "operation": operation, "name": case.name, "reference": reference, **about}
+            for case in cases(operation, network=network)
+        ]
     return items
 
 
@@ -188,13 +179,13 @@ def tables_of(records: Sequence[dict[str, Any]]) -> list[Table]:
     """Checks by operation, then times by case."""
     checks = []
     for operation in dict.fromkeys(record["operation"] for record in records):
-        own = [r for r in records if r["operation"] == operation and r["what"] == "check"]
-        bad = [r for r in own if r["status"] != "ok"]
-        worst = max((r["error"] for r in own if r.get("error") is not None), default=None)
-        backend = next((r["backend"] for r in own if "backend" in r), "")
-        note = f"{bad[0]['name']}: {bad[0]['note']}" if bad else ""
-        verdict = bad[0]["status"] if bad else "right" if own else "not checked"
-        checks.append((operation, backend, str(len(own)), "" if worst is None else f"{worst:.1e}", verdict, note))
+        own = (record for record in records if record["operation"] == operation and record["what"] == "check")
+        check = next(own, {"status": "not checked", "note": ""})
+        worst, verdict = check.get("error"), "right" if check["status"] == "ok" else check["status"]
+        largest = "" if worst is None else f"{worst:.1e}"
+        checks.append(
+            (operation, check.get("backend", ""), str(check.get("cases", "")), largest, verdict, check["note"])
+        )
     columns = ("operation", "runs as", "cases", "largest error", "verdict", "note")
     return [Table("Against the float64 reference", columns, checks), _time_table(records)]
 

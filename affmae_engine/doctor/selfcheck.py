@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from affmae_engine.bench.kernels import wrong_by
 from affmae_engine.errors import first_line
-from affmae_kernels.cases import cases
+from affmae_kernels.cases import Deviation, cases, deviations
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,7 +21,7 @@ class Check:
     operation: str
     precision: str
     limit: float
-    """Largest relative Frobenius error of the tensor; 0 for whole numbers, which must be equal."""
+    """Largest error of the tensor, see `affmae_kernels.cases.deviations`."""
     error: float | None
     """Of the tensor that is closest to its limit, or beyond; None when the operation could not be run."""
     tensor: str
@@ -61,23 +60,18 @@ def run_checks(
 
 def check(operation: str, precision: str, device: torch.device, backend: str) -> Check:
     """Compare all small cases of an operation; never raises."""
-    worst = ("", 0.0, math.inf)
-    compared = 0
     try:
-        for case in cases(operation, network=False):
-            for name, (error, limit) in wrong_by(case, device, DTYPES[precision], backend).items():
-                worst = max(worst, (name, error, limit), key=_share_of_limit)
-            compared += 1
-        if not compared:
+        small = cases(operation, network=False)
+        if not small:
             raise ValueError(f"{operation} has no small cases")
+        found = deviations(small, device, DTYPES[precision], backend)
+        name, worst = max(found.items(), key=lambda item: _share_of_limit(item[1]))
     except Exception as error:  # whatever a kernel raises answers the question whether it works
-        return Check(operation, precision, 0.0, None, "", compared, first_line(error))
-    name, found, limit = worst
-    return Check(operation, precision, limit, found, name, compared)
+        return Check(operation, precision, 0.0, None, "", 0, first_line(error))
+    return Check(operation, precision, worst.limit, worst.error, name, len(small))
 
 
-def _share_of_limit(tensor: tuple[str, float, float]) -> float:
-    _, error, limit = tensor
-    if limit == 0 or math.isnan(error):
-        return math.inf if error else 0.0
-    return error / limit
+def _share_of_limit(tensor: Deviation) -> float:
+    if tensor.limit == 0:
+        return math.inf if tensor.error else 0.0
+    return tensor.error / tensor.limit

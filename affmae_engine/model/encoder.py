@@ -41,7 +41,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """The parameters of a layer that comes out of a container, where its type is lost."""
-    return layer.get_parameter("weight"), layer.get_parameter("bias")
+    return cast(Tensor, layer.weight), cast(Tensor, layer.bias)
 
 
 class Stem(nn.Module):
