@@ -16,6 +16,12 @@ KEPT = frozenset(
     {
         "model.family",
         "model.size",
+        "model.dims",
+        "model.depths",
+        "model.heads",
+        "model.mlp_ratio",
+        "model.decoder_dim",
+        "model.decoder_heads",
         "model.channels",
         "model.patch_size",
         "model.cluster_size",

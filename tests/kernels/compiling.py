@@ -3,11 +3,13 @@
 Run as a script without TRITON_INTERPRET, with names of operations. No GPU and no driver is used.
 """
 
+import functools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from affmae_kernels.cases import cases, solve
 from affmae_kernels.precompile import rehearse
 
 ARCHITECTURES = (90, 120)
+WORKERS = 2
 
 
 class AbsentGpu:
@@ -37,6 +40,7 @@ class AbsentGpu:
         return 0
 
 
+@functools.cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of local memory a thread: above 0 registers were spilled."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -49,21 +53,32 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compile_operation(operation: str) -> dict[str, Any]:
-    """The kernels of its network-sized cases in bf16, forward and backward."""
+def compile_operations(operations: Sequence[str], workers: int) -> list[Any]:
+    """The kernels of their network-sized cases in bf16, forward and backward."""
 
     def call_all() -> None:
-        for case in cases(operation, network=True):
-            solve(case, "meta", torch.bfloat16, "triton")
+        for operation in operations:
+            for case in cases(operation, network=True):
+                solve(case, "meta", torch.bfloat16, "triton")
 
-    return {kernel.hash: kernel for kernel in rehearse(call_all)}
+    return rehearse(call_all, workers=workers)
 
 
 if __name__ == "__main__":
     for architecture in ARCHITECTURES:
         triton.runtime.driver.set_active(AbsentGpu(architecture))
+        compile_operations(sys.argv[1:], WORKERS)
         for operation in sys.argv[1:]:
-            for kernel in compile_operation(operation).values():
+            # All are in Triton's cache by now.
+            for kernel in compile_operations([operation], workers=1):
                 registers, stack = resources(kernel.asm["cubin"])
-                row = {"operation": operation, "kernel": kernel.metadata.name, "arch": architecture}
-                print(json.dumps(row | {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}))
+                row = {
+                    "operation": operation,
+                    "kernel": kernel.metadata.name,
+                    "arch": architecture,
+                    "registers": registers,
+                    "stack": stack,
+                    "shared": kernel.metadata.shared,
+                    "shuffles": kernel.asm["ptx"].count("shfl.sync"),
+                }
+                print(json.dumps(row))

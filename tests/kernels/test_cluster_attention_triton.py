@@ -86,12 +86,14 @@ def test_more_images_than_a_grid_holds(scatter, monkeypatch) -> None:
     assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
 
 
-def test_sum_of_the_gradients_of_the_queries(scatter) -> None:
+def test_sums_of_the_gradients_of_queries_and_result(scatter) -> None:
     args, near = inputs(SHAPES["several images"], torch.float32), neighbourhoods(scatter, SHAPES["several images"])
     qkv, key, value, weight, bias = (a.detach() for a in args)
     out, lse = kernels.forward(qkv, near, weight, bias, key, value)
-    dqkv, *_, dq_sum = kernels.backward(torch.randn_like(out), qkv, near, weight, bias, key, value, out, lse)
+    dout = torch.randn_like(out)
+    dqkv, *_, dq_sum, dout_sum = kernels.backward(dout, qkv, near, weight, bias, key, value, out, lse)
     torch.testing.assert_close(dq_sum, dqkv[:, :, 0].sum((0, 1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dout_sum, dout.sum((0, 1)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

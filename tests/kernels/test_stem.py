@@ -58,6 +58,17 @@ def test_without_gradients_the_result_is_the_same() -> None:
         assert torch.equal(case.call(backend="triton", **made)["feat_BVC"], expected)
 
 
+@pytest.mark.parametrize("patch", [2, 4, 8, 16])
+def test_all_patches_visible_equals_no_list(patch: int) -> None:
+    torch.manual_seed(patch)
+    widths = [1] + [4] * (patch.bit_length() - 2) + [8]
+    convs = [(torch.randn(b, a, 3, 3).double(), torch.randn(b).double()) for a, b in pairwise(widths)]
+    norms = [(torch.randn(b).double(), torch.randn(b).double()) for b in widths[1:]]
+    image_BIHW = torch.randn(1, 1, 3 * patch, 5 * patch).double()
+    listed, unlisted = (stem(image_BIHW, visible, convs, norms, patch) for visible in (torch.arange(15)[None], None))
+    torch.testing.assert_close(listed, unlisted)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_pixels_may_be_nan(backend: str) -> None:
     case = cases("stem")[0]

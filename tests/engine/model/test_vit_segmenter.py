@@ -18,8 +18,12 @@ def model() -> VitSegmenter:
 
 def test_logits_of_images_of_any_size(model) -> None:
     for height, width in ((64, 64), (50, 37)):
-        logits = model(torch.randn(2, 2, height, width))["logits"]
+        image = torch.randn(2, 2, height, width)
+        logits = model.eval()(image)["logits"]
         assert logits.shape == (2, 3, height, width) and logits.dtype == torch.float32
+        # In train mode the patches' values as they are, for the loss.
+        tokens = -(-height // 8) * -(-width // 8)
+        assert model.train()(image)["logits"].shape == (2, tokens, 8 * 8 * 3)
     with pytest.raises(ValueError, match=r"\[B, 2, H, W\]"):
         model(torch.randn(1, 1, 64, 64))
     with pytest.raises(ValueError, match="at least 1"):
