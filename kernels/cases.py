@@ -28,6 +28,7 @@ OPERATIONS = (
     "norm_linear",
     "pixel_loss",
     "segmentation_loss",
+    "adamw",
 )
 """The folders of all operations, in reading order."""
 
@@ -104,7 +105,7 @@ def solve(
     arguments = case.arguments(device, dtype, double=exact)
     leaves = _named_leaves(arguments)
     results = case.call(backend=backend, **case.prepare(backend=backend, **arguments))
-    floating = {name: tensor for name, tensor in results.items() if tensor.is_floating_point()}
+    floating = {name: tensor for name, tensor in results.items() if tensor.requires_grad}
     if not floating:
         return {name: tensor.detach() for name, tensor in results.items()}
     random = torch.Generator().manual_seed(case.seed + 1)

@@ -71,6 +71,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(None if device.type == "meta" else device).multi_processor_count
 
 
+def architecture() -> int:
+    """Compute capability of the GPU that kernels are compiled for, such as 90 or 120; 0 in the interpreter."""
+    if interpreting():
+        return 0
+    from triton.runtime import driver
+
+    found: int = driver.active.get_current_target().arch
+    return found
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: exact products for fp32 features, the native ones otherwise."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -11,11 +11,11 @@ longer than compiling. They touch no GPU and end without running any exit handle
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,9 @@ class _Launch:
 
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that Triton compiles to one kernel."""
-        constants = {parameter.name: parameter.is_constexpr for parameter in self.kernel.params}
+        parameters = {parameter.name: parameter for parameter in self.kernel.params}
         return id(self.kernel), *(
-            (name, value if constants.get(name, True) else _specialized(value))
-            for name, value in sorted(self.arguments.items())
+            (name, _specialized(value, parameters.get(name))) for name, value in sorted(self.arguments.items())
         )
 
 
@@ -103,11 +102,16 @@ def _compile_aside(jobs: list[_Launch], workers: int) -> None:
     """Compiles the jobs in forked processes. Their faults show when this process compiles what is missing."""
     from triton.runtime import driver
 
-    target = driver.active.get_current_target()
+    # Triton's key of a kernel depends on which of the functions it calls had a key before. Made here, in one order, the
+    # keys are the same in all processes.
+    for job in jobs:
+        _ = job.kernel.cache_key
+    # Long kernels take longest, so they are begun first.
+    jobs = sorted(jobs, key=lambda job: -len(job.kernel.src))
     fork = multiprocessing.get_context("fork")
-    processes = [
-        fork.Process(target=_compile_share, args=(jobs[i::workers], target), daemon=True) for i in range(workers)
-    ]
+    taken = fork.Value("i", 0)
+    arguments = (jobs, taken, _DriverWithoutGpu(driver.active))
+    processes = [fork.Process(target=_compile_share, args=arguments, daemon=True) for _ in range(workers)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside other threads
         for process in processes:
@@ -117,28 +121,39 @@ def _compile_aside(jobs: list[_Launch], workers: int) -> None:
         process.kill()
 
 
-def _compile_share(jobs: list[_Launch], target: Any) -> None:
+def _compile_share(jobs: list[_Launch], taken: Any, without_gpu: _DriverWithoutGpu) -> None:
+    """Compiles one job after the other of those that no other process has taken."""
     from triton.runtime import driver
 
-    driver.set_active(_Target(target))  # a forked process must not ask CUDA
+    driver.set_active(without_gpu)
     try:
-        for job in jobs:
-            job.kernel.device_caches.clear()
-            job.compile()
+        while True:
+            with taken.get_lock():
+                index, taken.value = taken.value, taken.value + 1
+            if index >= len(jobs):
+                break
+            with contextlib.suppress(Exception):
+                jobs[index].kernel.device_caches.clear()
+                kernel = jobs[index].compile()
+                # Up to Triton 3.6 a kernel's launcher is C code, which is compiled at the first launch.
+                without_gpu.launcher(kernel.src, kernel.metadata)
     finally:
         os._exit(0)
 
 
-class _Target:
-    """The part of Triton's driver that compiling needs."""
+class _DriverWithoutGpu:
+    """What compiling needs of Triton's driver: a forked process must not ask CUDA."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, driver: Any) -> None:
+        target, device = driver.get_current_target(), driver.get_current_device()
         self.get_current_target = lambda: target
-        self.get_current_device = lambda: 0
+        self.get_current_device = lambda: device
         self.get_current_stream = lambda device: 0
+        self.launcher: Any = getattr(driver, "launcher_cls", None)
+        self.utils = getattr(driver, "utils", None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _noting(launches: dict[tuple[Any, ...], _Launch]) -> Iterator[None]:
     """Inside, `kernel[grid](...)` adds to `launches` and does nothing else."""
     from triton.runtime.jit import JITFunction
@@ -159,8 +174,11 @@ def _noting(launches: dict[tuple[Any, ...], _Launch]) -> Iterator[None]:
         JITFunction.run = run
 
 
-def _specialized(value: Any) -> Any:
-    """What Triton looks at in an argument that is no constant."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return "int", value == 1, value % 16 == 0, value.bit_length() > 31
-    return type(value) if isinstance(value, float) else value
+def _specialized(value: Any, parameter: Any) -> Any:
+    """What Triton looks at in an argument: all of a constant or a launch option, little of other numbers."""
+    if parameter is None or parameter.is_constexpr or not isinstance(value, int | float) or isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        return "float"
+    wide = value.bit_length() > 31
+    return ("int", wide) if parameter.do_not_specialize else ("int", wide, value == 1, value % 16 == 0)

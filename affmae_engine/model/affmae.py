@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.config import LossConfig, ModelConfig
-from affmae_engine.model.decoder import STEP_OF_HEAD, Decoder, make_heads
+from affmae_engine.model.decoder import HEAD_OF_STEP, HEADS, Decoder, make_heads
 from affmae_engine.model.encoder import Encoder, StageOutput
 from affmae_engine.model.masking import restore_order
 from affmae_engine.model.patches import (
@@ -86,8 +86,11 @@ class MaskedAutoencoder(nn.Module):
         """Pixels [B, Q, P] of the masked patches by head, and the encoder's stages."""
         canvas_hw = canvas_of(image_BCHW.shape[-2], image_BCHW.shape[-1], self.patch)
         stages = self.encoder(pad_to_patches(image_BCHW, self.patch), visible_BV)
-        steps = self.decoder(stages, cell_positions(masked_BQ, canvas_hw), canvas_hw)
-        return {name: self.heads[name](steps[step]) for name, step in STEP_OF_HEAD.items()}, stages
+        predicted: dict[str, Tensor] = {}
+        for step, x_BQC in enumerate(self.decoder(stages, cell_positions(masked_BQ, canvas_hw), canvas_hw)):
+            if step in HEAD_OF_STEP:
+                predicted[HEAD_OF_STEP[step]] = self.heads[HEAD_OF_STEP[step]](x_BQC)
+        return {name: predicted[name] for name in HEADS}, stages
 
     def _real_pixels(self, image_BCHW: Tensor, masked_BQ: Tensor) -> Tensor | None:
         """Bool [B, Q, P]: the masked pixels that belong to the image; None when nothing is padded."""
@@ -139,12 +142,15 @@ class Segmenter(nn.Module):
         # Nothing is masked: the encoder sees every patch, and a query asks for every patch.
         every_BT = torch.arange(canvas_hw[0] * canvas_hw[1], device=image_BCHW.device).expand(batch, -1)
         stages = self.encoder(pad_to_patches(image_BCHW, self.patch), every_BT)
-        steps = self.decoder(stages, cell_positions(every_BT, canvas_hw), canvas_hw)
-        last_BTP = self.heads["last"](steps[STEP_OF_HEAD["last"]])
+        values: dict[str, Tensor] = {}
+        for step, x_BTC in enumerate(self.decoder(stages, cell_positions(every_BT, canvas_hw), canvas_hw)):
+            name = HEAD_OF_STEP.get(step)
+            if name == "last" or (name and self.training):
+                values[name] = self.heads[name](x_BTC)
         if not self.training:
-            return {"logits": unpatchify(at_least_fp32(last_BTP), canvas_hw, self.patch)[..., :height, :width]}
-        auxiliary = {f"logits_{name}": self.heads[name](steps[STEP_OF_HEAD[name]]) for name in ("step2", "step1")}
-        return {"logits": last_BTP, **auxiliary}
+            whole_BKHW = unpatchify(at_least_fp32(values["last"]), canvas_hw, self.patch)
+            return {"logits": whole_BKHW[..., :height, :width]}
+        return {"logits": values["last"], "logits_step2": values["step2"], "logits_step1": values["step1"]}
 
 
 def class_head_from_pixel_head(

@@ -9,6 +9,7 @@ Axes: B batch, Q queries, N tokens of a stage, C decoder width, T canvas cells, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,23 @@ from torch import Tensor, nn
 from affmae_engine.config import ModelConfig
 from affmae_engine.model.encoder import STD, StageOutput, linear, weight_and_bias
 from affmae_engine.model.sizes import size_of
-from affmae_kernels.decoder_step import AttentionWeights, Points, StepWeights, decoder_step, points
+from affmae_kernels.decoder_step import (
+    AttentionWeights,
+    Points,
+    StepWeights,
+    decoder_step,
+    place_tokens,
+    points,
+)
 from affmae_kernels.norm_linear import norm_linear
 from affmae_kernels.precision import feature_dtype
 
 SAMPLES = 4
 """Sampled locations of a query and head."""
-STEP_OF_HEAD = {"last": -1, "step2": 1, "step1": 0}
-"""Decoder step whose output each head reads. Without the auxiliary heads the sparse stages collapse."""
+HEADS = ("last", "step2", "step1")
+"""Names of the heads. Without the auxiliary ones the sparse stages collapse."""
+HEAD_OF_STEP = {0: "step1", 1: "step2", 3: "last"}
+"""The head that reads a decoder step's output."""
 
 
 def projection(inputs: int, outputs: int) -> nn.Linear:
@@ -137,8 +147,11 @@ class Decoder(nn.Module):
         )
         nn.init.trunc_normal_(self.mask_token, std=STD)
 
-    def forward(self, stages: list[StageOutput], query_pos_BQ2: Tensor, canvas_hw: tuple[int, int]) -> list[Tensor]:
-        """Features of the queries, [B, Q, C], after each step.
+    def forward(self, stages: list[StageOutput], query_pos_BQ2: Tensor, canvas_hw: tuple[int, int]) -> Iterator[Tensor]:
+        """Yields the features of the queries, [B, Q, C], after each step.
+
+        Heads that read a step are best called before the next one: in the backward pass their gradient is then made
+        when it is needed, instead of lying in memory.
 
         Args:
             stages: the encoder's outputs, finest first.
@@ -149,13 +162,11 @@ class Decoder(nn.Module):
         queries = points(query_pos_BQ2, canvas_hw, backend=self.backend)
         # Every query starts as the mask token and the code of its place.
         code_TC = position_code(canvas_hw, self.dim, query_pos_BQ2.device).to(dtype)
-        x_BQC = self.mask_token.to(dtype) + code_TC[queries.cell_BN]
-        outputs: list[Tensor] = []
+        x_BQC = place_tokens(self.mask_token, code_TC, queries.cell_BN, backend=self.backend)
         for step, stage in zip(self.steps, reversed(stages), strict=True):
             tokens = points(stage.pos_BN2, canvas_hw, backend=self.backend)
             x_BQC = step(x_BQC, queries, stage.feat_BNC, tokens, code_TC)
-            outputs.append(x_BQC)
-        return outputs
+            yield x_BQC
 
 
 class Head(nn.Module):
@@ -174,5 +185,5 @@ class Head(nn.Module):
 
 
 def make_heads(dim: int, values: int, *, backend: str = "auto") -> nn.ModuleDict:
-    """One head per supervised step, by the names of `STEP_OF_HEAD`."""
-    return nn.ModuleDict({name: Head(dim, values, backend=backend) for name in STEP_OF_HEAD})
+    """One head per supervised step, by name."""
+    return nn.ModuleDict({name: Head(dim, values, backend=backend) for name in HEADS})

@@ -45,7 +45,7 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 class Stem(nn.Module):
-    """Patch embedding: 3x3 convolutions of stride 2 with LayerNorm and GELU between them; widths dim/2, ..., dim."""
+    """Patch embedding: 3x3 convolutions of stride 2, widths dim/2, ..., dim/2, dim; LayerNorm and GELU between them."""
 
     def __init__(self, channels: int, dim: int, patch: int, backend: str) -> None:
         super().__init__()

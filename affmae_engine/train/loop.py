@@ -286,7 +286,7 @@ def _find_start(run: RunDir, task: Task, resume: bool) -> tuple[checkpoint.Check
 
 def _new_state(config: RunConfig, task: Task, choice: DeviceChoice) -> TrainState:
     model = task.model.to(choice.device)
-    optimizer = build_adamw(task.parameter_groups(config.optim), config.optim)
+    optimizer = build_adamw(task.parameter_groups(config.optim), config.optim, backend=config.kernels.backend)
     allocate_state(optimizer)
     scaler = torch.amp.GradScaler(choice.device.type, enabled=choice.dtype == torch.float16)
     return TrainState(model, optimizer, scaler, Window(choice.device))

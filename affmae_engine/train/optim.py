@@ -1,8 +1,8 @@
 """AdamW: its parameter groups, and its state as named tensors.
 
-The fused implementation is used on every device. It takes two device-side scalars, `grad_scale` (every gradient is
-divided by it) and `found_inf` (the update is left out when it is 1): clipping and the skipping of a non-finite step
-cost no extra pass over the gradients and no synchronisation with the host.
+Every implementation takes two scalars on the device, `grad_scale` (every gradient is divided by it) and `found_inf`
+(the update is left out when it is 1): clipping and the skipping of a non-finite step cost no extra pass over the
+gradients and no synchronization with the host.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.optim imports it when the first optimizer is made, which would be part of the first step
 from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig
 from affmae_engine.errors import CorruptError
 from affmae_engine.model.build import EncoderLayers
+from affmae_kernels.adamw import AdamW
+from affmae_kernels.dispatch import choose_backend
 
 
 def decay_groups(
@@ -42,15 +45,69 @@ def decay_groups(
     ]
 
 
-def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over groups as `decay_groups` makes them.
+class GpuAdamW(torch.optim.AdamW):
+    """AdamW whose update of all parameters is one kernel, see `affmae_kernels.adamw`.
 
-    On a card the learning rates are tensors there, so that a recorded step reads what `set_learning_rate` wrote.
+    State and groups are those of `torch.optim.AdamW`; learning rates are tensors on the device, so that a captured step
+    reads what `set_learning_rate` wrote. `grad_scale` and `found_inf` are set before each step.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        super().__init__(groups, lr=config.lr, betas=config.betas)
+        self._step_P = torch.empty(0)
+        self._adamw: AdamW | None = None
+        self._updated: list[Tensor] = []
+
+    def prepare(self) -> list[Tensor]:
+        """Make the state and note where everything is; needed before a step is captured. Returns the gradients."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in trained]
+        state = [self.state[p] for p in trained]
+        for parameter, own in zip(trained, state, strict=True):
+            if not own:
+                own["step"] = torch.zeros((), device=parameter.device)
+                own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        # The steps of all parameters lie in one tensor; loading a checkpoint replaces any of these tensors.
+        tensors = [*trained, *(own[kind] for kind in ("exp_avg", "exp_avg_sq") for own in state)]
+        same = len(tensors) == len(self._updated) and all(a is b for a, b in zip(tensors, self._updated, strict=True))
+        if not same or any(own["step"]._base is not self._step_P for own in state):
+            self._step_P = torch.stack([own["step"].float() for own in state])
+            for own, step in zip(state, self._step_P.unbind(), strict=True):
+                own["step"] = step
+            groups = {p: group for group in self.param_groups for p in group["params"]}
+            self._adamw = AdamW(
+                trained, [own["exp_avg"] for own in state], [own["exp_avg_sq"] for own in state], self._step_P,
+                [groups[p]["lr"] for p in trained], [groups[p]["weight_decay"] for p in trained],
+                betas=self.defaults["betas"], eps=self.defaults["eps"],
+            )  # fmt: skip
+            self._updated = tensors
+        assert self._adamw is not None
+        self._adamw.prepare(gradients)
+        return gradients
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; nothing changes where `found_inf` is 1."""
+        gradients = self.prepare()
+        assert self._adamw is not None
+        self._adamw.update(gradients, self.grad_scale, self.found_inf)
+
+
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig, *, backend: str = "auto") -> torch.optim.AdamW:
+    """AdamW over groups as `decay_groups` makes them: one kernel on a GPU, else PyTorch's fused implementation.
+
+    On a GPU the learning rates are tensors there, so that a captured step reads what `set_learning_rate` wrote.
     """
     device = groups[0]["params"][0].device
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, fused=True, capturable=device.type == "cuda"
-    )
+    if device.type == "cuda" and choose_backend(backend, "adamw", device).name == "triton":
+        optimizer: torch.optim.AdamW = GpuAdamW(groups, config)
+    else:
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, fused=True, capturable=device.type == "cuda"
+        )
     if device.type == "cuda":
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(config.lr, device=device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from affmae_engine.train.device import DeviceChoice
+from affmae_kernels.adamw import AdamW
 from affmae_kernels.precompile import rehearse
 
 
@@ -48,12 +49,18 @@ def compile_kernels(
     on_meta, training = _OnMeta(model), model.training
     example = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in batch.items()}
 
+    def update() -> None:
+        one = [torch.empty(1, device="meta")]
+        adamw = AdamW(one, one, one, one[0], one, [0.0], betas=(0.9, 0.95), eps=1e-8)
+        adamw.update(one, one[0], one[0])
+
     def passes() -> None:
         if losses is not None:
             model.train()
             with choice.autocast():
                 loss = losses(on_meta, example)["loss"]
             loss.backward()
+            update()
         model.eval()
         with torch.no_grad(), choice.autocast():
             if losses is None:

@@ -31,6 +31,7 @@ from affmae_engine.train.device import DeviceChoice
 from affmae_engine.train.distributed import Ranks
 from affmae_engine.train.memory import memory_shortage, out_of_memory
 from affmae_engine.train.metrics import Stopwatch
+from affmae_engine.train.optim import GpuAdamW
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
@@ -217,6 +218,8 @@ class TrainStep:
         pool = torch.cuda.graph_pool_handle()
         try:
             backward = CudaGraphedFunction(self._run_backward, batch, pool)
+            if isinstance(self._optimizer, GpuAdamW):
+                self._optimizer.prepare()  # the gradients are where the captured pass will write them
             loss = torch.zeros((), device=self._choice.device)
             self._graphed_update = CudaGraphedFunction(self._run_update, {"loss": loss}, pool)
             self._graphed_backward = backward

@@ -13,7 +13,7 @@ from affmae_kernels.dispatch import choose_backend, fp32_only
 from affmae_kernels.point_attention import NearestTable, nearest_table
 from affmae_kernels.precision import feature_dtype, without_autocast
 
-__all__ = ["AttentionWeights", "Points", "StepWeights", "decoder_step", "points"]
+__all__ = ["AttentionWeights", "Points", "StepWeights", "decoder_step", "place_tokens", "points"]
 
 
 class Points(NamedTuple):
@@ -127,6 +127,32 @@ def decoder_step(
 
             return triton.decoder_step(*arguments)
         return reference.decoder_step(*arguments)
+
+
+def place_tokens(token_C: Tensor, code_TC: Tensor, cell_BN: Tensor, *, backend: str = "auto") -> Tensor:
+    """token + code[cell]: one learned token at every place, with the place's code.
+
+    Args:
+        token_C: floating.
+        code_TC: code of every canvas cell, in the dtype of the result. No gradient.
+        cell_BN: int32 canvas indices.
+        backend: see `affmae_kernels.dispatch`.
+
+    Returns:
+        [B, N, C] in the dtype of `code_TC`. Gradient: the token.
+
+    Raises:
+        ValueError: when token and code differ in width.
+    """
+    if token_C.shape != code_TC.shape[1:]:
+        raise ValueError(f"token_C must be [{code_TC.shape[1]}], as code_TC; got {list(token_C.shape)}")
+    choice = choose_backend(backend, "decoder_step", code_TC.device, fp32_only(token_C))
+    with without_autocast(code_TC):
+        if choice.name == "triton":
+            from affmae_kernels.decoder_step import triton
+
+            return triton.place_tokens(token_C, code_TC, cell_BN)
+        return reference.place_tokens(token_C, code_TC, cell_BN)
 
 
 def _check(

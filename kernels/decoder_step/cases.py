@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from affmae_kernels.cases import Case, scattered_positions
-from affmae_kernels.decoder_step import AttentionWeights, StepWeights, decoder_step, points
+from affmae_kernels.decoder_step import AttentionWeights, StepWeights, decoder_step, place_tokens, points
 
 SAMPLES = 4
 
@@ -77,7 +77,22 @@ def _case(
     return Case("decoder_step", name, make, call, prepare, network=network, flops=flops)
 
 
+def _place_case(name: str, batch: int, tokens: int, channels: int, cells: int, *, network: bool = False) -> Case:
+    def make(random: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+        cell_BN = torch.randint(cells, (batch, tokens), generator=random).int()
+        like = torch.zeros(0, dtype=dtype)
+        return {"token_C": torch.randn(channels, generator=random), "cell_BN": cell_BN, "like": like}
+
+    def call(*, backend: str, token_C: Tensor, cell_BN: Tensor, like: Tensor) -> dict[str, Tensor]:
+        code_TC = torch.arange(cells * channels, device=like.device).view(cells, channels).to(like.dtype).sin()
+        return {"placed": place_tokens(token_C, code_TC, cell_BN, backend=backend)}
+
+    return Case("decoder_step", name, make, call, network=network)
+
+
 CASES = [
+    _place_case("place, odd sizes", 2, 13, 24, 35),
+    _place_case("place, base", 32, 2048, 384, 4096, network=True),
     _case("odd sizes", 1, 67, 61, (9, 8), 2, 16, 24),
     _case("three tokens", 2, 35, 3, (7, 6), 1, 32, 16),
     _case("two queries", 2, 2, 4, (3, 3), 2, 32, 64),

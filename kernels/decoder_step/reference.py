@@ -41,6 +41,11 @@ def decoder_step(
     return layer_norm(x_BQC + F.dropout(found_BQC, dropout), w.norm3_weight_C, w.norm3_bias_C)
 
 
+def place_tokens(token_C: Tensor, code_TC: Tensor, cell_BN: Tensor) -> Tensor:
+    """See the package."""
+    return token_C.to(code_TC.dtype) + code_TC[cell_BN]
+
+
 def _attention(
     x_BQC: Tensor, queries: Points, source_BNC: Tensor, tokens: Points, w: AttentionWeights, heads: int
 ) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,110 +95,154 @@ class _DecoderStep(torch.autograd.Function):
         y3, sum3, stat3 = norm.forward(
             y2, w.norm3_weight_C, w.norm3_bias_C, branch=branch, offset=w.last_bias_C, salt=2, **drop
         )
-        ctx.queries, ctx.tokens, ctx.heads, ctx.dropout, ctx.parameters = (
-            queries,
-            tokens,
-            heads,
-            dropout,
-            len(parameters),
-        )
-        ctx.save_for_backward(
-            *parameters, *low, seed, x, feat, projected, found1, sum1, stat1, source_in, source, source_stat, value,
-            asked, found2, sum2, stat2, hidden, sum3, stat3,
+        ctx.queries, ctx.tokens, ctx.heads, ctx.dropout = queries, tokens, heads, dropout
+        ctx.save_for_backward(*parameters, *low, seed, x, feat)
+        # Not with `save_for_backward`, which would keep them all to the end of the backward pass.
+        ctx.kept = _Kept(
+            projected, found1, sum1, stat1, source_in, source, source_stat, value, asked, found2, sum2, stat2, hidden,
+            sum3, stat3,
         )  # fmt: skip
         return y3
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        count, width = ctx.parameters, len(_Lowered._fields)
-        w, low = _nested(ctx.saved_tensors[:count]), _Lowered(*ctx.saved_tensors[count : count + width])
+        *parameters, seed, x, feat = ctx.saved_tensors
+        w, low = _nested(parameters[: -len(_Lowered._fields)]), _Lowered(*parameters[-len(_Lowered._fields) :])
         (
-            seed, x, feat, projected, found1, sum1, stat1, source_in, source, source_stat, value, asked, found2, sum2,
-            stat2, hidden, sum3, stat3,
-        ) = ctx.saved_tensors[count + width :]  # fmt: skip
-        queries, tokens, heads = ctx.queries, ctx.tokens, ctx.heads
+            projected, found1, sum1, stat1, source_in, source, source_stat, value, asked, found2, sum2, stat2, hidden,
+            sum3, stat3,
+        ) = ctx.kept  # fmt: skip
+        ctx.kept = None
+        queries, tokens, heads, dropout = ctx.queries, ctx.tokens, ctx.heads, ctx.dropout
+        canvas_hw, pos_BQ2 = queries.canvas_hw, queries.pos_BN2
         channels, used = x.shape[2], x.shape[2] + low.asked.shape[0]
-        value_BNHD, own_value_BQHD = (
-            t[..., :channels].unflatten(-1, (heads, -1)) for t in (value, projected)
-        )  # fmt: skip
-        offset, logit = _asked(asked, heads)
+        own_value = projected[..., :channels].unflatten(-1, (heads, -1))
         own_offset, own_logit = _asked(projected[..., channels:used], heads)
+        offset, logit = _asked(asked, heads)
         # Where the attentions' samples lie is known; the lists for their gradients are made beside what comes first.
         early = SideStream(x.device, 1)
-        canvas_hw, pos_BQ2 = queries.canvas_hw, queries.pos_BN2
         lists = early.run(edge_lists, offset, tokens.table, pos_BQ2, value.shape[1], canvas_hw)
         own_lists = early.run(edge_lists, own_offset, queries.table, pos_BQ2, x.shape[1], canvas_hw)
         # Parameter gradients are computed beside the chain of the features' gradients.
         side = SideStream(x.device)
         run = side.run
-        drop = {"dropout": ctx.dropout, "seed": seed, "sum_branch": True, "run": run}
+        drop: dict[str, Any] = {"dropout": dropout, "seed": seed, "sum_branch": True, "run": run}
+
         # MLP
         of_norm3 = norm.backward(dy.contiguous(), None, sum3, stat3, w.norm3_weight_C, salt=2, **drop)
         dbranch = rows(of_norm3.dbranch)
         dhidden, dhidden_bias = activations.relu_backward(dbranch @ low.last, hidden, run=run)
-        dlast_weight = run(weight_gradient, dbranch, hidden)
-        dy = rows(of_norm3.dx).addmm_(dhidden, low.hidden).view_as(x)
+        dlast = run(weight_gradient, dbranch, hidden)
+        dy = _plus_product(of_norm3, dhidden, low.hidden)
+        dnorm3, dlast_bias = (of_norm3.dweight, of_norm3.dbias), of_norm3.doffset
+        del of_norm3, sum3, hidden, dbranch
+        side.turn()
+
         # Cross-attention: queries, then tokens
         of_norm2 = norm.backward(dy, None, sum2, stat2, w.norm2_weight_C, bias=w.norm2_bias_C, salt=1, **drop)
-        assert of_norm2.y is not None
         dhidden_weight = run(weight_gradient, dhidden, rows(of_norm2.y))
         dbranch = rows(of_norm2.dbranch)
+        del sum2, dhidden
         dvalue, dasked = torch.empty_like(value), torch.empty_like(asked)
-        dfound2 = (dbranch @ low.cross_out).view_as(found2)
         early.join()
         dcross_tau = attention.backward(
-            dfound2, value_BNHD, offset, logit, tokens.table, pos_BQ2, w.cross_attention.tau, canvas_hw,
-            lists=lists, **_gradients_into(dvalue, dasked, heads),
+            (dbranch @ low.cross_out).view_as(found2), value.unflatten(-1, (heads, -1)), offset, logit, tokens.table,
+            pos_BQ2, w.cross_attention.tau, canvas_hw, lists=lists, **_gradients_into(dvalue, dasked, heads),
         )  # fmt: skip
-        dvalue_RC, dasked_RA = rows(dvalue), rows(dasked)
+        del lists
         dcross_out = run(weight_gradient, dbranch, rows(found2.flatten(2)))
-        dcross_value = run(weight_gradient, dvalue_RC, rows(source))
+        dcross_value = run(weight_gradient, rows(dvalue), rows(source))
         of_source = norm.backward(
-            (dvalue_RC @ low.value).view_as(source), None, source_in, source_stat, w.source_norm_weight_C,
+            (rows(dvalue) @ low.value).view_as(source), None, source_in, source_stat, w.source_norm_weight_C,
             sum_branch=True, run=run,
         )  # fmt: skip
-        dsource_in = rows(of_source.dx)
-        dfeat = (dsource_in @ low.source).view_as(feat)
-        dsource = run(weight_gradient, dsource_in, rows(feat))
-        dy = rows(of_norm2.dx).addmm_(dasked_RA, low.asked).view_as(x)
+        dfeat = (rows(of_source.dx) @ low.source).view_as(feat)
+        dsource = run(weight_gradient, rows(of_source.dx), rows(feat))
+        dy = _plus_product(of_norm2, rows(dasked), low.asked)
+        dnorm2, dcross_out_bias = (of_norm2.dweight, of_norm2.dbias), of_norm2.doffset
+        del of_norm2, found2, value, source, dvalue, dbranch
+        side.turn()
+
         # Self-attention
         of_norm1 = norm.backward(dy, None, sum1, stat1, w.norm1_weight_C, bias=w.norm1_bias_C, salt=0, **drop)
-        assert of_norm1.y is not None
-        dcross_asked = run(weight_gradient, dasked_RA, rows(of_norm1.y)), run(column_sums, dasked_RA)
+        dcross_asked = run(weight_gradient, rows(dasked), rows(of_norm1.y)), run(column_sums, rows(dasked))
         dbranch = rows(of_norm1.dbranch)
         dprojected = torch.empty_like(projected)
         dself_tau = attention.backward(
-            (dbranch @ low.self_out).view_as(found1), own_value_BQHD, own_offset, own_logit, queries.table,
-            pos_BQ2, w.self_attention.tau, canvas_hw, lists=own_lists,
+            (dbranch @ low.self_out).view_as(found1), own_value, own_offset, own_logit, queries.table, pos_BQ2,
+            w.self_attention.tau, canvas_hw, lists=own_lists,
             **_gradients_into(dprojected[..., :channels], dprojected[..., channels:used], heads),
         )  # fmt: skip
         dprojected_RP = rows(dprojected)[:, :used]
         dself_out = run(weight_gradient, dbranch, rows(found1.flatten(2)))
         dmatrix = run(weight_gradient, dprojected_RP, rows(x))
         dself_asked = dmatrix[channels:], run(column_sums, dprojected_RP[:, channels:])
-        dx = rows(of_norm1.dx).addmm_(dprojected_RP, low.self_matrix[:used]).view_as(x)
+        dx = _plus_product(of_norm1, dprojected_RP, low.self_matrix[:used])
         # The weights of a query sum to 1, so the gradients of the values sum to that of the attention's result.
         dself_bias = run(torch.mv, w.self_attention.out_weight_CC.detach().t(), of_norm1.doffset)
-        dcross_bias = run(torch.mv, w.cross_attention.out_weight_CC.detach().t(), of_norm2.doffset)
+        dcross_bias = run(torch.mv, w.cross_attention.out_weight_CC.detach().t(), dcross_out_bias)
         side.join()
-        # The bias before a LayerNorm is the offset of the kernel that adds it.
-        dsource_bias, dself_out_bias, dcross_out_bias, dlast_bias = (
-            cast(Tensor, found.doffset) for found in (of_source, of_norm1, of_norm2, of_norm3)
+
+        own = AttentionWeights(
+            dmatrix[:channels], dself_bias, *_split_asked(dself_asked, w), dself_out, of_norm1.doffset, dself_tau
+        )
+        cross = AttentionWeights(
+            dcross_value, dcross_bias, *_split_asked(dcross_asked, w), dcross_out, dcross_out_bias, dcross_tau
         )
         gradients = StepWeights(
-            dsource, dsource_bias, of_source.dweight, of_source.dbias,
-            AttentionWeights(
-                dmatrix[:channels], dself_bias, *_split_asked(dself_asked, w), dself_out, dself_out_bias, dself_tau
-            ),
-            of_norm1.dweight, of_norm1.dbias,
-            AttentionWeights(
-                dcross_value, dcross_bias, *_split_asked(dcross_asked, w), dcross_out, dcross_out_bias, dcross_tau
-            ),
-            of_norm2.dweight, of_norm2.dbias, dhidden_weight, dhidden_bias, dlast_weight, dlast_bias,
-            of_norm3.dweight, of_norm3.dbias,
+            dsource, of_source.doffset, of_source.dweight, of_source.dbias, own, of_norm1.dweight, of_norm1.dbias,
+            cross, *dnorm2, dhidden_weight, dhidden_bias, dlast, dlast_bias, *dnorm3,
         )  # fmt: skip
         return dx, dfeat, None, None, None, None, None, *_flat(gradients)
+
+
+class _PlaceTokens(torch.autograd.Function):
+    """The sum is made once per cell instead of once per token, and the token's gradient is a sum over rows."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, code: Tensor, cell: Tensor) -> Tensor:
+        return (code + token.to(code.dtype))[cell]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return column_sums(rows(dx.contiguous())), None, None
+
+
+def place_tokens(token_C: Tensor, code_TC: Tensor, cell_BN: Tensor) -> Tensor:
+    """See the package."""
+    placed: Tensor = _PlaceTokens.apply(token_C, code_TC, cell_BN)
+    return placed
+
+
+class _Kept(NamedTuple):
+    """What the backward pass needs of the forward pass, in the order of the computation."""
+
+    projected_BQP: Tensor
+    found1_BQHD: Tensor
+    sum1_BQC: Tensor
+    stat1_R2: Tensor
+    source_in_BNC: Tensor
+    source_BNC: Tensor
+    source_stat_R2: Tensor
+    value_BNC: Tensor
+    asked_BQA: Tensor
+    found2_BQHD: Tensor
+    sum2_BQC: Tensor
+    stat2_R2: Tensor
+    hidden_RF: Tensor
+    sum3_BQC: Tensor
+    stat3_R2: Tensor
+
+
+def _plus_product(of_norm: norm.Gradients, left_RA: Tensor, right_AC: Tensor) -> Tensor:
+    """The gradient of the sum plus a product, like the sum; in place, unless it is the branch's gradient as well, which
+    is read at the same time."""
+    dx_RC = rows(of_norm.dx)
+    if of_norm.dbranch is of_norm.dx:
+        return torch.addmm(dx_RC, left_RA, right_AC).view_as(of_norm.dx)
+    return dx_RC.addmm_(left_RA, right_AC).view_as(of_norm.dx)
 
 
 class _Lowered(NamedTuple):

@@ -136,7 +136,6 @@ class _EncoderBlocks(torch.autograd.Function):
                 (dhidden @ low.hidden).view_as(total), found.dx, saved.sum2_BNC, saved.stat2_N2, block.norm2_weight_C,
                 bias=block.norm2_bias_C, scale=_scale(scale_SB, 2 * index), sum_branch=True, run=run,
             )  # fmt: skip
-            assert found.y is not None
             dhidden_weight = run(weight_gradient, dhidden, rows(found.y))
             dnorm2 = found.dweight, found.dbias
             # Attention
@@ -152,7 +151,6 @@ class _EncoderBlocks(torch.autograd.Function):
                 (dqkv @ low.qkv).view_as(total), found.dx, saved.sum1_BNC, saved.stat1_N2, block.norm1_weight_C,
                 bias=block.norm1_bias_C, scale=_scale(scale_SB, 2 * index - 1), sum_branch=index > 0, run=run,
             )  # fmt: skip
-            assert found.y is not None
             dqkv_bias = run(_qkv_bias_gradient, dq_sum, dblank_key, dout_sum, dblank_value)
             gradients = [
                 found.dweight, found.dbias, run(weight_gradient, dqkv, rows(found.y)), dqkv_bias, dposition_weight,

@@ -13,7 +13,7 @@ Axes: N rows, C channels, R rows of a tile, CP channels padded to a power of two
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -26,8 +26,8 @@ from affmae_kernels.launch import multiprocessors
 from affmae_kernels.side_stream import Run, at_once
 
 EPS = 1e-5
-PROGRAMS_PER_SM = 8, 16
-"""Fewest and most programs of the backward pass per multiprocessor; each leaves one row of partial sums."""
+PROGRAMS_PER_SM = 8
+"""Most programs of the backward pass per multiprocessor; each leaves one row of partial sums."""
 
 
 @triton.jit
@@ -135,12 +135,17 @@ def _norm_bwd_kernel(
 
 
 def launch_config(width: int, *, backward: bool = False) -> dict[str, int]:
-    """Rows of a tile (R), padded channels (CP) and warps: 16 elements a thread, in whole rows. In the backward pass the
-    sums over a row stay within one warp up to 1024 channels, because barriers in every turn of the loop cost more than
-    anything else; wider rows would not fit into its registers."""
+    """Rows of a tile (R), padded channels (CP) and warps, the fastest of those tried on an H200.
+
+    In the backward pass, and forward with rows of 512 and more, the sums over a row stay within one warp as far as its
+    registers allow: 32 elements a thread. Barriers in every turn of the loop cost more than anything else.
+    """
     padded = triton.next_power_of_2(width)
-    warps = max(1, padded // 1024) if backward else max(4, padded // 256)
-    return {"CP": padded, "R": max(1, 512 * warps // padded), "num_warps": warps}
+    if backward or padded == 512:
+        warps, elements = max(1, padded // 1024), 32
+    else:
+        warps, elements = max(4, padded // 256), 16
+    return {"CP": padded, "R": max(1, 32 * warps * elements // padded), "num_warps": warps}
 
 
 class Normed(NamedTuple):
@@ -160,12 +165,12 @@ class Gradients(NamedTuple):
     dx: Tensor
     dbranch: Tensor
     """dx itself where neither dropout nor a scale makes a difference."""
-    y: Tensor | None
-    """y again, without the code, if it was asked for."""
+    y: Tensor
+    """y again, without the code; None unless it was asked for."""
     dweight: Tensor
     dbias: Tensor
-    doffset: Tensor | None
-    """fp32 [C], like the two above; the sum of dbranch over all rows, if it was asked for."""
+    doffset: Tensor
+    """fp32 [C], like the two above; the sum of dbranch over all rows; None unless it was asked for."""
 
 
 def forward(
@@ -216,9 +221,7 @@ def backward(
     dbranch = torch.empty_like(total) if apart else None
     y = None if bias is None else torch.empty_like(total)
     config = launch_config(width, backward=True)
-    tiles = triton.cdiv(rows, config["R"])
-    fewest, most = (per * multiprocessors(total.device) for per in PROGRAMS_PER_SM)
-    programs = min(tiles, most, max(fewest, tiles // 8))
+    programs = min(triton.cdiv(rows, config["R"]), PROGRAMS_PER_SM * multiprocessors(total.device))
     part = torch.empty(programs, (3 if sum_branch else 2) * width, dtype=torch.float32, device=total.device)
     _norm_bwd_kernel[(programs,)](
         DY=dy, DS=ds, SUM=total, STAT=stat, SCALE=scale, SEED=seed, WEIGHT=weight, BIAS=bias, DX=dx, DBRANCH=dbranch,
@@ -226,9 +229,8 @@ def backward(
         **config,
     )  # fmt: skip
     sums = run(column_sums, part).view(-1, width)
-    return Gradients(
-        dx, dx if dbranch is None else dbranch, y, sums[0], sums[1], sums[2] if sum_branch else None
-    )  # fmt: skip
+    doffset = sums[2] if sum_branch else None
+    return Gradients(dx, dx if dbranch is None else dbranch, cast(Tensor, y), sums[0], sums[1], cast(Tensor, doffset))
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from affmae_kernels.column_sums import column_sums
 from affmae_kernels.gaussian import normal
-from affmae_kernels.launch import precision_of
+from affmae_kernels.launch import architecture, multiprocessors, precision_of
 from affmae_kernels.stem.reference import EPS
 
 LEFT, ABOVE, CORNER, RIGHT, BELOW, LOWER_RIGHT = (tl.constexpr(column) for column in range(6))
@@ -41,16 +41,15 @@ DIRECTIONS = tl.constexpr(6)
 MASKED, OUTSIDE = tl.constexpr(-1), tl.constexpr(-2)
 """Entries of the neighbor table that are no token."""
 
-BACKWARD_PROGRAMS = 1584
-"""Most of the data gradient, 12 for each of 132 multiprocessors, which hold 3 or 4 at a time; each leaves one line of
-partial sums."""
+BACKWARD_PROGRAMS_PER_SM = 24
+"""Most programs of the data gradient per multiprocessor, which holds 4 at a time; each leaves one line of sums."""
 PROGRAMS_PER_TAP = 58
 """Most of the weight gradient, for each of the 9 taps: 4 for each of 132 multiprocessors."""
-FORWARD_TILE, DATA_TILE, WEIGHT_TILE = (128, 8192), (32, 2048), (64, 8192)
-"""Most rows and elements of a tile. Forward, the weights are read again for every tile. The data gradient needs
-registers for the backward pass of LayerNorm and GELU: 166 with 32 rows of 64 channels, 255 with 64."""
-FIRST_REGISTERS = 168
-"""Of the data gradient before the first convolution: three blocks of it fit on a multiprocessor."""
+FORWARD_TILE, DATA_TILE, FIRST_DATA_TILE, WEIGHT_TILE = (128, 8192), (64, 4096), (32, 2048), (64, 8192)
+"""Most rows and elements of a tile. Forward, the weights are read again for every tile. The data gradient before the
+first convolution, which comes from the image again, needs the most registers. The fastest of those tried on an H200."""
+REGISTERS_HOPPER, REGISTERS = 128, 168
+"""Of that kernel: four or three blocks of it fit on a multiprocessor. On Blackwell 128 would spill."""
 WINDOW_TILE = 1024
 """Most inputs of the first convolution in a tile of the data gradient."""
 DEPTH = 64
@@ -488,7 +487,7 @@ def launch_first_fwd(patches: _Patches, layer: _Layer, dtype: torch.dtype) -> Te
     rows = len(patches.table) * (patches.patch // 2) ** 2
     channels = len(layer.bias)
     y = torch.empty(rows + 2, channels, dtype=dtype, device=patches.image.device)
-    tile = _tile(dtype, channels, *FORWARD_TILE)
+    tile = _tile(dtype, channels, *FORWARD_TILE) | {"num_warps": 4}
     _first_fwd_kernel[(triton.cdiv(rows, tile["R"]),)](
         IMAGE=patches.image, CELL=patches.cell, TABLE=patches.table, WEIGHT=layer.weight, BIAS=layer.bias,
         NORM_WEIGHT=layer.norm_weight, NORM_BIAS=layer.norm_bias, Y=y, M=rows, eps=EPS, C=channels,
@@ -521,7 +520,7 @@ def launch_norm_bwd(dy: Tensor, z: Tensor, layer: _Layer) -> tuple[Tensor, Tenso
     dz = torch.empty_like(z)
     padded = _padded(channels)
     tile = {"R": max(1, 2048 // padded), "num_warps": 4}
-    programs = min(triton.cdiv(rows, tile["R"]), BACKWARD_PROGRAMS)
+    programs = min(triton.cdiv(rows, tile["R"]), BACKWARD_PROGRAMS_PER_SM * multiprocessors(z.device))
     part = torch.empty(programs, 3 * channels, dtype=torch.float32, device=z.device)
     _norm_bwd_kernel[(programs,)](
         DY=dy, Z=z, NORM_WEIGHT=layer.norm_weight, DZ=dz, PART=part, M=rows, eps=EPS, C=channels, CP=padded, **tile
@@ -544,15 +543,15 @@ def launch_conv_bwd_dx(
     dx = torch.empty(0 if first else 4 * rows, channels, dtype=dz.dtype, device=dz.device)
     x = torch.empty(4 * rows + 2, channels, dtype=dz.dtype, device=dz.device)
     block = min(DEPTH, _padded(width))
-    tile = _tile(dz.dtype, channels, *DATA_TILE)
+    tile = _tile(dz.dtype, channels, *(FIRST_DATA_TILE if first else DATA_TILE))
     stages = _stages(dz.dtype, tile["R"] + _padded(channels), 2)
     registers = None
     if first:
         stages = 1  # a second one takes 40 registers more
         if sizes["KP"] == 16 and channels <= DEPTH and dz.dtype != torch.float32:
-            registers = FIRST_REGISTERS
+            registers = REGISTERS_HOPPER if architecture() == 90 else REGISTERS
         tile["R"] = min(tile["R"], WINDOW_TILE // sizes["KP"])
-    programs = min(triton.cdiv(rows, tile["R"]) * 4, BACKWARD_PROGRAMS)
+    programs = min(triton.cdiv(rows, tile["R"]) * 4, BACKWARD_PROGRAMS_PER_SM * multiprocessors(dz.device))
     lines = 3 + sizes["KP"] if first else 3
     part = torch.empty(programs, lines * channels, dtype=torch.float32, device=dz.device)
     _conv_bwd_dx_kernel[(programs,)](
@@ -569,7 +568,9 @@ def launch_conv_bwd_dw(x: Tensor, dz: Tensor, table: Tensor, edge: int) -> tuple
     rows, width = dz.shape
     channels = x.shape[1]
     block = min(DEPTH, _padded(width))
-    tile = _tile(dz.dtype, channels, *WEIGHT_TILE)
+    # With more rows to sum, tiles of twice as many are faster, where they do not spill.
+    tall = edge > 2 and architecture() == 90
+    tile = _tile(dz.dtype, channels, *((128, 8192) if tall else WEIGHT_TILE)) | {"num_warps": 4}
     programs = min(triton.cdiv(rows, tile["R"]), PROGRAMS_PER_TAP)
     part = torch.empty(programs, 9 * (channels + 1) * width, dtype=torch.float32, device=x.device)
     _conv_bwd_dw_kernel[(programs, 9, triton.cdiv(width, block))](

@@ -7,6 +7,7 @@ from torch import nn
 from affmae_engine.config import OptimConfig
 from affmae_engine.errors import CorruptError
 from affmae_engine.train.optim import (
+    GpuAdamW,
     build_adamw,
     decay_groups,
     load_optimizer_tensors,
@@ -74,3 +75,43 @@ def test_state_of_another_model_is_refused(key: str, shape: tuple[int, int]) -> 
     optimizer = build_adamw(decay_groups(model.named_parameters(), 0.05, lambda name: 1.0), OptimConfig())
     with pytest.raises(CorruptError, match=r"weight\.exp_avg"):
         load_optimizer_tensors(optimizer, model, {key: torch.zeros(shape)})
+
+
+def test_one_kernel_updates_as_pytorch_does_and_goes_on_from_its_state() -> None:
+    torch.manual_seed(0)
+    config = OptimConfig(lr=1e-2, weight_decay=0.1)
+    shapes = [(3, 4), (4,), (17, 5)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+
+    def groups(parameters: list[nn.Parameter]) -> list[dict[str, object]]:
+        return decay_groups([(str(i), p) for i, p in enumerate(parameters)], 0.1, lambda name: 1.0)
+
+    def step(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], found_inf: float) -> None:
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.sin(torch.arange(parameter.numel()) + index).view(parameter.shape)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found_inf)
+        optimizer.step()
+
+    mine = GpuAdamW(groups(ours), config)
+    for group in mine.param_groups:
+        group["lr"] = torch.tensor(config.lr)
+    other = build_adamw(groups(theirs), config)
+    for found_inf in (1.0, 0.0, 0.0, 1.0, 0.0):
+        step(mine, ours, found_inf)
+        step(other, theirs, found_inf)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+        assert mine.state[a]["step"].item() == other.state[b]["step"].item() == 3
+    # A state that is loaded, tensor by tensor, is gone on from.
+    model = nn.ParameterList(ours)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(mine, model).items()}
+    before = [parameter.detach().clone() for parameter in ours]
+    step(mine, ours, 0.0)
+    expected = [parameter.detach().clone() for parameter in ours]
+    with torch.no_grad():
+        for parameter, value in zip(ours, before, strict=True):
+            parameter.copy_(value)
+    load_optimizer_tensors(mine, model, saved)
+    step(mine, ours, 0.0)
+    assert all(torch.equal(parameter, value) for parameter, value in zip(ours, expected, strict=True))
