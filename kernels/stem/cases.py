@@ -64,8 +64,8 @@ CASES = [
     _case("every cell of 4 x 3, no list", 2, (4, 3), None),
     _case("1 visible of 6", 2, (1, 6), 1),
     _case("one column, 4 visible of 7", 1, (7, 1), 4, channels=4),
-    _case("patch 16, 2 channels, 7 of 12", 2, (4, 3), 7, channels=2, patch=16),
-    _case("48 and 96 channels", 1, (3, 4), 7, width=96),
+    _case("patch 16, 2 channels, 5 of 8", 1, (4, 2), 5, channels=2, patch=16),
+    _case("48 and 96 channels", 1, (3, 2), 4, width=96),
     _case("base, 4 x 512 px, half visible", 4, (64, 64), 2048, width=128, network=True),
     _case("base, 2 x 512 px, every cell", 2, (64, 64), None, width=128, network=True),
 ]

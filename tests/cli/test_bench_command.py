@@ -15,7 +15,7 @@ from affmae_cli.main import app
 from affmae_engine.bench import child
 from tests import toy_operation
 
-SMALL = ("--resolutions", "64", "--batch", "2", "--device", "cpu")
+SMALL = ("--sizes", "tiny", "--resolutions", "64", "--batch", "2", "--device", "cpu")
 RUN = "from affmae_engine.bench.child import main; main()"
 STUB = """
 import json, os, sys, time
