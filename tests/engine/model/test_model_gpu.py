@@ -49,7 +49,12 @@ def test_base_at_512_trains_without_waiting_for_the_card(batch, precision) -> No
 def test_segmenter_at_512_in_bf16() -> None:
     torch.manual_seed(0)
     model = Segmenter(ModelConfig(size="small"), classes=4).cuda()
+    image = torch.randn(2, 1, 512, 512, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        out = model(torch.randn(2, 1, 512, 512, device="cuda"))
-    sum(x.mean() for x in out.values()).backward()
-    assert out["logits"].shape == (2, 4, 512, 512) and torch.isfinite(out["logits"]).all()
+        out = model.train()(image)
+        with torch.no_grad():
+            logits = model.eval()(image)["logits"]
+    sum(x.float().mean() for x in out.values()).backward()
+    assert out["logits"].shape == (2, 64 * 64, 8 * 8 * 4)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    assert logits.shape == (2, 4, 512, 512) and torch.isfinite(logits).all()
