@@ -64,7 +64,7 @@ class AdamW:
         self._plan: Plan | None = None
 
     def prepare(self, gradients: Sequence[Tensor]) -> None:
-        """Tell where the gradients are. Needed before `update` is captured as a CUDA graph; waits for the device."""
+        """Tell where the gradients are. Needed before `update` is captured as a CUDA graph."""
         if self._choice.name == "triton":
             from affmae_kernels.adamw import triton
 

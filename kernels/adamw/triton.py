@@ -88,13 +88,18 @@ class Plan:
         table_K6[:, 4] = np.minimum(sizes_P[parameter_K] - first_K, BLOCK)
         table_K6[:, 5] = parameter_K
         aligned_K = (table_K6[:, :4] % 16 == 0).all(1)
-        self.tables = {
-            aligned: torch.from_numpy(table_K6[aligned_K == aligned]).to(device) for aligned in (True, False)
-        }
-        self.rate_P = torch.tensor([rate.data_ptr() for rate in rates], dtype=torch.int64).to(device)
-        self.decay_P = torch.tensor(decays, dtype=torch.float32).to(device)
+        # Steps that are not captured have new gradients, and so a new plan, each time: the copies do not wait.
+        self.tables = {aligned: _copy(table_K6[aligned_K == aligned], device) for aligned in (True, False)}
+        self.rate_P = _copy(np.array([rate.data_ptr() for rate in rates], np.int64), device)
+        self.decay_P = _copy(np.array(decays, np.float32), device)
         # What is named by address must live as long as the plan.
         self._kept = list(rates), list(parameters), list(moments), list(squares)
+
+
+def _copy(values: np.ndarray, device: torch.device) -> Tensor:
+    """The values on the device, in the order of its work; the host does not wait."""
+    on_host = torch.from_numpy(values)
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
 
 
 def update(
