@@ -60,6 +60,8 @@ def make_plan(
         for path, why in _DECIDED.items():
             if resolved.sources.get(path) == "--set":
                 raise ConfigError(f"--set {path} cannot be used in a comparison: {why}")
+        for name in resolved.config.model.size_overrides:
+            raise ConfigError(f"model.{name} cannot be used in a comparison: ViT-MAE has only the sizes of model.size")
         configs[task] = resolved.config
     return QualityPlan(tuple(range(seeds)), shares, budget_s, tuning_s, configs)
 

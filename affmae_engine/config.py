@@ -81,9 +81,14 @@ class ModelConfig(Section):
             raise ValueError(f"neighbours ({self.neighbours}) must be a multiple of cluster_size ({self.cluster_size})")
         return self
 
+    @property
+    def size_overrides(self) -> list[str]:
+        """The fields of a size that this configuration sets itself."""
+        return [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
+
     @model_validator(mode="after")
     def _custom_size(self) -> ModelConfig:
-        own = [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
+        own = self.size_overrides
         if not own:
             return self
         if self.family != "affmae":

@@ -11,14 +11,11 @@ import contextlib
 import gc
 import itertools
 import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from getpass import getuser
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +29,7 @@ from affmae_engine.errors import first_line
 from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.train.card import Card
-from affmae_engine.train.compile import compile_vit
+from affmae_engine.train.compile import compile_vit, use_cache_folder
 from affmae_engine.train.cuda_graphs import CudaGraphedFunction
 from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.environment import kernel_backends
@@ -181,7 +178,7 @@ def _measure(result: Measurement, case: SpeedCase, choice: DeviceChoice, *, prof
         loss = step()
     result.loss = float(loss)
     result.ready_s = time.perf_counter() - began
-    recording_gib = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0
+    recording = _peaks_gib(device) if on_gpu else (0.0, 0.0)
 
     # Time the steps.
     if on_gpu:
@@ -192,8 +189,7 @@ def _measure(result: Measurement, case: SpeedCase, choice: DeviceChoice, *, prof
     finally:
         card.close()
     if on_gpu:
-        result.allocated_gib = max(recording_gib, torch.cuda.max_memory_allocated(device) / 2**30)
-        result.reserved_gib = torch.cuda.max_memory_reserved(device) / 2**30
+        result.allocated_gib, result.reserved_gib = map(max, recording, _peaks_gib(device))
         result.gpu = _summary(samples)
     result.loss = float(step())
     if not math.isfinite(result.loss):
@@ -230,6 +226,7 @@ def build_network(case: SpeedCase, choice: DeviceChoice) -> tuple[nn.Module, str
         backends = sorted(set(kernel_backends("auto", choice.device).values()))
         return model, f"{' and '.join(backends)} kernels, recorded"
     if case.task == "predict":  # `compile_vit` compiles for training
+        use_cache_folder()
         model.compile(dynamic=False)
     else:
         compile_vit(model)
@@ -338,8 +335,7 @@ def _forward_backward(model: nn.Module, losses: Losses, choice: DeviceChoice, ba
 
 def _compiled_since(began: float) -> bool:
     """Whether Triton or Inductor has compiled a kernel since `began` (seconds since the epoch)."""
-    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{getuser()}"
-    folders = [Path(inductor)]
+    folders = [use_cache_folder()]
     triton = sys.modules.get("triton")
     if triton is not None:
         folders.append(Path(triton.knobs.cache.dir))
@@ -348,6 +344,11 @@ def _compiled_since(began: float) -> bool:
             if file.stat().st_mtime >= began:
                 return True
     return False
+
+
+def _peaks_gib(device: torch.device) -> tuple[float, float]:
+    """Peak memory of tensors, and what PyTorch held for them, since `_empty_cache`."""
+    return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
 
 
 def _empty_cache(device: torch.device) -> None:

@@ -29,15 +29,20 @@ def compile_vit(model: nn.Module, backend: str | Callable[..., Any] = "inductor"
         model: any model.
         backend: of torch.compile.
     """
-    # PyTorch would keep what it compiles in /tmp, which many machines empty.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_user_cache() / "affmae" / "inductor"))
+    use_cache_folder()
     for module in model.modules():
         if isinstance(module, VitEncoder | VitDecoder):
             setattr(module, "forward", _compiled_in_training(module, backend))  # noqa: B010 (mypy: it is a method)
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def use_cache_folder() -> Path:
+    """Let PyTorch keep what it compiles in the user's cache folder, not in /tmp, which many machines empty.
+
+    Returns:
+        The folder; another one if the user has set TORCHINDUCTOR_CACHE_DIR.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "affmae" / "inductor")))
 
 
 def _compiled_in_training(module: VitEncoder | VitDecoder, backend: str | Callable[..., Any]) -> Any:

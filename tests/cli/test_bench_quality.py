@@ -188,6 +188,7 @@ def test_a_plan_from_options() -> None:
         ({"overrides": ["train.steps=5"]}, "decide the steps"),
         ({"overrides": ["train.seed=5"]}, "--seeds decides"),
         ({"overrides": ["model.family=vit-mae"]}, "both families are trained"),
+        ({"overrides": ["model.depths=[1, 1, 1, 1]"]}, "ViT-MAE has only"),
         ({"overrides": ["optim.lrr=1"]}, "optim.lrr"),
         ({"preset": "nope"}, "nope"),
     ],
