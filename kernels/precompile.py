@@ -6,7 +6,8 @@ share, into Triton's cache folder, from which this process (and every later one)
 kernels, and a kernel that a configuration does not use is not compiled.
 
 Processes, because a third of Triton's work is Python; forked, because importing PyTorch and Triton anew would take
-longer than compiling. They touch no GPU and end without running any exit handler.
+longer than compiling. They touch no GPU, nor anything that another thread of this process may have locked, such as
+stdin, and end without running any exit handler.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 PATIENCE_S = 120.0
-"""Seconds that a compiling process may take; what it has not done by then is compiled in the caller's process."""
+"""Seconds that the compiling processes may take; what is not done by then is compiled in the caller's process."""
 
 _rehearsing = False
 
@@ -108,25 +111,33 @@ def _compile_aside(jobs: list[_Launch], workers: int) -> None:
         _ = job.kernel.cache_key
     # Long kernels take longest, so they are begun first.
     jobs = sorted(jobs, key=lambda job: -len(job.kernel.src))
-    fork = multiprocessing.get_context("fork")
-    taken = fork.Value("i", 0)
-    arguments = (jobs, taken, _DriverWithoutGpu(driver.active))
-    processes = [fork.Process(target=_compile_share, args=arguments, daemon=True) for _ in range(workers)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside other threads
+    taken = multiprocessing.get_context("fork").Value("i", 0)
+    without_gpu = _DriverWithoutGpu(driver.active)
+    processes: set[int] = set()
+    try:
+        for _ in range(workers):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside other threads
+                process = os.fork()  # not multiprocessing's: it closes stdin, and waits if a thread is reading it
+            if process == 0:
+                _compile_share(jobs, taken, without_gpu)
+            processes.add(process)
+        give_up = time.monotonic() + PATIENCE_S
+        while processes and time.monotonic() < give_up:
+            processes -= {process for process in processes if os.waitpid(process, os.WNOHANG)[0]}
+            time.sleep(0.01)
+    finally:
         for process in processes:
-            process.start()
-    for process in processes:
-        process.join(PATIENCE_S)
-        process.kill()
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
 
 
-def _compile_share(jobs: list[_Launch], taken: Any, without_gpu: _DriverWithoutGpu) -> None:
-    """Compiles one job after the other of those that no other process has taken."""
+def _compile_share(jobs: list[_Launch], taken: Any, without_gpu: _DriverWithoutGpu) -> NoReturn:
+    """Compiles one job after the other of those that no other process has taken, and ends the process."""
     from triton.runtime import driver
 
-    driver.set_active(without_gpu)
     try:
+        driver.set_active(without_gpu)
         while True:
             with taken.get_lock():
                 index, taken.value = taken.value, taken.value + 1

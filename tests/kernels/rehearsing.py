@@ -1,9 +1,12 @@
 """Rehearse small kernels for a GPU that is not here and print what happened, as one JSON object.
 
-Run as a script without TRITON_INTERPRET. No GPU and no driver is used, so a kernel that was launched would fail.
+Run as a script without TRITON_INTERPRET, with an open pipe as stdin. No GPU and no driver is used, so a kernel that was
+launched would fail.
 """
 
 import json
+import sys
+import threading
 
 import torch
 import triton
@@ -78,6 +81,8 @@ def model_kernels() -> dict:
 
 
 if __name__ == "__main__":
+    # Some programs wait for their parent's end like this; the thread holds a lock that forked processes inherit.
+    threading.Thread(target=sys.stdin.read, daemon=True).start()
     triton.runtime.driver.set_active(AbsentGpu(90))
     kernels = rehearse(doubles, workers=2)
     found = {

@@ -17,7 +17,14 @@ def rehearsed(cache: Path) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     script = Path(__file__).parent / "rehearsing.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=120)
+    reading, writing = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(script)], stdin=reading, capture_output=True, text=True, env=environment, timeout=100
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
