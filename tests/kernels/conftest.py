@@ -29,11 +29,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel forgets to write shows up as NaN."""
     # PyTorch remembers, once, which functions make tensors: it must not remember ours.
     torch.utils._device._device_constructors()
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        real = getattr(owner, name)
 
         def filled(*args: Any, real: Callable[..., Tensor] = real, **options: Any) -> Tensor:
             made = real(*args, **options)
             return made.fill_(float("nan")) if made.is_floating_point() else made
 
-        monkeypatch.setattr(torch, name, filled)
+        monkeypatch.setattr(owner, name, filled)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from affmae_engine.train.cuda_graphs import capture
 from affmae_kernels.side_stream import SideStream, at_once
 
 
@@ -46,8 +47,7 @@ def test_a_recorded_branch_gives_the_same_bits() -> None:
     with torch.cuda.stream(warm):
         expected = [tensor.clone() for tensor in chain()]
     torch.cuda.current_stream().wait_stream(warm)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture() as graph:
         found = chain()
     for _ in range(3):
         graph.replay()
