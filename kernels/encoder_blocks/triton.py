@@ -109,10 +109,11 @@ class _EncoderBlocks(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:
         total, stat, scale_SB, norm_weight, *rest = ctx.saved_tensors
         count = ctx.count
-        blocks = _blocks(rest[: _PARAMETERS * count])
-        lows = [_Lowered(*rest[at : at + 5]) for at in range(_PARAMETERS * count, (_PARAMETERS + 5) * count, 5)]
-        width = len(_Saved._fields)
-        kept = [_Saved(*rest[at : at + width]) for at in range((_PARAMETERS + 5) * count, len(rest), width)]
+        first_low = _PARAMETERS * count
+        first_saved = first_low + len(_Lowered._fields) * count
+        blocks = _blocks(rest[:first_low])
+        lows = [_Lowered(*fields) for fields in _groups(rest[first_low:first_saved], len(_Lowered._fields))]
+        kept = [_Saved(*fields) for fields in _groups(rest[first_saved:], len(_Saved._fields))]
         # Parameter gradients are computed beside the chain of the features' gradients.
         side = SideStream(total.device)
         run = side.run
@@ -185,12 +186,15 @@ def _lowered(blocks: Sequence[BlockWeights], dtype: torch.dtype) -> list[_Lowere
         for b in blocks
         for tensor in (b.qkv_weight_3CC, b.qkv_bias_3C, b.out_weight_CC, b.hidden_weight_FC, b.last_weight_CF)
     ]
-    copies = lowered(wanted, dtype)
-    return [_Lowered(*copies[at : at + 5]) for at in range(0, len(copies), 5)]
+    return [_Lowered(*fields) for fields in _groups(lowered(wanted, dtype), len(_Lowered._fields))]
 
 
 def _blocks(parameters: Sequence[Tensor]) -> list[BlockWeights]:
-    return [BlockWeights(*parameters[at : at + _PARAMETERS]) for at in range(0, len(parameters), _PARAMETERS)]
+    return [BlockWeights(*fields) for fields in _groups(parameters, _PARAMETERS)]
+
+
+def _groups(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    return [tensors[at : at + size] for at in range(0, len(tensors), size)]
 
 
 def _scale(scale_SB: Tensor | None, index: int) -> Tensor | None:
