@@ -335,7 +335,8 @@ def test_the_zoo_never_crashes(shared_data: Path) -> None:
             assert Path(row[0]).name in error.message
             unsupported += "not supported yet" in error.message
             refused.append(row[0])
-            assert row[wanted] != "yes" or "not supported yet" in error.message or row[0] in _RIGHTLY_REFUSED
+            should_open = row[wanted] if len(row) > wanted else row[-1]  # the last field of a short row
+            assert should_open != "yes" or "not supported yet" in error.message or row[0] in _RIGHTLY_REFUSED
     assert len(opened) > 200
     assert len(refused) > 40
 
