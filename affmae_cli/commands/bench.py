@@ -140,7 +140,7 @@ def speed(
         with Children(engine.TIMEOUT_S) as children:
             limit_s = None if limit is None else 60 * limit
             for case in run.run(children, limit_s=limit_s, begin=lambda case: output.say(f"measuring {case.name}")):
-                output.say(f"  {run.results[case].describe()}; {len(run.waiting)} cases left")
+                output.say(f"  {run.results[case].describe()}; {len(run.waiting)} left")
                 if folder is not None:
                     report.write(folder, title, document(), engine.tables_of(run.results))
     except KeyboardInterrupt as error:

@@ -59,7 +59,7 @@ def time_case(
 
     # One call shows what is differentiable, and how large everything is.
     results = case.call(backend=backend, **prepared[0])
-    outputs = [tensor for tensor in results.values() if tensor.is_floating_point()]
+    outputs = [tensor for tensor in results.values() if tensor.requires_grad]
     leaves = [[tensor for tensor in _tensors(arguments) if tensor.requires_grad] for arguments in sets]
     forward_bytes = _size(_tensors(prepared[0])) + _size(results.values())
     forward = time_calls([forward_of(arguments) for arguments in prepared], device, seconds=seconds, graph=graph)
@@ -70,7 +70,7 @@ def time_case(
 
     def both_of(arguments: dict[str, Any], wanted: Sequence[Tensor]) -> Call:
         def both() -> None:
-            found = [t for t in case.call(backend=backend, **arguments).values() if t.is_floating_point()]
+            found = [t for t in case.call(backend=backend, **arguments).values() if t.requires_grad]
             torch.autograd.grad(found, wanted, upstream, allow_unused=True)
 
         return both

@@ -1,4 +1,4 @@
-"""Cases of AdamW's update. It takes no gradients of its own; parameters and moments after two updates are compared."""
+"""Cases of AdamW's update. It takes no gradients of its own; parameters and moments after updates are compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _case(name: str, shapes: list[tuple[int, ...]], *, network: bool = False) ->
         squares = [tensor.square() for tensor in normal()]
         return {"parameters": normal(), "moments": normal(), "squares": squares, "gradients": normal()}
 
-    def call(*, backend: str, **tensors: list[Tensor]) -> dict[str, Tensor]:
+    def prepare(*, backend: str, **tensors: list[Tensor]) -> dict[str, Any]:
         p, m, v, g = ([tensor.detach().clone() for tensor in each] for each in tensors.values())
         device = p[0].device
         step_P = torch.arange(len(p), device=device, dtype=torch.float32)
@@ -28,14 +28,22 @@ def _case(name: str, shapes: list[tuple[int, ...]], *, network: bool = False) ->
             p, m, v, step_P, [rates[i % 2] for i in range(len(p))], [0.1 * (i % 3) for i in range(len(p))],
             betas=(0.9, 0.95), eps=1e-8, backend=backend,
         )  # fmt: skip
+        # One update to be timed; for comparisons three, of which the second changes nothing.
+        found_inf = [torch.tensor(value, device=device) for value in ((0.0,) if network else (0.0, 1.0, 0.0))]
         scale = torch.tensor(1.5, device=device)
-        for found_inf in (0.0, 1.0, 0.0):
-            adamw.update(g, scale, torch.tensor(found_inf, device=device))
-        return {f"{kind} {i}": t for kind, ts in (("p", p), ("m", m), ("v", v)) for i, t in enumerate(ts)} | {
-            "steps": step_P.long()
-        }
+        state = {"p": p, "m": m, "v": v}
+        return {"adamw": adamw, "state": state, "step": step_P, "gradients": g, "scale": scale, "found_inf": found_inf}
 
-    return Case("adamw", name, make, call, network=network)
+    def call(
+        *, adamw: AdamW, state: dict[str, list[Tensor]], step: Tensor, gradients: list[Tensor], scale: Tensor,
+        found_inf: list[Tensor], backend: str,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        for flag in found_inf:
+            adamw.update(gradients, scale, flag)
+        results = {f"{kind} {i}": tensor for kind, tensors in state.items() for i, tensor in enumerate(tensors)}
+        return results | {"steps": step.long()}
+
+    return Case("adamw", name, make, call, prepare, network=network)
 
 
 CASES = [

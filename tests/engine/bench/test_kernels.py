@@ -56,6 +56,14 @@ def test_times_and_bytes(toy) -> None:
     assert times.forward.ms > 0 and times.both.ms > 0
 
 
+@pytest.mark.parametrize("operation", affmae_kernels.cases.OPERATIONS)
+def test_every_operation_can_be_timed(operation: str) -> None:
+    small = affmae_kernels.cases.cases(operation, network=False)
+    times = [time_case(case, CPU.device, torch.float32, "reference", seconds=0.001) for case in small]
+    assert all(found.forward.ms > 0 and found.forward_bytes > 0 for found in times)
+    assert any(found.both for found in times) == (operation not in ("neighbourhoods", "adamw"))
+
+
 def test_operations_are_checked_and_timed_in_children(toy) -> None:
     found = everything()
     assert [(item["what"], result["status"]) for item, result in found] == [
