@@ -118,7 +118,10 @@ def _compile_aside(jobs: list[_Launch], workers: int) -> None:
         for _ in range(workers):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside other threads
-                process = os.fork()  # not multiprocessing's: it closes stdin, and waits if a thread is reading it
+                try:
+                    process = os.fork()  # not multiprocessing's: it closes stdin, and waits if a thread is reading it
+                except OSError:  # a limit on processes or memory: those that there are do the work
+                    break
             if process == 0:
                 _compile_share(jobs, taken, without_gpu)
             processes.add(process)
@@ -128,8 +131,9 @@ def _compile_aside(jobs: list[_Launch], workers: int) -> None:
             time.sleep(0.01)
     finally:
         for process in processes:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # ended while an interruption came in
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
 
 
 def _compile_share(jobs: list[_Launch], taken: Any, without_gpu: _DriverWithoutGpu) -> NoReturn:
