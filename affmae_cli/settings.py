@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from affmae_cli import output
 from affmae_cli.preset_files import PRESET_KEYS, preset_for_card, preset_tree, read_toml
-from affmae_engine.config import RunConfig, Section, Task, without_removed
+from affmae_engine.config import REMOVED_FIELDS, RunConfig, Section, Task, without_removed
 from affmae_engine.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "AFFMAE_"
@@ -260,6 +260,8 @@ def _add(layer: Layer, path: str, value: Any, source: str, problems: list[str]) 
             _add(layer, f"{path}.{key}", item, source, problems)
     elif path in SECTIONS:
         problems.append(f"{path} = {output.toml_value(value)}: is a section; set one of its fields [{source}]")
+    elif path in REMOVED_FIELDS:
+        problems.append(f"{path} = {output.toml_value(value)}: no longer exists; leave it out [{source}]")
     else:
         problems.append(f"{path} = {output.toml_value(value)}: unknown field{_did_you_mean(_near(path))} [{source}]")
 

@@ -98,7 +98,7 @@ class ModelConfig(Section):
         size = size_of(self)
         for stage, (dim, heads) in enumerate(zip(size.dims, size.heads, strict=True), 1):
             if dim % heads:
-                raise ValueError(f"heads: {heads} heads do not divide the width of {dim} of stage {stage}")
+                raise ValueError(f"heads, dims: {heads} heads do not divide the width of {dim} of stage {stage}")
         if size.dims[0] % 2:
             raise ValueError(f"dims: the width of stage 1 must be even; got {size.dims[0]}")
         if size.decoder_dim % size.decoder_heads or size.decoder_dim % 2:

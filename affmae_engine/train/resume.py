@@ -104,7 +104,10 @@ def check_continuation(run: RunDir, asked: RunConfig) -> None:
     changed = _changes(run.read_config(), asked, KEPT)
     if not changed:
         return
-    lines = "\n  ".join(f"{path}: {before} in the run, {now} now" for path, (before, now) in changed.items())
+    lines = "\n  ".join(
+        f"{path}: {'not set' if before is None else before} in the run, {'not set' if now is None else now} now"
+        for path, (before, now) in changed.items()
+    )
     raise ConfigError(
         f"a resumed run keeps its settings; these differ:\n  {lines}",
         "leave them out (and AFFMAE_ variables unset), or begin a new run from these weights with --init-from "

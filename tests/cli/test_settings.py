@@ -293,4 +293,4 @@ def test_removed_fields_are_ignored_in_files_and_refused_elsewhere(preset_folder
     user.write_text("[kernels]\ncompile = true\n[task.finetune.kernels]\ncompile = false\n")
     assert resolve("finetune", config_file=user).config == RunConfig()
     (problem,) = problems(overrides=["kernels.compile=false"])
-    assert problem.startswith("kernels.compile = false: unknown field")
+    assert problem.startswith("kernels.compile = false: no longer exists")
