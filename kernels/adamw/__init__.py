@@ -12,7 +12,7 @@ from affmae_kernels.adamw import reference
 from affmae_kernels.dispatch import choose_backend
 
 if TYPE_CHECKING:
-    from affmae_kernels.adamw.triton import Plan
+    from affmae_kernels.adamw.triton import ChunkTable
 
 __all__ = ["AdamW", "unsupported"]
 
@@ -61,7 +61,7 @@ class AdamW:
         self._step_P, self._rates, self._decays, self._betas, self._eps = step_P, rates, decays, betas, eps
         obstacle = unsupported([*parameters, *moments, *squares])
         self._choice = choose_backend(backend, "adamw", step_P.device, obstacle)
-        self._plan: Plan | None = None
+        self._chunks: ChunkTable | None = None
 
     def prepare(self, gradients: Sequence[Tensor]) -> None:
         """Tell where the gradients are. Needed before `update` is captured as a CUDA graph."""
@@ -69,8 +69,8 @@ class AdamW:
             from affmae_kernels.adamw import triton
 
             addresses = [gradient.data_ptr() for gradient in gradients]
-            if self._plan is None or self._plan.addresses != addresses:
-                self._plan = triton.Plan(*self._state, gradients, self._rates, self._decays, addresses)
+            if self._chunks is None or self._chunks.addresses != addresses:
+                self._chunks = triton.ChunkTable(*self._state, gradients, self._rates, self._decays, addresses)
 
     def update(self, gradients: Sequence[Tensor], grad_scale: Tensor, found_inf: Tensor) -> None:
         """Update parameters, moments and steps in place.
@@ -84,8 +84,8 @@ class AdamW:
             from affmae_kernels.adamw import triton
 
             self.prepare(gradients)
-            assert self._plan is not None
-            triton.update(self._plan, self._step_P, self._betas, self._eps, grad_scale, found_inf)
+            assert self._chunks is not None
+            triton.update(self._chunks, self._step_P, self._betas, self._eps, grad_scale, found_inf)
         else:
             reference.update(
                 *self._state, gradients, self._step_P, self._rates, self._decays, self._betas, self._eps, grad_scale,

@@ -58,7 +58,7 @@ def _adamw_kernel(
         tl.store(_at(TABLE, 3, ALIGNED) + i, v, mask=real)
 
 
-class Plan:
+class ChunkTable:
     """The chunks of a list of parameters, on the device."""
 
     def __init__(
@@ -88,11 +88,11 @@ class Plan:
         table_K6[:, 4] = np.minimum(sizes_P[parameter_K] - first_K, BLOCK)
         table_K6[:, 5] = parameter_K
         aligned_K = (table_K6[:, :4] % 16 == 0).all(1)
-        # Steps that are not captured have new gradients, and so a new plan, each time: the copies do not wait.
+        # Steps that are not captured have new gradients, and so a new table, each time: the copies do not wait.
         self.tables = {aligned: _copy(table_K6[aligned_K == aligned], device) for aligned in (True, False)}
         self.rate_P = _copy(np.array([rate.data_ptr() for rate in rates], np.int64), device)
         self.decay_P = _copy(np.array(decays, np.float32), device)
-        # What is named by address must live as long as the plan.
+        # What is named by address must live as long as the table.
         self._kept = list(rates), list(parameters), list(moments), list(squares)
 
 
@@ -103,17 +103,17 @@ def _copy(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 def update(
-    plan: Plan, step_P: Tensor, betas: tuple[float, float], eps: float, grad_scale: Tensor, found_inf: Tensor
+    chunks: ChunkTable, step_P: Tensor, betas: tuple[float, float], eps: float, grad_scale: Tensor, found_inf: Tensor
 ) -> None:
     """See the package for the formula."""
     step_P += 1 - found_inf.to(step_P.dtype)
     # In float64: 1 - b2^t of the first steps would lose four digits in fp32.
     step_P1 = step_P.double()[:, None]
     correction_P2 = torch.cat([1 - betas[0] ** step_P1, (1 - betas[1] ** step_P1).sqrt()], 1).float()
-    for aligned, table_K6 in plan.tables.items():
+    for aligned, table_K6 in chunks.tables.items():
         if len(table_K6):
             _adamw_kernel[(len(table_K6),)](
-                TABLE=table_K6, RATE=plan.rate_P, DECAY=plan.decay_P, CORRECTION=correction_P2,
+                TABLE=table_K6, RATE=chunks.rate_P, DECAY=chunks.decay_P, CORRECTION=correction_P2,
                 SCALE=grad_scale.float(), FOUND_INF=found_inf.float(), beta1=betas[0], beta2=betas[1], eps=eps,
                 BLOCK=BLOCK, ALIGNED=aligned, num_warps=WARPS,
             )  # fmt: skip
