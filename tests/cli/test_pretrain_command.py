@@ -160,7 +160,7 @@ def test_resume_heeds_the_environment_for_fields_that_were_not_set(
     assert own.predict.tile is None and own.train.epochs is None
     monkeypatch.setenv("AFFMAE_PREDICT__TILE", "96")
     result = run("--resume", finished, "--steps", 3)
-    assert result.exit_code == 2 and "predict.tile: None in the run, 96 now" in result.stderr
+    assert result.exit_code == 2 and "predict.tile: not set in the run, 96 now" in result.stderr
 
 
 def test_quiet_says_the_result_only(dataset: Path) -> None:
