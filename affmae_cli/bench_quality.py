@@ -111,7 +111,7 @@ def run(plan: QualityPlan, sources: Sources, folder: Path) -> dict[str, Any]:
     """
     from affmae_engine import atomic
     from affmae_engine.run_dir import RunDir
-    from affmae_engine.train.signals import StopRequest
+    from affmae_engine.runtime.signals import StopRequest
 
     folder = atomic.ensure_folder(folder).absolute()
     with RunDir(folder).locked(), StopRequest().installed() as stop:
@@ -125,7 +125,7 @@ def _compare(plan: QualityPlan, sources: Sources, folder: Path, stop: Any) -> di
     from affmae_engine.bench import quality, quality_run, report
     from affmae_engine.bench.quality_data import collect, parts_of, section_count
     from affmae_engine.data.store import Store
-    from affmae_engine.train.device import pick_device
+    from affmae_engine.runtime.device import pick_device
 
     config = plan.configs["pretrain"]
     choice = pick_device(config.train)

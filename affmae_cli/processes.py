@@ -29,7 +29,7 @@ from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, PeerLo
 if TYPE_CHECKING:
     from affmae_engine.config import RunConfig
     from affmae_engine.run_dir import RunDir
-    from affmae_engine.train.distributed import Ranks
+    from affmae_engine.runtime.distributed import Ranks
 
 _SHARED = (Interrupted, DivergedError)
 """Ends of a training that all processes come to in the same step; only the first one tells them."""
@@ -53,7 +53,7 @@ def led(command: Callable[..., None]) -> Callable[..., None]:
         if not several():
             command(*arguments, **options)
             return
-        from affmae_engine.train.distributed import joined
+        from affmae_engine.runtime.distributed import joined
 
         with joined() as ranks:
             try:
@@ -74,7 +74,7 @@ def announced(run: RunDir, config: RunConfig, task: str, data: Path, *, resume: 
     if not several():
         yield
         return
-    from affmae_engine.train.distributed import current_ranks
+    from affmae_engine.runtime.distributed import current_ranks
 
     where = {"run": str(run.root.absolute()), "data": str(data.absolute())}
     settings = config.model_dump(mode="json")
@@ -103,10 +103,10 @@ def _join(message: dict[str, Any]) -> None:
     from affmae_engine.config import RunConfig
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import RunDir
+    from affmae_engine.runtime.signals import StopRequest
     from affmae_engine.train.finetuning import finetune_task
     from affmae_engine.train.loop import fit
     from affmae_engine.train.pretraining import pretrain_task
-    from affmae_engine.train.signals import StopRequest
 
     config, store = RunConfig.model_validate(message["config"]), Store.open(Path(message["data"]))
     make_task = pretrain_task if message["task"] == "pretrain" else finetune_task

@@ -63,8 +63,8 @@ def watched_fit(
     from affmae_cli.processes import announced
     from affmae_cli.tensorboard_copy import tensorboard_copy
     from affmae_cli.trainer_process import announcer, is_trainer
+    from affmae_engine.runtime.signals import StopRequest
     from affmae_engine.train.loop import fit
-    from affmae_engine.train.signals import StopRequest
 
     with announced(run, config, task.name, data, resume=resume), contextlib.ExitStack() as stack:
         copies = [stack.enter_context(tensorboard_copy(run))] if tensorboard else []
@@ -121,7 +121,7 @@ class PlainLines:
         _write(self._console, f"{_STOPPING}\n".encode())
 
     def _print(self, event: Event) -> None:
-        from affmae_engine.train.report import line
+        from affmae_engine.runtime.formatting import line
 
         text = line(event, self._total)
         if text:
@@ -189,7 +189,7 @@ class LiveView:
             self._curve.add(self._smooth["loss"])
 
     def _remember(self, event: Event) -> None:
-        from affmae_engine.train.report import line
+        from affmae_engine.runtime.formatting import line
 
         text = Text(
             output.printable(line(event, 0)).replace("\n", " "), style="dim", overflow=self._overflow, no_wrap=True
@@ -205,7 +205,7 @@ class LiveView:
         return title.append(f"  {started.parameters / 1e6:.1f} M parameters  {started.device}", style="dim")
 
     def _bar(self, started: RunStarted) -> Table:
-        from affmae_engine.train.report import duration
+        from affmae_engine.runtime.formatting import duration
 
         step = max(self._step.step if self._step else 0, started.step)
         if self._ended is not None:
@@ -225,7 +225,7 @@ class LiveView:
         return row
 
     def _figures(self) -> Table:
-        from affmae_engine.train.report import number, rate
+        from affmae_engine.runtime.formatting import number, rate
 
         step = self._step
         assert step is not None
@@ -251,7 +251,7 @@ class LiveView:
         return table
 
     def _held_out_text(self, held_out: Evaluated) -> Text:
-        from affmae_engine.train.report import number
+        from affmae_engine.runtime.formatting import number
 
         figures = "  ".join(f"{name} {number(value)}" for name, value in held_out.metrics.items())
         text = Text(figures, style="green")

@@ -20,7 +20,7 @@ from affmae_cli.dashboard.status import Kind
 from affmae_cli.dashboard.verdicts import Level
 from affmae_cli.dashboard.worst import worst
 from affmae_cli.progress import sparks
-from affmae_engine.train.report import duration, line, number, rate
+from affmae_engine.runtime.formatting import duration, line, number, rate
 
 if TYPE_CHECKING:
     from affmae_cli.dashboard.reader import RunReader

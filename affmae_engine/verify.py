@@ -15,7 +15,7 @@ from typing import Literal
 
 import zarr
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.data.ledger import replay
 from affmae_engine.data.readers import open_sources
 from affmae_engine.data.store import Store
@@ -25,7 +25,6 @@ from affmae_engine.predict import journal
 from affmae_engine.predict.identity import recorded_fingerprint
 from affmae_engine.predict.outputs import is_ours
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 
 Kind = Literal["dataset", "run", "prediction"]
 _ALL = slice(None)

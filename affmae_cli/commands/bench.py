@@ -93,7 +93,7 @@ def speed(
     from affmae_engine.config import TrainConfig
     from affmae_engine.data.store import Store
     from affmae_engine.model.sizes import SIZES
-    from affmae_engine.train.device import pick_device
+    from affmae_engine.runtime.device import pick_device
 
     # Check the options before anything is measured.
     old = None if compare is None else report.read_results(compare, "speed")
@@ -179,7 +179,7 @@ def kernels(
     from affmae_engine.bench import report
     from affmae_engine.bench.child import Children
     from affmae_engine.config import TrainConfig
-    from affmae_engine.train.device import pick_device
+    from affmae_engine.runtime.device import pick_device
     from affmae_kernels.cases import OPERATIONS
 
     old = None if compare is None else report.read_results(compare, "kernels")

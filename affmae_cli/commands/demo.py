@@ -221,7 +221,7 @@ def _show(story: _Story, specimen: _Specimen, scores: dict[str, Score], seconds:
     from dataclasses import asdict
 
     from affmae_cli.score_table import show_scores
-    from affmae_engine.train.report import duration
+    from affmae_engine.runtime.formatting import duration
 
     overlay = story.labels("finetune").with_name("labels-finetune-overlay.png")
     if as_json:

@@ -195,7 +195,7 @@ def _begin(
 ) -> tuple[RunDir, Summary, TransferReport | None]:
     from affmae_cli.progress import watched_fit
     from affmae_engine.run_dir import RunDir, create, free_name
-    from affmae_engine.train.device import pick_device
+    from affmae_engine.runtime.device import pick_device
     from affmae_engine.train.environment import command_line, write_environment
 
     choice = pick_device(resolved.config.train)
@@ -233,8 +233,8 @@ def _prepare(
 ) -> tuple[RunConfig, Task, TransferReport | None, Store]:
     """Collect the labelled images into the run, and make the task of it."""
     from affmae_engine.data.labels.gather import write_labelled_store
+    from affmae_engine.runtime.signals import StopRequest
     from affmae_engine.train.finetuning import finetune_task
-    from affmae_engine.train.signals import StopRequest
 
     with StopRequest().installed() as stop:
         store, val_names = write_labelled_store(
@@ -287,7 +287,7 @@ def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_js
 
     from affmae_cli.score_table import show_scores
     from affmae_engine.predict.score import Score
-    from affmae_engine.train.report import duration, number
+    from affmae_engine.runtime.formatting import duration, number
 
     best = _best_evaluation(run)
     if as_json:

@@ -52,7 +52,7 @@ def ingest(
     """
     from affmae_engine.data import ingest as engine
     from affmae_engine.errors import InputError, Interrupted
-    from affmae_engine.train.signals import StopRequest
+    from affmae_engine.runtime.signals import StopRequest
 
     pixel_nm = parse_pixel_size(pixel_size)
     stop = StopRequest()

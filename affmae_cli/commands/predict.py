@@ -139,7 +139,7 @@ def segment(
     from affmae_engine.predict import files
     from affmae_engine.predict.identity import is_finished
     from affmae_engine.predict.score import score
-    from affmae_engine.train.signals import StopRequest
+    from affmae_engine.runtime.signals import StopRequest
 
     def finished(source: Source, outputs: Outputs) -> bool:
         return is_finished(source, predictor, outputs, options)

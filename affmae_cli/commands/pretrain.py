@@ -114,7 +114,7 @@ def _begin(
         RunDir(out).refuse_to_replace([*(data or [DEFAULT_DATA]), *([init_from] if init_from else [])])
     store = _open_store(data)
     # Only now, for loading torch takes seconds: a mistyped name is told at once.
-    from affmae_engine.train.device import pick_device
+    from affmae_engine.runtime.device import pick_device
     from affmae_engine.train.environment import command_line, write_environment
     from affmae_engine.train.pretraining import pretrain_task
 
@@ -174,7 +174,7 @@ def _open_store(data: list[Path] | None) -> Store:
 def _show(run: RunDir, summary: Summary, *, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
-    from affmae_engine.train.report import number
+    from affmae_engine.runtime.formatting import number
 
     if as_json:
         output.print_json({"run": run.root, **asdict(summary)})

@@ -112,7 +112,7 @@ def _choose(live: list[RunRow]) -> Path:
     from rich.table import Table
     from rich.text import Text
 
-    from affmae_engine.train.report import duration, number
+    from affmae_engine.runtime.formatting import duration, number
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "run", "task", "state", "step", "loss", "last event"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from affmae_cli.dashboard.plot import NO_INK, Raster, Trace, View, draw
 from affmae_cli.dashboard.ticks import count_label, linear_ticks, log_ticks, tick_label
-from affmae_engine.train.report import number
+from affmae_engine.runtime.formatting import number
 
 AXIS_INK = -3
 Span = tuple[str, int, bool]

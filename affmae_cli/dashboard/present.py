@@ -10,7 +10,7 @@ from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.view import RunView
 from affmae_cli.dashboard.widgets.figures import Bar, Figure, Tone
 from affmae_cli.dashboard.worst import worst
-from affmae_engine.train.report import number, rate
+from affmae_engine.runtime.formatting import number, rate
 
 _TONES: dict[str, Tone] = {"good": "good", "note": "warn", "bad": "bad"}
 _LONGEST_NAME = 24

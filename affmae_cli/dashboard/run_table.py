@@ -13,7 +13,7 @@ from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.runs import RunRow
 from affmae_cli.dashboard.signs import SIGNS
 from affmae_cli.dashboard.ticks import count_label
-from affmae_engine.train.report import duration, number, rate
+from affmae_engine.runtime.formatting import duration, number, rate
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from affmae_engine.train.report import duration
+from affmae_engine.runtime.formatting import duration
 
 if TYPE_CHECKING:
     from affmae_cli.dashboard.state import RunState

@@ -18,7 +18,7 @@ from affmae_engine.bench.child import Children, Tell
 from affmae_engine.bench.report import Figure, Table, figure
 from affmae_engine.bench.timing import Call, Ceilings, Timing, measure_ceilings, time_calls
 from affmae_engine.errors import first_line
-from affmae_engine.train.device import DeviceChoice, exact_fp32
+from affmae_engine.runtime.device import DeviceChoice, exact_fp32
 from affmae_kernels.cases import Case, cases, deviations
 from affmae_kernels.dispatch import choose_backend
 

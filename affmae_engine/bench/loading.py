@@ -19,7 +19,7 @@ from affmae_engine.data.dataset import PretrainDataset
 from affmae_engine.data.loading import PREFETCH, batches, worker_count
 from affmae_engine.data.split import split
 from affmae_engine.data.store import Store
-from affmae_engine.train.device import DeviceChoice
+from affmae_engine.runtime.device import DeviceChoice
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.step import EAGER_STEPS, seed_forward
 

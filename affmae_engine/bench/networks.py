@@ -28,13 +28,13 @@ from affmae_engine.config import FinetuneConfig, LossConfig, MaskConfig, ModelCo
 from affmae_engine.errors import first_line
 from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
 from affmae_engine.model.masking import draw_mask
-from affmae_engine.train.card import Card
+from affmae_engine.runtime.cuda_graphs import CudaGraphedFunction
+from affmae_engine.runtime.device import DeviceChoice, exact_fp32, pick_device
+from affmae_engine.runtime.gpu_stats import Card
+from affmae_engine.runtime.memory import out_of_memory
 from affmae_engine.train.compile import compile_vit, use_cache_folder
-from affmae_engine.train.cuda_graphs import CudaGraphedFunction
-from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.train.environment import kernel_backends
 from affmae_engine.train.losses import SegmentationLoss
-from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, layer_decay_groups, set_learning_rate
 from affmae_engine.train.precompile import compile_kernels

@@ -28,7 +28,7 @@ from affmae_engine.bench.quality_worker import weights_of
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, Interrupted
 from affmae_engine.events import finite
-from affmae_engine.train.signals import StopRequest
+from affmae_engine.runtime.signals import StopRequest
 
 CALIBRATION_SHARE, SHORTEST_CALIBRATION_S, LONGEST_CALIBRATION_S = 0.1, 1.0, 10.0
 """After its start-up a calibration measures for a tenth of the budget, within these limits."""

@@ -23,6 +23,7 @@ from affmae_engine import run_dir
 from affmae_engine.bench.child import Tell
 from affmae_engine.bench.quality import Part, PartResult, PartStatus, Speed
 from affmae_engine.bench.quality_data import Parts, parts_of, share_of_labels
+from affmae_engine.checkpoint import STATE, WEIGHTS
 from affmae_engine.config import RunConfig
 from affmae_engine.data.loading import PREFETCH
 from affmae_engine.data.split import Split
@@ -30,14 +31,13 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, ResourceError, first_line
 from affmae_engine.events import Evaluated, Event, RunStarted, StepLogged
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train.checkpoint import STATE, WEIGHTS
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
+from affmae_engine.runtime.memory import out_of_memory
+from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.train.environment import write_environment
 from affmae_engine.train.finetuning import finetune_task
 from affmae_engine.train.loop import fit
-from affmae_engine.train.memory import out_of_memory
 from affmae_engine.train.pretraining import pretrain_task
-from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.step import EAGER_STEPS
 from affmae_engine.train.task import Task
 

@@ -19,7 +19,7 @@ from affmae_engine import atomic
 from affmae_engine.config import MaskConfig, ModelConfig
 from affmae_engine.errors import InputError
 from affmae_engine.events import finite
-from affmae_engine.train.device import DeviceChoice
+from affmae_engine.runtime.device import DeviceChoice
 from affmae_engine.train.environment import command_line, git_state
 
 SCHEMA = 3

@@ -18,7 +18,7 @@ from affmae_engine import atomic
 from affmae_engine.bench.child import Children
 from affmae_engine.bench.networks import Family, Measurement, Protocol, SpeedCase, SpeedTask
 from affmae_engine.bench.report import TITLES, Figure, Table, figure, spread
-from affmae_engine.train.device import DeviceChoice
+from affmae_engine.runtime.device import DeviceChoice
 
 TIMEOUT_S = 900.0
 MEMORY_TOLERANCE = 0.01

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from affmae_engine.train.cuda_graphs import capture
+from affmae_engine.runtime.cuda_graphs import capture
 
 Call = Callable[[], object]
 

@@ -17,7 +17,7 @@ from affmae_engine.doctor.machine import Card, Machine, look_around
 from affmae_engine.doctor.selfcheck import Check, run_checks
 from affmae_engine.doctor.timings import OperationTiming, run_timings
 from affmae_engine.errors import AffmaeError, first_line
-from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
+from affmae_engine.runtime.device import DeviceChoice, exact_fp32, pick_device
 from affmae_kernels import launch
 from affmae_kernels.cases import OPERATIONS
 from affmae_kernels.dispatch import choose_backend

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from affmae_engine.errors import first_line
-from affmae_engine.train.device import why_no_cuda
+from affmae_engine.runtime.device import why_no_cuda
 
 _T = TypeVar("_T")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -19,7 +19,7 @@ from affmae_engine.predict.identity import is_result
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, PredictProgress, PredictReport, predict
-from affmae_engine.train.signals import StopRequest
+from affmae_engine.runtime.signals import StopRequest
 
 DEFAULT_FOLDER = Path("predictions")
 """Where results go when no output is named, in the working directory: inputs may lie on read-only microscope shares."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from affmae_engine.errors import ResourceError
 from affmae_engine.predict.ahead import ahead
 from affmae_engine.predict.tiling import Axis
-from affmae_engine.train.memory import free_memory, out_of_memory
+from affmae_engine.runtime.memory import free_memory, out_of_memory
 
 ACCUMULATE_ON_DEVICE_BYTES = 1 << 30
 """Largest accumulator kept on an accelerator; a larger one lives in host memory."""

@@ -12,15 +12,15 @@ from typing import Literal
 from pydantic import ValidationError
 from torch import nn
 
+from affmae_engine.checkpoint import WEIGHTS, weights_file
 from affmae_engine.config import ModelConfig, TrainConfig
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.errors import CorruptError, InputError
 from affmae_engine.model.build import build_segmenter
 from affmae_engine.predict.label_rows import label_dtype
 from affmae_engine.run_dir import RunDir, list_runs
-from affmae_engine.train.checkpoint import WEIGHTS, weights_file
-from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
-from affmae_engine.train.weights import WeightsMetadata, read_metadata, read_tensors
+from affmae_engine.runtime.device import DeviceChoice, exact_fp32, pick_device
+from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors
 
 Which = Literal["best", "last"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -41,7 +41,7 @@ from affmae_engine.predict.scale import choose_scale
 from affmae_engine.predict.sections import sections
 from affmae_engine.predict.tiff_labels import write_tiff
 from affmae_engine.predict.tiling import restart
-from affmae_engine.train.signals import StopRequest
+from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.visualize import class_colours
 
 

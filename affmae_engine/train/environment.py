@@ -19,7 +19,7 @@ from affmae_engine.config import Task
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train.device import DeviceChoice
+from affmae_engine.runtime.device import DeviceChoice
 from affmae_kernels.cases import OPERATIONS
 from affmae_kernels.dispatch import choose_backend
 

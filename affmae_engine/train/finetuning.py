@@ -25,7 +25,7 @@ from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.segmentation_evaluation import SegmentationEvaluation, chosen_sections
 from affmae_engine.train.task import Task
 from affmae_engine.train.transfer import TransferReport, load_pretrained
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.weights import WeightsMetadata
 
 
 def finetune_task(

@@ -19,28 +19,27 @@ from functools import partial
 
 import torch
 
-from affmae_engine import atomic
+from affmae_engine import atomic, checkpoint
 from affmae_engine.config import RunConfig
 from affmae_engine.data.loading import batches
 from affmae_engine.errors import ConfigError, Interrupted, ResourceError
 from affmae_engine.events import Event, RunStarted
 from affmae_engine.model.build import runs_kernels
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
+from affmae_engine.runtime.device import DeviceChoice, exact_fp32, pick_device
+from affmae_engine.runtime.distributed import Ranks, current_ranks
+from affmae_engine.runtime.formatting import line
+from affmae_engine.runtime.memory import free_memory, largest_divisor, measured_micro_batch
+from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.train.compile import compile_vit
-from affmae_engine.train.device import DeviceChoice, exact_fp32, pick_device
-from affmae_engine.train.distributed import Ranks, current_ranks
 from affmae_engine.train.ending import Summary, ending, summarised
 from affmae_engine.train.environment import kernel_backends
-from affmae_engine.train.memory import free_memory, largest_divisor, measured_micro_batch
 from affmae_engine.train.metrics import Recorder, Sink, Stopwatch, Window, drop_superseded
 from affmae_engine.train.optim import allocate_state, build_adamw, set_learning_rate
 from affmae_engine.train.precompile import compile_kernels
-from affmae_engine.train.report import line
 from affmae_engine.train.resume import rounding_notes
 from affmae_engine.train.schedule import due, learning_rate
 from affmae_engine.train.session import Session
-from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.state import TrainState, restore_state
 from affmae_engine.train.step import TrainStep, seed_forward
 from affmae_engine.train.task import Task

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from affmae_engine.events import Event, SystemSampled
-from affmae_engine.train.card import GIB, Card
+from affmae_engine.runtime.gpu_stats import GIB, Card
 
 REQUESTS_EVERY_S = 0.5
 SAMPLE_EVERY_S = 5.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from affmae_engine.train.device import DeviceChoice
+from affmae_engine.runtime.device import DeviceChoice
 from affmae_kernels.adamw import AdamW
 from affmae_kernels.precompile import rehearse
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from affmae_engine.checkpoint import load_weights
 from affmae_engine.config import ModelConfig, RunConfig
 from affmae_engine.data.dataset import PretrainDataset, croppable_planes
 from affmae_engine.data.normalise import Normalisation
@@ -19,12 +20,11 @@ from affmae_engine.data.split import Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
 from affmae_engine.model.build import Autoencoder, build_autoencoder, encoder_layers
-from affmae_engine.train.checkpoint import load_weights
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.pretraining_evaluation import PretrainingEvaluation, choose_crops
 from affmae_engine.train.task import Task
 from affmae_engine.train.transfer import follow_origin
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.weights import WeightsMetadata
 
 
 def pretrain_task(

@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from affmae_engine import checkpoint
 from affmae_engine.errors import ResourceError
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 from affmae_engine.train.state import Snapshot
 
 

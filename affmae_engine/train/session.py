@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 
 import torch
 
+from affmae_engine import checkpoint
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import DivergedError, ResourceError, human_bytes
 from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, RequestTaken, StepLogged, Warned
 from affmae_engine.run_dir import CHECKPOINT, REQUESTS, STOP, RunDir
-from affmae_engine.train import checkpoint
-from affmae_engine.train.card import Card
-from affmae_engine.train.device import DeviceChoice, memory_gib
-from affmae_engine.train.distributed import Ranks
+from affmae_engine.runtime.device import DeviceChoice, memory_gib
+from affmae_engine.runtime.distributed import Ranks
+from affmae_engine.runtime.gpu_stats import Card
+from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.train.metrics import Means, Recorder, Stopwatch
 from affmae_engine.train.monitor import Monitor
 from affmae_engine.train.saving import Writer
-from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.state import TrainState, take_snapshot
 from affmae_engine.train.task import Evaluation, Task
 from affmae_engine.visualize import save_png

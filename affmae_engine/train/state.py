@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from affmae_engine import checkpoint
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import CorruptError, DivergedError
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 from affmae_engine.train.health import Health
 from affmae_engine.train.metrics import Window
 from affmae_engine.train.optim import load_optimizer_tensors, optimizer_tensors
 from affmae_engine.train.schedule import learning_rate, warmup_length
 from affmae_engine.train.task import Task
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.weights import WeightsMetadata
 
 STATE_SCHEMA = 1
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.errors import ResourceError, one_line
-from affmae_engine.train.cuda_graphs import CudaGraphedFunction
-from affmae_engine.train.device import DeviceChoice
-from affmae_engine.train.distributed import Ranks
-from affmae_engine.train.memory import memory_shortage, out_of_memory
+from affmae_engine.runtime.cuda_graphs import CudaGraphedFunction
+from affmae_engine.runtime.device import DeviceChoice
+from affmae_engine.runtime.distributed import Ranks
+from affmae_engine.runtime.memory import memory_shortage, out_of_memory
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import GpuAdamW
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.weights import WeightsMetadata
 
 
 class SampleSource(Protocol):

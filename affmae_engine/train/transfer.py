@@ -16,11 +16,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from affmae_engine.checkpoint import load_weights, weights_file
 from affmae_engine.config import ModelConfig, RunConfig
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.model.affmae import class_head_from_pixel_head
-from affmae_engine.train.checkpoint import load_weights, weights_file
-from affmae_engine.train.weights import WeightsMetadata, read_metadata
+from affmae_engine.weights import WeightsMetadata, read_metadata
 
 Outcome = Literal["loaded", "adapted", "skipped", "missing"]
 

@@ -16,11 +16,11 @@ import tifffile
 from typer.testing import CliRunner, Result
 
 from affmae_cli.main import app
+from affmae_engine import checkpoint
 from affmae_engine.config import LossConfig, ModelConfig
 from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
-from affmae_engine.train.weights import WeightsMetadata, write_weights
+from affmae_engine.weights import WeightsMetadata, write_weights
 
 SMALL = (
     "model.size=tiny",

@@ -17,11 +17,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from affmae_cli.main import app
-from affmae_engine import run_dir
+from affmae_engine import checkpoint, run_dir
 from affmae_engine.config import RunConfig
 from affmae_engine.model.affmae import MaskedAutoencoder, Segmenter
-from affmae_engine.train import checkpoint
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.weights import WeightsMetadata
 
 CONFIG = RunConfig.model_validate({"model": {"size": "tiny"}, "data": {"crop_size": 64}})
 NAMES = ("background", "membrane", "mitochondria")
@@ -241,7 +240,7 @@ def test_models_that_cannot_be_used(here: Path, model: str, code: int, text: str
 
 
 def test_weights_that_do_not_fit_their_description_are_corrupt(here: Path, trained: Path) -> None:
-    from affmae_engine.train.weights import read_metadata, read_tensors, write_weights
+    from affmae_engine.weights import read_metadata, read_tensors, write_weights
 
     file = checkpoint.weights_file(trained)
     tensors = read_tensors(file)
@@ -282,7 +281,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: P
 def test_a_stopped_folder_is_told_how_it_goes_on(here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         write(here / "in" / f"{name}.tif")
-    monkeypatch.setattr("affmae_engine.train.signals.StopRequest.requested", property(lambda self: True))
+    monkeypatch.setattr("affmae_engine.runtime.signals.StopRequest.requested", property(lambda self: True))
     many, one = affmae("in", "-m", trained, "-o", "out"), affmae("in/a.tif", "-m", trained)
     assert many.exit_code == 130 and "run it again with --resume" in one_line(many.stderr)
     assert one.exit_code == 130 and "run the same command again" in one_line(one.stderr)
@@ -376,7 +375,7 @@ def test_sizes_are_trusted_when_asked(here: Path, trained: Path) -> None:
 
 
 def test_a_model_with_edited_settings_is_corrupt(here: Path, trained: Path) -> None:
-    from affmae_engine.train.weights import read_metadata, read_tensors, write_weights
+    from affmae_engine.weights import read_metadata, read_tensors, write_weights
 
     weights = checkpoint.weights_file(trained)
     known = read_metadata(weights)

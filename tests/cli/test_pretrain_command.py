@@ -17,9 +17,9 @@ import tifffile
 from typer.testing import CliRunner, Result
 
 from affmae_cli.main import app
+from affmae_engine import checkpoint
 from affmae_engine.data.ingest import ingest
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 
 SMALL = (
     "model.size=tiny",

@@ -13,10 +13,10 @@ import tifffile
 from typer.testing import CliRunner
 
 from affmae_cli.main import app
+from affmae_engine import checkpoint
 from affmae_engine.data.ingest import ingest
 from affmae_engine.events import StepLogged, from_line
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 
 SETTINGS = (
     "model.size=tiny",

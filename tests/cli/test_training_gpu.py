@@ -18,10 +18,10 @@ import tifffile
 import torch
 from scipy.ndimage import gaussian_filter
 
+from affmae_engine import checkpoint
 from affmae_engine.data.ingest import ingest
 from affmae_engine.events import StepLogged, Warned, from_line
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 DEVICE = "cuda"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from affmae_cli.main import app
 from affmae_engine.data.ingest import ingest
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train.weights import read_metadata
+from affmae_engine.weights import read_metadata
 
 SMALL = (
     "--preset", "demo", "--device", "cpu",

@@ -20,11 +20,11 @@ import zarr
 from PIL import Image
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from affmae_engine import checkpoint
 from affmae_engine.data.ingest import ingest
 from affmae_engine.data.readers import scan_sources
 from affmae_engine.data.store import Store
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 from tests.faults import children
 from tests.faults.operations import begun, picture, require, tensors
 

@@ -16,7 +16,7 @@ import tifffile
 import torch
 from torch import Tensor, nn
 
-from affmae_engine import atomic
+from affmae_engine import atomic, checkpoint
 from affmae_engine.data.ingest import ingest
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.readers import open_sources
@@ -26,9 +26,8 @@ from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, predict
 from affmae_engine.run_dir import RunDir, create
-from affmae_engine.train import checkpoint
-from affmae_engine.train.device import DeviceChoice
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.runtime.device import DeviceChoice
+from affmae_engine.weights import WeightsMetadata
 from tests.faults.workloads import CONFIG, differences, files
 
 ALL = slice(None)

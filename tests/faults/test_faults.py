@@ -18,10 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from affmae_engine import atomic
+from affmae_engine import atomic, checkpoint
 from affmae_engine.errors import InputError
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 from tests.faults import children, operations
 from tests.faults.every_call import every_fault
 from tests.faults.kills import killed_runs

@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 import torch
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.config import RunConfig
 from affmae_engine.data import store_layout
 from affmae_engine.data.ingest import ingest
@@ -29,10 +29,9 @@ from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, predict
 from affmae_engine.run_dir import RunDir, create
-from affmae_engine.train import checkpoint
 from affmae_engine.train.loop import fit
 from affmae_engine.train.pretraining import pretrain_task
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.weights import WeightsMetadata
 
 SHARD_BYTES = 8192
 """Of stores that are ingested here: many small shards, so that a kill lands between them."""

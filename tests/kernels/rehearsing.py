@@ -15,7 +15,7 @@ from compiling import AbsentGpu
 
 from affmae_engine.config import LossConfig, ModelConfig, TrainConfig
 from affmae_engine.model.build import build_autoencoder
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
 from affmae_engine.train.precompile import compile_kernels
 from affmae_kernels.precompile import rehearse, rehearsing
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from affmae_engine.train.cuda_graphs import capture
+from affmae_engine.runtime.cuda_graphs import capture
 from affmae_kernels.side_stream import SideStream, at_once
 
 

@@ -19,7 +19,7 @@ from affmae_cli.dashboard.plot import GRID_INK, NO_INK, Trace, fitting_view, lay
 from affmae_cli.dashboard.ticks import count_label
 from affmae_cli.dashboard.widgets.title import retitle
 from affmae_cli.dashboard.zoom import ChartSettings
-from affmae_engine.train.report import number
+from affmae_engine.runtime.formatting import number
 
 INKS = 6
 _PARTS = {AXIS_INK: "chart--axis", GRID_INK: "chart--grid", NO_INK: "chart--blank"}

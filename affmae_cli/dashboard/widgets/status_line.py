@@ -14,7 +14,7 @@ from textual.widget import Widget
 from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.signs import SIGNS
 from affmae_cli.dashboard.view import RunView
-from affmae_engine.train.report import duration
+from affmae_engine.runtime.formatting import duration
 
 
 class StatusLine(Widget):

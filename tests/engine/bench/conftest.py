@@ -20,7 +20,7 @@ from affmae_engine.bench.quality import (
 )
 from affmae_engine.bench.report import circumstances, document
 from affmae_engine.config import TrainConfig
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
 
 Score = Callable[[str, str, float, int], float | None]
 """Mean IoU by model, init, fraction and seed; None: that part failed."""

@@ -18,7 +18,7 @@ from affmae_engine.bench.kernels import (
     time_case,
 )
 from affmae_engine.config import TrainConfig
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
 from tests import toy_operation
 
 RUN = "from affmae_engine.bench.child import main; main()"

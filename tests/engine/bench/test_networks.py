@@ -15,7 +15,7 @@ from affmae_engine.bench.networks import Measurement, SpeedCase, build_network, 
 from affmae_engine.bench.speed import SpeedPlan
 from affmae_engine.config import TrainConfig
 from affmae_engine.data.loading import PREFETCH
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.step import EAGER_STEPS
 

@@ -16,7 +16,7 @@ from affmae_engine.bench.quality_data import Parts, Sources
 from affmae_engine.bench.quality_run import Earlier, QualityRun, gpu_slots, identity, read_earlier, refuse_narrower
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import ConfigError, Interrupted, ResourceError
-from affmae_engine.train.signals import StopRequest
+from affmae_engine.runtime.signals import StopRequest
 
 CHILD = """
 import json, os, sys, time

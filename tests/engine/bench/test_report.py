@@ -18,7 +18,7 @@ from affmae_engine.bench.report import (
 )
 from affmae_engine.config import TrainConfig
 from affmae_engine.errors import InputError
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
 
 
 def result(*figures: Figure, **changes):

@@ -11,7 +11,7 @@ from affmae_engine.bench.child import Children
 from affmae_engine.bench.networks import Measurement, SpeedCase
 from affmae_engine.bench.speed import SpeedPlan, SpeedRun, cases_of, figures_of, ratios_of, tables_of
 from affmae_engine.config import TrainConfig
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
 
 CPU = pick_device(TrainConfig(device="cpu"))
 FAMILIES = ["affmae", "vit-mae"]

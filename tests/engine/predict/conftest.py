@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.predict.predictor import Predictor
-from affmae_engine.train.device import DeviceChoice
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.runtime.device import DeviceChoice
+from affmae_engine.weights import WeightsMetadata
 
 
 class ConstantModel(nn.Module):

@@ -27,7 +27,7 @@ from affmae_engine.predict import outputs, sections, stream
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, PredictProgress, PredictReport, predict
-from affmae_engine.train.signals import StopRequest
+from affmae_engine.runtime.signals import StopRequest
 
 Make = Callable[..., Predictor]
 Write = Callable[..., Path]
@@ -386,8 +386,8 @@ from affmae_engine.predict import sections, stream
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, predict
-from affmae_engine.train.device import DeviceChoice
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.runtime.device import DeviceChoice
+from affmae_engine.weights import WeightsMetadata
 sections.SLAB_PIXELS, sections.AHEAD_PIXELS = 1 << 18, 1 << 16
 stream.measure = lambda source: measure(source, limit_pixels=1 << 18)
 

@@ -13,7 +13,7 @@ from affmae_engine.config import RunConfig
 from affmae_engine.run_dir import RunDir, create
 from affmae_engine.train.optim import decay_groups
 from affmae_engine.train.task import Evaluation, Task
-from affmae_engine.train.weights import WeightsMetadata
+from affmae_engine.weights import WeightsMetadata
 
 
 @dataclass

@@ -14,20 +14,19 @@ import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.config import FinetuneConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from affmae_engine.data.labels import IGNORE
 from affmae_engine.errors import AffmaeError, ConfigError, Interrupted
 from affmae_engine.model.build import build_segmenter, encoder_layers
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
-from affmae_engine.train.device import pick_device
-from affmae_engine.train.distributed import Ranks, current_ranks, joined
+from affmae_engine.runtime.device import pick_device
+from affmae_engine.runtime.distributed import Ranks, current_ranks, joined
+from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.train.loop import fit
 from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, layer_decay_groups
-from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.step import TrainStep
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a process that uses a card cannot")

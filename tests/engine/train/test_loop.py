@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.errors import BusyError, ConfigError, DivergedError, Interrupted, ResourceError
 from affmae_engine.run_dir import CHECKPOINT, STOP, RunDir
-from affmae_engine.train import checkpoint, session
+from affmae_engine.runtime.signals import StopRequest
+from affmae_engine.train import session
 from affmae_engine.train.loop import fit
-from affmae_engine.train.signals import StopRequest
 from affmae_engine.train.state import Snapshot
 
 Make = Callable[..., object]

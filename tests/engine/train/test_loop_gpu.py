@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 
+from affmae_engine import checkpoint
 from affmae_engine.config import KernelsConfig, OptimConfig, RunConfig, TrainConfig
 from affmae_engine.data.ingest import ingest
 from affmae_engine.data.labels import IGNORE
@@ -19,8 +20,7 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import Interrupted
 from affmae_engine.model.build import build_segmenter, encoder_layers
 from affmae_engine.run_dir import create
-from affmae_engine.train import checkpoint
-from affmae_engine.train.device import pick_device
+from affmae_engine.runtime.device import pick_device
 from affmae_engine.train.loop import fit
 from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch, Window
@@ -162,7 +162,7 @@ def test_a_recorded_finetuning_step_gives_the_same_bits(family: str, precision: 
 
 BROKEN_CAPTURE = """
 import torch
-from affmae_engine.train.cuda_graphs import CudaGraphedFunction
+from affmae_engine.runtime.cuda_graphs import CudaGraphedFunction
 
 def waits(inputs):
     torch.rand(4, device="cuda")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from affmae_engine.config import LossConfig, MaskConfig, ModelConfig, OptimConfig, TrainConfig
 from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.model.masking import draw_mask
-from affmae_engine.train.device import exact_fp32, pick_device
+from affmae_engine.runtime.device import exact_fp32, pick_device
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, decay_groups, set_learning_rate
 from affmae_engine.train.step import TrainStep, seed_forward

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import AffmaeError, CorruptError, ResourceError
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 from affmae_engine.train.loop import fit
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.pretraining import pretrain_task

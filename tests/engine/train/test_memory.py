@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import Interrupted
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint, memory
+from affmae_engine.runtime import memory
+from affmae_engine.runtime.memory import in_smaller_batches, largest_divisor, largest_that_fits, out_of_memory
+from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.train.loop import fit
-from affmae_engine.train.memory import in_smaller_batches, largest_divisor, largest_that_fits, out_of_memory
-from affmae_engine.train.signals import StopRequest
 
 Make = Callable[..., object]
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def test_an_attempt_that_failed_leaves_no_tensor_to_the_next_one() -> None:
 @pytest.mark.gpu
 def test_a_measured_size_fits_and_leaves_headroom(make_toy: Make, make_config: Make) -> None:
     from affmae_engine.config import TrainConfig
-    from affmae_engine.train.device import pick_device
+    from affmae_engine.runtime.device import pick_device
 
     choice, task = pick_device(TrainConfig(device="cuda")), make_toy().task
     model = task.model.to(choice.device)

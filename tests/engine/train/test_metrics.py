@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from affmae_engine import events
+from affmae_engine.runtime.formatting import duration, line, number
 from affmae_engine.train.metrics import MetricsFile, Recorder, Stopwatch, Window
-from affmae_engine.train.report import duration, line, number
 
 
 def warned(text: str) -> events.Warned:

@@ -12,8 +12,8 @@ import torch
 from affmae_engine import events
 from affmae_engine.errors import Interrupted
 from affmae_engine.run_dir import CHECKPOINT, STOP
+from affmae_engine.runtime.gpu_stats import Card, own_memory, throttle_reasons
 from affmae_engine.train import monitor
-from affmae_engine.train.card import Card, own_memory, throttle_reasons
 from affmae_engine.train.loop import fit
 from affmae_engine.train.monitor import Monitor, host_sample
 

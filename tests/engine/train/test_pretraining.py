@@ -18,7 +18,7 @@ from affmae_engine.run_dir import create
 from affmae_engine.train.loop import fit
 from affmae_engine.train.pretraining import pretrain_task
 from affmae_engine.train.pretraining_evaluation import choose_crops
-from affmae_engine.train.weights import WeightsMetadata, write_weights
+from affmae_engine.weights import WeightsMetadata, write_weights
 
 StoreMaker = Callable[..., Store]
 CPU = torch.device("cpu")

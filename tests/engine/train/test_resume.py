@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.config import RunConfig
 from affmae_engine.data import loading
 from affmae_engine.errors import ConfigError, CorruptError, Interrupted
 from affmae_engine.run_dir import RunDir, create
-from affmae_engine.train import checkpoint, loop, resume, state
+from affmae_engine.runtime.signals import StopRequest
+from affmae_engine.train import loop, resume, state
 from affmae_engine.train.loop import fit
 from affmae_engine.train.pretraining import pretrain_task
-from affmae_engine.train.signals import StopRequest
 
 Make = Callable[..., object]
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from affmae_engine import events
+from affmae_engine import checkpoint, events
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train import checkpoint
 from affmae_engine.train.loop import fit
 from affmae_engine.train.state import Snapshot
 

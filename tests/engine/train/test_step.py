@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from affmae_engine.config import RunConfig, TrainConfig
 from affmae_engine.data.labels import IGNORE
 from affmae_engine.model.build import build_autoencoder, build_segmenter, encoder_layers
+from affmae_engine.runtime.device import pick_device
 from affmae_engine.train import step as step_module
-from affmae_engine.train.device import pick_device
 from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, layer_decay_groups

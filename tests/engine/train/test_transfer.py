@@ -9,7 +9,7 @@ from affmae_engine.config import LossConfig, ModelConfig, RunConfig
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.model.affmae import MaskedAutoencoder, Segmenter
 from affmae_engine.train.transfer import follow_origin, load_pretrained, read_origin
-from affmae_engine.train.weights import WeightsMetadata, write_weights
+from affmae_engine.weights import WeightsMetadata, write_weights
 
 TINY = ModelConfig(size="tiny")
 CONFIG = RunConfig(model=TINY)

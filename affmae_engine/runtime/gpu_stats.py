@@ -15,7 +15,7 @@ from typing import Any
 import pynvml
 import torch
 
-from affmae_engine.train.device import why_no_cuda
+from affmae_engine.runtime.device import why_no_cuda
 
 GIB = 2**30
 _CONTEXT = 2 * GIB

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from affmae_engine.train.device import DeviceChoice
+from affmae_engine.runtime.device import DeviceChoice
 
 HEADROOM = 0.1
 """Share of a card's memory that is left to others, ..."""

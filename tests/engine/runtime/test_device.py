@@ -5,7 +5,7 @@ import torch
 
 from affmae_engine.config import TrainConfig
 from affmae_engine.errors import ResourceError
-from affmae_engine.train.device import exact_fp32, memory_gib, pick_device
+from affmae_engine.runtime.device import exact_fp32, memory_gib, pick_device
 
 
 def test_cpu_is_fp32_unless_asked_otherwise() -> None:

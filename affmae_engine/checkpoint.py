@@ -24,7 +24,7 @@ from torch import Tensor
 from affmae_engine import atomic
 from affmae_engine.errors import CorruptError, InputError, human_bytes, one_line
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train.weights import WeightsMetadata, read_metadata, read_tensors, write_weights
+from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors, write_weights
 
 MANIFEST_SCHEMA = 1
 _LARGEST_JSON = 16 << 20

@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from affmae_engine import atomic
+from affmae_engine import atomic, checkpoint
 from affmae_engine.errors import CorruptError, InputError, ResourceError
 from affmae_engine.run_dir import RunDir, create
-from affmae_engine.train import checkpoint
-from affmae_engine.train.weights import METADATA_KEY, WeightsMetadata, read_metadata
+from affmae_engine.weights import METADATA_KEY, WeightsMetadata, read_metadata
 
 METADATA = WeightsMetadata(
     task="finetune", model={"size": "tiny"}, image_size=64, normalisation={"mode": "image"}, class_names=("a", "b")
