@@ -27,6 +27,21 @@ UNKNOWN_SIZE: PixelSize = (None, None, None)
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """How a user wants files to be read.
+
+    Attributes:
+        channel: which channel of multi-channel images; None takes the first and turns colors into luminance.
+        labels: read as label maps: numbers are kept as they are (see `grey.py`).
+        axes: one letter per axis of the file (Z, Y, X, C, T), in place of what it says or what is guessed; "" for that.
+    """
+
+    channel: int | None = None
+    labels: bool = False
+    axes: str = ""
+
+
+@dataclass(frozen=True)
 class SourceInfo:
     """What is known about one image or stack before any pixel is read."""
 
@@ -48,6 +63,12 @@ class SourceInfo:
     """What was done to the values or assumed about the axes, one short clause each."""
     value_offset: int = 0
     """Added to the file's signed integers to store them unsigned."""
+    section_axes: str = "Z"
+    """What the sections are unrolled from: `Z`, `T` (a time series), or several such as `TZ`, slowest first."""
+    section_shape: tuple[int, ...] = ()
+    """Lengths of `section_axes`; their product is the number of sections. Empty: one axis of all sections."""
+    questions: tuple[str, ...] = ()
+    """What looks wrong about axes or pixel size, each with the option that settles it; to be shown prominently."""
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +82,10 @@ class Source(ABC):
 
     parallel = True
     """Whether copies can read different parts at once without repeating work."""
+    isolated = False
+    """Whether its decoder is not safe by construction, so that `sandbox.py` has to run it."""
+    piece_bytes = 0
+    """The largest part that is decoded as a whole."""
     _transient: tuple[str, ...] = ("_handle", "_owner", "_lock")
 
     def __init__(self, info: SourceInfo) -> None:

@@ -15,11 +15,9 @@ import numpy as np
 from tifffile import TiffFile, TiffPageSeries
 
 from affmae_engine.data.readers.source import Refused
-from affmae_engine.data.readers.tiff_compression import check_piece
 
 _CACHE_BYTES = 48 << 20
 _JPEG_FAMILY = (6, 7, 34892, 33007)
-_OLD_JPEG = 6
 
 Range = tuple[int, int]
 
@@ -47,6 +45,8 @@ class PageReader:
         self._key = series.keyframe
         self._file = file.filehandle
         self._dtype = np.dtype(self._key.dtype).newbyteorder(file.byteorder)
+        self.dtype = self._dtype.newbyteorder("=")
+        self.samples = int(self._key.shaped[0] * self._key.shaped[4])
         self._cache: OrderedDict[tuple[int, int], np.ndarray | None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -113,12 +113,12 @@ class PageReader:
             data = self._file.read(count)
             if len(data) != count:
                 raise Refused(f"page {page} ended {count - len(data)} bytes early", "the file was cut short or changed")
-            header = (self._key.jpegheader or b"") if self._key.compression == _OLD_JPEG else b""
-            check_piece(int(self._key.compression), header + data, self._piece_pixels())
         options: dict[str, Any] = {"_fullsize": False}
         if self._key.compression in _JPEG_FAMILY:
             options |= {"jpegtables": one.jpegtables, "jpegheader": self._key.jpegheader}
         piece = self._key.decode(data, index, **options)[0] if data is not None else None
+        if piece is not None and piece.shape[1] * piece.shape[2] > self._piece_pixels():
+            raise Refused(f"a piece of it is a picture of {piece.shape[2]} x {piece.shape[1]} pixels")
         self._remember((page, index), piece)
         return piece
 
