@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from affmae_engine.data.readers.formats import NAMES, PACKED
 from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
 from affmae_engine.data.readers.source import ReadOptions, Refused, Source, SourceInfo
 
@@ -147,6 +148,8 @@ def array_source(array: Array, options: ReadOptions) -> ArraySource:
     if "S" in axes:
         of_sample = None if "C" in axes else options.channel
         colour = array.samples if of_sample is None else "grey"
+        if options.labels and colour == "cielab":
+            colour = "grey"
         sample = None if colour != "grey" else of_sample or 0
         if colour == "grey" and samples > 1:
             notes.append(f"{'channel' if of_sample is not None else 'sample'} {sample} of {samples} taken")
@@ -242,10 +245,10 @@ class OneDimensional(Refused):
 def short_name(path: Path) -> str:
     """What an image is called after its file: the name without the endings of formats."""
     name = path.name
-    for ending in (".gz", ".bz2"):
-        name = name.removesuffix(ending)
-    stem = Path(name).stem if Path(name).suffix else name
-    return stem.removesuffix(".ome")
+    for endings in (PACKED, NAMES, (".ome",)):
+        found = next((ending for ending in endings if name.lower().endswith(ending)), "")
+        name = name[: len(name) - len(found)] or name
+    return name
 
 
 def _questions(array: Array, axes: str, sizes: Mapping[str, int], axes_given: bool) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ _STRUCT, _TEXT, _ARRAY = 15, 18, 20
 # What `DataType` of an image says of its pixels.
 _PIXELS = {1: "i2", 2: "f4", 6: "u1", 7: "i4", 9: "i1", 10: "u2", 11: "u4", 12: "f8", 14: "?", 39: "i8", 40: "u8"}
 _COLOR = (8, 23)
+"""Four bytes of blue, green, red and nothing or alpha."""
 
 Tags = dict[str, Any]
 """A group: values, `_Stored` arrays and groups by name; tags without a name are called by their number."""
@@ -80,11 +81,9 @@ def _images(tags: Tags) -> list[tuple[str, Tags]]:
 
 def _describe(path: Path, image: Tags, series: str, order: str) -> Array:
     kind = image.get("DataType")
-    if kind in _COLOR:
-        raise Refused("it is a color image", "export it from DigitalMicrograph as TIFF")
-    if kind not in _PIXELS:
+    if kind not in _PIXELS and kind not in _COLOR:
         raise Refused(f"its values are of type {kind}, not real numbers", "save its real part or modulus")
-    dtype = np.dtype(_PIXELS[kind]).newbyteorder(order)
+    dtype = np.dtype(_PIXELS.get(kind, "u1")).newbyteorder(order)
     lengths = [int(n) for n in image["Dimensions"].values()]
     while len(lengths) > 2 and lengths[-1] == 1:
         lengths.pop()
@@ -96,13 +95,16 @@ def _describe(path: Path, image: Tags, series: str, order: str) -> Array:
     third = "T" if units[2] in ("s", "ms", "min") else "Z"
     axes = f"XY{third}I"[: len(lengths)][::-1]
     shape = tuple(lengths[::-1])
+    array = RawArray
+    if kind in _COLOR:
+        axes, shape, array = f"{axes}S", (*shape, 4), _Colors
     data: _Stored = image["Data"]
     check_size(path, data.offset, shape, dtype)
     if data.nbytes < np.prod(shape, dtype=object) * dtype.itemsize:
         raise Refused("its data is shorter than its dimensions", "the file is damaged; copy it again")
     return Array(
         path=path,
-        open=partial(RawArray, path, data.offset, shape, dtype),
+        open=partial(array, path, data.offset, shape, dtype),
         shape=shape,
         dtype=dtype,
         axes=axes,
@@ -111,7 +113,17 @@ def _describe(path: Path, image: Tags, series: str, order: str) -> Array:
         pixel_nm={
             axis: nanometres(one.get("Scale"), unit) for axis, one, unit in zip("XYZ", calibrations, units)
         },
+        samples="rgb" if kind in _COLOR else "grey",
     )  # fmt: skip
+
+
+class _Colors(RawArray):
+    """Pixels of blue, green, red and alpha, as red, green, blue and alpha."""
+
+    def __getitem__(self, selection: tuple[int | slice, ...]) -> np.ndarray:
+        *place, sample = selection
+        values = super().__getitem__((*place, slice(None)))[..., [2, 1, 0, 3]]
+        return values[..., sample]
 
 
 class _TagReader:

@@ -33,7 +33,7 @@ _FOREIGN_NAMES = {
     ".ser": "FEI SER", ".bmp": "BMP", ".gif": "GIF", ".webp": "WebP", ".raw": "raw (pixels without a header)",
 }  # fmt: skip
 _MRC_NAMES = (".mrc", ".map", ".rec", ".st", ".ali", ".mrcs", ".preali", ".ccp4")
-_NAMES = (
+NAMES = (
     ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".zarr", *_MRC_NAMES, ".h5", ".hdf5", ".hdf", ".hf5",
     ".emd", ".n5", ".dm3", ".dm4", ".npy", ".nii", *_FOREIGN_NAMES,
 )  # fmt: skip
@@ -96,7 +96,7 @@ def looks_like_image(path: Path) -> bool:
     name = path.name.lower()
     for ending in PACKED:
         name = name.removesuffix(ending)
-    if name.endswith(_NAMES):
+    if name.endswith(NAMES):
         return True
     try:
         with path.open("rb") as handle:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from affmae_engine.data.readers.limits import sizes_trusted
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, SourceInfo
+from affmae_engine.data.readers.source import ReadOptions, Refused, Source, SourceInfo, reading
 from affmae_engine.errors import AffmaeError, InputError, ResourceError
 
 OPEN_SECONDS = 60.0
@@ -48,6 +48,7 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
     "ZARR_ASYNC__CONCURRENCY": "8", "ZARR_THREADING__MAX_WORKERS": "2",
 }  # fmt: skip
+_ROOT = str(Path(__file__).resolve().parents[3])  # the child imports the same packages as this process
 _CAUSES = {"FileNotFoundError": FileNotFoundError, "PermissionError": PermissionError}
 
 
@@ -90,7 +91,8 @@ def scan_isolated(path: Path, options: ReadOptions) -> tuple[list[Source], list[
     Raises:
         InputError: nothing in it can be read.
     """
-    answer, _ = _ask({"do": "scan", "path": str(path), "options": asdict(options)}, path, OPEN_SECONDS, path)
+    with reading(path):
+        answer, _ = _ask({"do": "scan", "path": str(path), "options": asdict(options)}, path, OPEN_SECONDS, path)
     sources: list[Source] = [
         Isolated(_info(described), index, options, described["piece_bytes"], path)
         for index, described in enumerate(answer["sources"])
@@ -139,9 +141,10 @@ def _ask(request: dict[str, Any], file: Path, seconds: float, named: Path) -> tu
 
 class _Child:
     def __init__(self) -> None:
+        paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            env={**os.environ, **_ENVIRONMENT}, start_new_session=True,
+            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}, start_new_session=True,
         )  # fmt: skip
 
     def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], bytearray]:

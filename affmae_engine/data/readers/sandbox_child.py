@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,8 @@ from affmae_engine.data.readers.sandbox import describe
 from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
 from affmae_engine.errors import AffmaeError, InputError, human_bytes
 
-_RESERVE = 512 << 20
+_RESERVE_TO_OPEN = 512 << 20  # libraries are imported and start their threads
+_RESERVE_TO_READ = 192 << 20
 _PIECES_AT_ONCE = 16  # zarr and tensorstore decode several chunks in parallel
 _MOST_OPEN = 16
 
@@ -61,7 +63,7 @@ def _send(answers: BinaryIO, answer: dict[str, Any], block: np.ndarray | None) -
 def _serve(request: dict[str, Any], opened: OrderedDict[str, Opened]) -> tuple[dict[str, Any], np.ndarray | None]:
     path, options = as_path(request["path"]), ReadOptions(**request["options"])
     os.environ[limits.VARIABLE] = "1" if request["trust_sizes"] else "0"
-    with reading(path), _limited(_RESERVE):
+    with reading(path), _limited(_RESERVE_TO_OPEN):
         sources, refused = _open(path, options, opened)
     if request["do"] == "scan":
         told = [(error.message, error.hint) for error in refused]
@@ -69,7 +71,9 @@ def _serve(request: dict[str, Any], opened: OrderedDict[str, Opened]) -> tuple[d
     source = sources[request["index"]]
     z, y, x = (slice(*request[axis]) for axis in "zyx")
     nbytes = (z.stop - z.start) * (y.stop - y.start) * (x.stop - x.start) * source.info.dtype.itemsize
-    with reading(path, source.info.series), _limited(_RESERVE + _PIECES_AT_ONCE * source.piece_bytes + 3 * nbytes):
+    # The first chunk that tensorstore reads starts its threads.
+    reserve = _RESERVE_TO_OPEN if source.info.format in ("N5", "precomputed") or is_remote(path) else _RESERVE_TO_READ
+    with reading(path, source.info.series), _limited(reserve + _PIECES_AT_ONCE * source.piece_bytes + 3 * nbytes):
         return {}, source.read(z, y, x)
 
 
@@ -94,19 +98,24 @@ def _open(path: Path, options: ReadOptions, opened: OrderedDict[str, Opened]) ->
 
 
 @contextlib.contextmanager
-def _limited(more: int) -> Any:
-    """Let the process grow by `more` bytes at most. Where address space cannot be limited (macOS), nothing is."""
+def _limited(more: int) -> Iterator[None]:
+    """Let the process grow by `more` bytes at most. Where address space cannot be limited (macOS), nothing is.
+
+    Raises:
+        Refused: what runs inside asked for more.
+    """
     used = _address_space()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if not used or limits.sizes_trusted():
         yield
         return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
     try:
         yield
     except Exception as error:
         if not _out_of_memory(error):
             raise
+        # It is no want of memory of this machine, so that is left out of the chain.
         raise Refused(
             f"decoding it takes more than {human_bytes(more)} of memory, far more than it declares",
             "it is damaged; if you know where it comes from, open it with --trust-sizes",

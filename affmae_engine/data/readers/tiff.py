@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tifffile import PHOTOMETRIC, TiffFile, TiffPageSeries
+from tifffile import PHOTOMETRIC, TIFF, TiffFile, TiffPageSeries
 
 from affmae_engine.data.readers.arrays import Array, array_source, short_name
 from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
 from affmae_engine.data.readers.limits import MOST_PAGES, refuse_inflated, refuse_large_piece, refuse_many
 from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
 from affmae_engine.data.readers.tiff_metadata import pixel_size
-from affmae_engine.data.readers.tiff_pages import PageReader, largest_segment
+from affmae_engine.data.readers.tiff_pages import OLD_JPEG, PageReader, largest_segment, subsampling
 
 _UNCOMPRESSED = 1
 # CCITT, LZW, deflate, PackBits, ThunderScan, SGI log, LZMA, zstd, PixTIFF
@@ -172,8 +172,12 @@ def _describe(path: Path, file: TiffFile, index: int, series: TiffPageSeries, la
     planes, depth, length, width, contiguous = page.shaped
     if 0 in page.shaped or page.imagewidth == 0 or page.imagelength == 0:
         raise Refused("its image has no pixels")
+    if page.compression not in TIFF.DECOMPRESSORS:
+        name = getattr(page.compression, "name", str(page.compression)).lower().replace("_", " ")
+        raise Refused(f"its compression, {name}, is not supported", "save it again with another one")
     _check_extent(file, series, size)
-    samples = planes * contiguous
+    luminance = subsampling(page) != (1, 1)
+    samples = 1 if luminance else planes * contiguous
     shape = (*leading, depth, length, width, samples)
     if depth == 1 and "Z" in axes[: len(leading)] + axes[len(leading) + 1 :]:
         # One name per axis: a page of one section has no z of its own.
@@ -203,12 +207,12 @@ def _describe(path: Path, file: TiffFile, index: int, series: TiffPageSeries, la
         pixel_nm=dict(zip("ZYX", pixel_size(path, file, series, index), strict=True)),
         series=label,
         name=short_name(path),
-        notes=tuple(_tag_notes(file, page)),
+        notes=(*_tag_notes(file, page), *(("luminance of its colors taken",) if luminance else ())),
         axes_from="file" if _names_its_axes(file, series) else "pages",
         piece_bytes=largest_segment(page),
         samples=colors,
         rule=rule,
-        isolated=int(page.compression) not in _BOUNDED,
+        isolated=luminance or int(page.compression) not in _BOUNDED,
     )
 
 
@@ -237,8 +241,11 @@ def _check_extent(file: TiffFile, series: TiffPageSeries, size: int) -> None:
     packed = page.bitspersample < 8 * itemsize
     declared = math.prod(series.shape) * itemsize // (16 if packed else 1)
     plain = page.compression == _UNCOMPRESSED
+    luminance = subsampling(page) != (1, 1)
+    if luminance:
+        declared //= 3  # at least the luminance is stored for every pixel
     refuse_inflated(declared, size, compressed=not plain)
-    if series.dataoffset is not None:
+    if series.dataoffset is not None and not luminance:
         if series.dataoffset + series.nbytes > size:
             raise Refused(
                 f"it is cut short: {series.dataoffset + series.nbytes - size} bytes of its pixels are missing",
@@ -249,6 +256,8 @@ def _check_extent(file: TiffFile, series: TiffPageSeries, size: int) -> None:
     missing = sum(p is None for p in series.pages)
     if missing or len(series.pages) != math.prod(series.shape[: len(series.shape) - page.ndim]):
         raise Refused(f"it is incomplete: {missing or 'some'} of its pages are missing")
+    if page.compression == OLD_JPEG:
+        return  # its data may stand outside of strips
     for number, one in enumerate(series.pages):
         offsets = np.asarray(one.dataoffsets, dtype=np.uint64)
         counts = np.asarray(one.databytecounts, dtype=np.uint64)

@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 import os
 import stat
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import zarr
+from numcodecs.blosc import Blosc
+from zarr.codecs import BloscCodec
+from zarr.registry import register_codec
 from zarr.storage import LocalStore
 
 from affmae_engine.data.readers.arrays import Array, OneDimensional, array_source, guess_axes, short_name
@@ -96,7 +100,7 @@ def _describe(root: Path, found: ArrayFound, series: str, opener: Any, stored_by
     open_array = opener(root, found.key)
     if stored_bytes is not None:
         open_array()  # the library may refuse what the list above allows
-    stem = short_name(root).removesuffix(".zarr")
+    stem = short_name(root)
     return Array(
         path=root,
         open=open_array,
@@ -118,7 +122,36 @@ def _opener(root: Path, key: str) -> Any:
     return partial(_open_array, root, key)
 
 
+class _CheckedBlosc(Blosc):
+    """Blosc reads beyond a buffer that is shorter than its header says, and returns what it finds there."""
+
+    def decode(self, buf: Any, out: Any = None) -> Any:
+        data = memoryview(buf).cast("B")
+        if len(data) < 16 or int.from_bytes(data[12:16], "little") > len(data):
+            raise ValueError("a Blosc chunk is cut short")
+        return super().decode(buf, out)
+
+
+class CheckedBloscCodec(BloscCodec):
+    """The same for Zarr 3; the registry wants its name to be importable."""
+
+    @cached_property
+    def _blosc_codec(self) -> Blosc:
+        settings = super()._blosc_codec.get_config()
+        settings.pop("id")
+        return _CheckedBlosc(**settings)
+
+
+@cache
+def _check_blosc() -> None:
+    """Use these decoders in this process, which is a child that reads strangers' files and nothing else."""
+    numcodecs.register_codec(_CheckedBlosc, "blosc")
+    register_codec("blosc", CheckedBloscCodec)
+    zarr.config.set({"codecs.blosc": f"{CheckedBloscCodec.__module__}.{CheckedBloscCodec.__qualname__}"})
+
+
 def _open_array(root: Path, key: str) -> Any:
+    _check_blosc()
     return zarr.open_array(_ConfinedStore(root, read_only=True), path=key, mode="r")
 
 
