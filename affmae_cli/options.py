@@ -93,6 +93,37 @@ TrustSizesOption = Annotated[
     bool,
     typer.Option("--trust-sizes", help="Open files of suspicious size or compression that you know.", callback=_trust),
 ]
+
+
+def _read_channel(ctx: typer.Context, wished: int | None) -> int | None:
+    if wished is not None:
+        from affmae_engine.data.readers.source import reading_as
+
+        ctx.with_resource(reading_as(channel=wished))
+    return wished
+
+
+def _read_axes(ctx: typer.Context, wished: str | None) -> str | None:
+    if wished:
+        from affmae_engine.data.readers.source import reading_as
+
+        ctx.with_resource(reading_as(axes=wished))
+    return wished
+
+
+ChannelOption = Annotated[
+    int | None,
+    typer.Option("--channel", min=0, help="Channel of multi-channel images, counted from 0.", callback=_read_channel),
+]
+AxesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--axes",
+        metavar="LETTERS",
+        help="What the axes of the files are, in place of what these say: one of z, y, x, c, t each, such as yxz.",
+        callback=_read_axes,
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 ResumeOption = Annotated[
     Path | None, typer.Option("--resume", metavar="RUN", help="Continue this very run, with its own settings.")

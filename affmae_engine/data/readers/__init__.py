@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from affmae_engine.data.readers.arrays import short_name
-from affmae_engine.data.readers.files import find_files
+from affmae_engine.data.readers.files import as_path, find_files
 from affmae_engine.data.readers.formats import SUPPORTED, Kind, recognise
 from affmae_engine.data.readers.packed import unpacked
 from affmae_engine.data.readers.sandbox import Isolated, scan_isolated
@@ -31,7 +31,7 @@ __all__ = [
     "scan_sources",
 ]
 
-_IN_A_CHILD: frozenset[Kind] = frozenset({"hdf5", "zarr", "n5", "precomputed"})
+_IN_A_CHILD: frozenset[Kind] = frozenset({"hdf5", "zarr", "n5", "precomputed", "remote"})
 """Formats that are even opened in a child process: their libraries are not safe by construction."""
 
 
@@ -41,7 +41,7 @@ def open_sources(path: Path, *, channel: int | None = None, labels: bool = False
     Args:
         path: one file, the root folder of a hierarchy, a URL (see `files.as_path`), or one array in any of them as
             `FILE:/PATH/INSIDE`.
-        channel, labels, axes: see `source.ReadOptions`.
+        channel, labels, axes: see `source.ReadOptions`; where they say nothing, `source.reading_as` does.
 
     Raises:
         InputError: nothing in it can be read; the message names the file and the reason.
@@ -57,7 +57,7 @@ def scan_sources(
     Raises:
         InputError: nothing in it can be read.
     """
-    options = ReadOptions(channel, labels, axes)
+    path, options = as_path(path), ReadOptions.wished(channel, labels, axes)
     kind = recognise(path)
     if kind == "packed":
         return _scan_packed(path, options)
@@ -116,6 +116,8 @@ def _reader(kind: Kind) -> Callable[[Path, ReadOptions], list[Source] | tuple[li
             from affmae_engine.data.readers.n5 import open_n5 as read
         case "precomputed":
             from affmae_engine.data.readers.precomputed import open_precomputed as read
+        case "remote":
+            from affmae_engine.data.readers.remote import open_remote as read
         case _:
             from affmae_engine.data.readers.zarr_array import open_zarr as read
     return read

@@ -169,19 +169,21 @@ def array_source(array: Array, options: ReadOptions) -> ArraySource:
         notes.append(f"axes read as {options.axes}, as wished")
     elif array.axes_from == "guess" and len(shape) > 2:
         notes.append(f"axes not named: taken as {axes}")
+    questions = _questions(array, axes, sizes, bool(options.axes))
     info = SourceInfo(
         path=array.path,
-        series=array.series,
+        # The same pixels with other axes are another image.
+        series=" ".join(filter(None, (array.series, options.axes))),
         name=array.name or short_name(array.path),
         shape_ZYX=(math.prod(section_shape), sizes["Y"], sizes["X"]),
         dtype=rule.dtype,
         pixel_nm=(array.pixel_nm.get("Z"), array.pixel_nm.get("Y"), array.pixel_nm.get("X")),
         format=array.format,
-        notes=tuple(dict.fromkeys((*notes, *more))),
+        notes=tuple(dict.fromkeys((*notes, *more, *questions))),
         value_offset=rule.offset,
         section_axes=section_axes,
         section_shape=section_shape,
-        questions=_questions(array, axes, sizes, bool(options.axes)),
+        questions=questions,
     )
     return ArraySource(info, array, axes, channel, sample, rule)
 

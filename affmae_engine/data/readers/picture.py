@@ -93,7 +93,7 @@ def open_picture(path: Path, options: ReadOptions) -> list[Source]:
             dtype=rule.dtype,
             pixel_nm=pixel_nm,
             format=_NAMES.get(picture.format or "", "picture"),
-            notes=notes,
+            notes=(*notes, *question_of_size(pixel_nm)),
             value_offset=rule.offset,
             questions=question_of_size(pixel_nm),
         )

@@ -8,7 +8,10 @@ requests are anonymous. gs:// goes the same way and is not tested.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,9 @@ from affmae_engine.data.readers.files import is_remote
 from affmae_engine.data.readers.formats import missing
 from affmae_engine.data.readers.hierarchy import parse
 from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
-from affmae_engine.errors import InputError
+from affmae_engine.errors import InputError, ResourceError, one_line
 
-_RETRIES = {"max_retries": 5, "initial_delay": "500ms", "max_delay": "8s"}
+_RETRIES = {"max_retries": 5, "initial_delay": "100ms", "max_delay": "4s"}
 _CONTEXT = {
     "http_request_retries": _RETRIES,
     "s3_request_retries": _RETRIES,
@@ -41,16 +44,43 @@ class Chunked:
     """An array opened by tensorstore, indexed with ints and slices, with an origin of zeros."""
 
     def __init__(self, root: Path, key: str, driver: str, extra: dict[str, Any]) -> None:
-        ts = library("chunked")
+        ts = library("N5 and precomputed")
         spec = {"driver": driver, "kvstore": kvstore(root, key), "context": _CONTEXT, **extra}
-        array = ts.open(spec, open=True, read=True).result()
+        self._root = root
+        with network(root):
+            array = ts.open(spec, open=True, read=True).result()
         self._array = array[ts.d[:].translate_to[0]]
         self.shape = tuple(int(n) for n in self._array.shape)
         self.dtype = np.dtype(self._array.dtype.numpy_dtype)
         self.piece_bytes = int(np.prod(self._array.chunk_layout.read_chunk.shape, dtype=object)) * self.dtype.itemsize
 
     def __getitem__(self, selection: tuple[int | slice, ...]) -> np.ndarray:
-        return np.asarray(self._array[selection].read().result())
+        with network(self._root):
+            return np.asarray(self._array[selection].read().result())
+
+
+@contextlib.contextmanager
+def network(path: Path) -> Iterator[None]:
+    """Tell failures of network or server from those of the data at a URL.
+
+    Raises:
+        ResourceError: the server does not answer, or does not do so for now.
+        InputError: it refuses access.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if not is_remote(path):
+            raise
+        if "PERMISSION_DENIED" in text or "UNAUTHENTICATED" in text or re.search(r"\b40[13]\b", text):
+            hint = "on S3: name your credentials, for example with AWS_PROFILE"
+            raise InputError(f"cannot read {path}: access was denied", hint) from error
+        if re.search(r"retry attempts failed|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", text):
+            what = one_line(ValueError(re.sub(r"\[.*|.*?: (?=CURL|HTTP)", "", text)), 100)
+            hint = "check the URL and the network, then run the same command again"
+            raise ResourceError(f"cannot read {path}: the server does not answer ({what})", hint) from error
+        raise
 
 
 def opener(root: Path, key: str, driver: str, **extra: Any) -> Any:
@@ -68,11 +98,7 @@ def library(kind: str) -> Any:
 
 
 def kvstore(root: Path, key: str = "") -> dict[str, Any]:
-    """tensorstore's description of where the files of a key are.
-
-    Raises:
-        Refused: the URL names no bucket.
-    """
+    """tensorstore's description of where the files of a key are."""
     if not is_remote(root):
         return {"driver": "file", "path": f"{root.absolute() / key}/"}
     url = urlsplit(str(root))
@@ -80,8 +106,6 @@ def kvstore(root: Path, key: str = "") -> dict[str, Any]:
     if url.scheme in ("http", "https"):
         query = f"?{url.query}" if url.query else ""
         return {"driver": "http", "base_url": f"{url.scheme}://{url.netloc}{query}", "path": f"/{path}"}
-    if not url.netloc:
-        raise Refused("it names no bucket", "for example s3://BUCKET/PATH")
     if url.scheme == "gs":
         return {"driver": "gcs", "bucket": url.netloc, "path": path}
     spec: dict[str, Any] = {"driver": "s3", "bucket": url.netloc, "path": path}
@@ -104,6 +128,7 @@ class RemoteHierarchy:
 
     def __init__(self, root: Path) -> None:
         ts = library("remote")
+        self._root = root
         self._store = ts.KvStore.open({**kvstore(root), "context": _CONTEXT}).result()
         self._read: dict[str, dict[str, Any] | None] = {}
         consolidated = self.json("", "zarr.json") or {}
@@ -116,7 +141,8 @@ class RemoteHierarchy:
         """See `Hierarchy`."""
         path = f"{key}/{name}".strip("/")
         if path not in self._read:
-            found = self._store.read(path).result()
+            with network(self._root):
+                found = self._store.read(path).result()
             self._read[path] = parse(found.value, path) if found.state == "value" else None
         return self._read[path]
 

@@ -181,7 +181,10 @@ class _Child:
         if code == -signal.SIGKILL:
             hint = "free some memory, then run the same command again"
             return ResourceError("the process that decodes a file was killed, probably for want of memory", hint)
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if code > 0:
+            hint = f"see why: {' '.join(('python', *_COMMAND[1:]))}"
+            return ResourceError(f"the process that decodes files ended with exit code {code}", hint)
+        how = signal.Signals(-code).name
         return Refused(f"its decoder crashed ({how})", "the file is damaged; copy it again from its origin")
 
     def end(self) -> None:

@@ -20,10 +20,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from affmae_engine.errors import AffmaeError, InputError, ResourceError, one_line, passing
+from affmae_engine.errors import AffmaeError, ConfigError, InputError, ResourceError, one_line, passing
 
 PixelSize = tuple[float | None, float | None, float | None]
 UNKNOWN_SIZE: PixelSize = (None, None, None)
+
+
+_CHANNEL, _AXES = "AFFMAE_READ_CHANNEL", "AFFMAE_READ_AXES"
+AXES = "TCZYX"
+"""The letters that axes are named by."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,50 @@ class ReadOptions:
     Attributes:
         channel: which channel of multi-channel images; None takes the first and turns colors into luminance.
         labels: read as label maps: numbers are kept as they are (see `grey.py`).
-        axes: one letter per axis of the file (Z, Y, X, C, T), in place of what it says or what is guessed; "" for that.
+        axes: one letter per axis of the file (of `AXES`), in place of what it says or what is guessed; "" for that.
     """
 
     channel: int | None = None
     labels: bool = False
     axes: str = ""
+
+    @classmethod
+    def wished(cls, channel: int | None, labels: bool, axes: str) -> ReadOptions:
+        """These options, and where they say nothing those of `reading_as`. Channels are those of images only."""
+        if channel is None and not labels and os.environ.get(_CHANNEL, "").isdecimal():
+            channel = int(os.environ[_CHANNEL])
+        return cls(channel, labels, check_axes(axes or os.environ.get(_AXES, "")))
+
+
+def check_axes(axes: str) -> str:
+    """Axes in capitals. Raises ConfigError unless they are different letters of `AXES` with Y and X among them."""
+    letters = axes.upper()
+    if letters and (set(letters) - set(AXES) or len(set(letters)) != len(letters) or not {"Y", "X"} <= set(letters)):
+        raise ConfigError(
+            f"axes {axes!r} are not one letter per axis: z, y, x, c (channel) or t (time), with y and x among them",
+            "for example --axes YXZ for sections that come last",
+        )
+    return letters
+
+
+@contextlib.contextmanager
+def reading_as(channel: int | None = None, axes: str = "") -> Iterator[None]:
+    """Read files like this inside the block, in this process and those that it starts.
+
+    Raises:
+        ConfigError: see `check_axes`.
+    """
+    wished = {_CHANNEL: "" if channel is None else str(channel), _AXES: check_axes(axes)}
+    before = {name: os.environ.get(name) for name in wished}
+    os.environ.update({name: value for name, value in wished.items() if value})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,7 @@ def _describe(path: Path, file: TiffFile, index: int, series: TiffPageSeries, la
     luminance = subsampling(page) != (1, 1)
     samples = 1 if luminance else planes * contiguous
     shape = (*leading, depth, length, width, samples)
-    if depth == 1 and "Z" in axes[: len(leading)] + axes[len(leading) + 1 :]:
-        # One name per axis: a page of one section has no z of its own.
+    if depth == 1:  # a page has no z of its own
         axes = f"{axes[: len(leading)]}_{axes[len(leading) + 1 :]}"
     colors = _colors(page, samples)
     palette = None
