@@ -127,8 +127,10 @@ def _ask(request: dict[str, Any], file: Path, seconds: float, named: Path) -> tu
     child = _POOL.take()
     try:
         answer, data = child.ask({**request, "trust_sizes": sizes_trusted()}, limit)
-    except BaseException:  # whatever interrupts the exchange, the next answer would be that to this request
+    except BaseException as error:  # whatever interrupts the exchange, the next answer would be that to this request
         child.end()
+        if isinstance(error, ResourceError):
+            raise ResourceError(f"cannot read {named}: {error.message}", error.hint) from error
         raise
     _POOL.give_back(child)
     if "error" not in answer:
@@ -180,10 +182,10 @@ class _Child:
         code = self.process.wait()
         if code == -signal.SIGKILL:
             hint = "free some memory, then run the same command again"
-            return ResourceError("the process that decodes a file was killed, probably for want of memory", hint)
+            return ResourceError("the process that decodes it was killed, probably for want of memory", hint)
         if code > 0:
             hint = f"see why: {' '.join(('python', *_COMMAND[1:]))}"
-            return ResourceError(f"the process that decodes files ended with exit code {code}", hint)
+            return ResourceError(f"the process that decodes it ended with exit code {code}", hint)
         how = signal.Signals(-code).name
         return Refused(f"its decoder crashed ({how})", "the file is damaged; copy it again from its origin")
 
@@ -242,5 +244,12 @@ class _Pool:
 
 
 _POOL = _Pool()
-atexit.register(_POOL.end)
+
+
+def end_children() -> None:
+    """End the children that wait; the next request starts new ones, with the environment of then."""
+    _POOL.end()
+
+
+atexit.register(end_children)
 os.register_at_fork(after_in_child=_POOL.forget)

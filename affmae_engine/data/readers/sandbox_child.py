@@ -13,13 +13,14 @@ import resource
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from affmae_engine.data.readers import limits
-from affmae_engine.data.readers.files import as_path, is_remote
+from affmae_engine.data.readers.files import as_path, is_remote, split_inner
 from affmae_engine.data.readers.sandbox import describe
 from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
 from affmae_engine.errors import AffmaeError, InputError, human_bytes
@@ -29,7 +30,21 @@ _RESERVE_TO_READ = 192 << 20
 _PIECES_AT_ONCE = 16  # zarr and tensorstore decode several chunks in parallel
 _MOST_OPEN = 16
 
-Opened = tuple[list[Source], list[InputError]]
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a file holds; `state` tells whether it is still the same file."""
+
+    state: list[int]
+    sources: list[Source]
+    refused: list[InputError]
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
+
+Files = OrderedDict[str, _Opened]
 
 
 def main() -> None:
@@ -37,7 +52,7 @@ def main() -> None:
     # Libraries may print; the answers' descriptor is theirs no more.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    opened: OrderedDict[str, Opened] = OrderedDict()
+    opened: Files = OrderedDict()
     for line in sys.stdin.buffer:
         block: np.ndarray | None = None
         try:
@@ -60,15 +75,15 @@ def _send(answers: BinaryIO, answer: dict[str, Any], block: np.ndarray | None) -
     answers.flush()
 
 
-def _serve(request: dict[str, Any], opened: OrderedDict[str, Opened]) -> tuple[dict[str, Any], np.ndarray | None]:
+def _serve(request: dict[str, Any], opened: Files) -> tuple[dict[str, Any], np.ndarray | None]:
     path, options = as_path(request["path"]), ReadOptions(**request["options"])
     os.environ[limits.VARIABLE] = "1" if request["trust_sizes"] else "0"
     with reading(path), _limited(_RESERVE_TO_OPEN):
-        sources, refused = _open(path, options, opened)
+        file = _open(path, options, opened)
     if request["do"] == "scan":
-        told = [(error.message, error.hint) for error in refused]
-        return {"sources": [describe(source) for source in sources], "refused": told}, None
-    source = sources[request["index"]]
+        told = [(error.message, error.hint) for error in file.refused]
+        return {"sources": [describe(source) for source in file.sources], "refused": told}, None
+    source = file.sources[request["index"]]
     z, y, x = (slice(*request[axis]) for axis in "zyx")
     nbytes = (z.stop - z.start) * (y.stop - y.start) * (x.stop - x.start) * source.info.dtype.itemsize
     # The first chunk that tensorstore reads starts its threads.
@@ -77,22 +92,24 @@ def _serve(request: dict[str, Any], opened: OrderedDict[str, Opened]) -> tuple[d
         return {}, source.read(z, y, x)
 
 
-def _open(path: Path, options: ReadOptions, opened: OrderedDict[str, Opened]) -> Opened:
+def _open(path: Path, options: ReadOptions, opened: Files) -> _Opened:
     """The sources of a file, kept open for the next request as long as the file stays the same."""
     from affmae_engine.data.readers import scan_here
 
     state: list[int] = []
     if not is_remote(path):
         with contextlib.suppress(OSError):  # whoever opens it says what is wrong
-            status = path.stat()
+            status = split_inner(path)[0].stat()
             state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
-    key = json.dumps([str(path), options.channel, options.labels, options.axes, state, limits.sizes_trusted()])
+    key = json.dumps([str(path), options.channel, options.labels, options.axes, limits.sizes_trusted()])
+    if key in opened and opened[key].state != state:
+        # All of its handles: HDF5 would go on using what it knows of the file.
+        for other in [other for other in opened if json.loads(other)[0] == str(path)]:
+            opened.pop(other).close()
     if key not in opened:
-        opened[key] = scan_here(path, options)
+        opened[key] = _Opened(state, *scan_here(path, options))
         if len(opened) > _MOST_OPEN:
-            _, (sources, _) = opened.popitem(last=False)
-            for source in sources:
-                source.close()
+            opened.popitem(last=False)[1].close()
     opened.move_to_end(key)
     return opened[key]
 

@@ -168,6 +168,22 @@ def test_missing_chunks_of_a_strangers_zarr_are_fill_values(tmp_path: Path) -> N
     assert (read(tmp_path / "a.zarr") == 7).all()
 
 
+def test_zarr_3_without_the_optional_attributes(tmp_path: Path) -> None:
+    stored = picture((2, 40, 50))
+    zarr.create_array(tmp_path / "a.zarr", shape=stored.shape, dtype="uint8", chunks=(1, 40, 50))[:] = stored
+    metadata = json.loads((tmp_path / "a.zarr" / "zarr.json").read_text())
+    del metadata["attributes"]
+    (tmp_path / "a.zarr" / "zarr.json").write_text(json.dumps(metadata))
+    np.testing.assert_array_equal(read(tmp_path / "a.zarr"), stored)
+
+
+def test_voxel_sizes_in_attributes_of_zarr(tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(4, 8, 9), dtype="uint8", chunks=(4, 8, 9))
+    for attributes in ({"resolution": [40, 4, 5]}, {"voxel_size": [0.04, 0.004, 0.005], "units": ["um"] * 3}):
+        array.attrs.put(attributes)
+        assert open_sources(tmp_path / "a.zarr")[0].info.pixel_nm == (40, 4, 5)
+
+
 def _array_metadata(folder: Path) -> dict[str, object]:
     zarr.create_array(folder, shape=(64, 64), dtype="uint8", chunks=(32, 32))[:] = picture((64, 64))
     loaded: dict[str, object] = json.loads((folder / "zarr.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from affmae_engine.data.ingest import ingest
-from affmae_engine.data.readers import find_files, open_sources, scan_sources
+from affmae_engine.data.readers import find_files, open_sources, sandbox, scan_sources
 from affmae_engine.data.readers.files import as_path, is_remote
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError, ResourceError
@@ -163,12 +163,9 @@ def test_a_server_that_is_not_there_ends_the_command() -> None:
     assert "network" in caught.value.hint
 
 
-@pytest.mark.parametrize("anonymous", [True, False])
-def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anonymous: bool) -> None:
+def test_s3_anonymously_and_with_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moto = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
-    from affmae_engine.data.readers import sandbox
-
     for name in ("AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ACCESS_KEY_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -180,24 +177,26 @@ def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anonymous: bool) ->
         client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
         client.create_bucket(Bucket="volumes")
         ome_zarr(tmp_path / "em.zarr", 3)
-        for file in (tmp_path / "em.zarr").rglob("*"):
-            if file.is_file():
-                key = f"data/em.zarr/{file.relative_to(tmp_path / 'em.zarr').as_posix()}"
-                access = "public-read" if anonymous else "private"
+        for file in (tmp_path / "em.zarr").rglob("*.json"):
+            for access in ("public-read", "private"):
+                key = f"{access}/em.zarr/{file.relative_to(tmp_path / 'em.zarr').as_posix()}"
                 client.put_object(Bucket="volumes", Key=key, Body=file.read_bytes(), ACL=access)
+        for file in (tmp_path / "em.zarr" / "0" / "c").rglob("*"):
+            if file.is_file():
+                key = f"public-read/em.zarr/{file.relative_to(tmp_path / 'em.zarr').as_posix()}"
+                client.put_object(Bucket="volumes", Key=key, Body=file.read_bytes(), ACL="public-read")
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        if not anonymous:
-            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        sandbox._POOL.end()  # children have the environment of their start
-        sources, refused = scan_sources(Path("s3:/volumes/data/em.zarr"))
+        sandbox.end_children()  # they have the environment of their start
+        sources, refused = scan_sources(Path("s3:/volumes/public-read/em.zarr"))
         assert not refused and sources[0].info.pixel_nm == (40, 4, 5)
         np.testing.assert_array_equal(sources[0].read(slice(2, 5), ALL, ALL), BLOCK[2:5])
-        if not anonymous:
-            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-            sandbox._POOL.end()
-            with pytest.raises(InputError, match="access was denied"):
-                open_sources(Path("s3:/volumes/data/em.zarr"))
+        with pytest.raises(InputError, match="access was denied") as caught:
+            open_sources(Path("s3:/volumes/private/em.zarr"))
+        assert "AWS_PROFILE" in caught.value.hint
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        sandbox.end_children()
+        assert open_sources(Path("s3:/volumes/private/em.zarr"))[0].info.shape_ZYX == BLOCK.shape
     finally:
-        sandbox._POOL.end()
+        sandbox.end_children()
         one.stop()
