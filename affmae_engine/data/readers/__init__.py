@@ -8,7 +8,6 @@ it as an `arrays.Array`, and `arrays.py` makes the sections. Adding a format mea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from affmae_engine.data.readers.files import as_path, find_files
 from affmae_engine.data.readers.formats import SUPPORTED, Kind, recognise
 from affmae_engine.data.readers.packed import unpacked
 from affmae_engine.data.readers.sandbox import Isolated, scan_isolated
-from affmae_engine.data.readers.source import PixelSize, ReadOptions, Source, SourceInfo
+from affmae_engine.data.readers.source import Found, PixelSize, ReadOptions, Source, SourceInfo
 from affmae_engine.errors import InputError
 
 __all__ = [
@@ -49,9 +48,7 @@ def open_sources(path: Path, *, channel: int | None = None, labels: bool = False
     return scan_sources(path, channel=channel, labels=labels, axes=axes)[0]
 
 
-def scan_sources(
-    path: Path, *, channel: int | None = None, labels: bool = False, axes: str = ""
-) -> tuple[list[Source], list[InputError]]:
+def scan_sources(path: Path, *, channel: int | None = None, labels: bool = False, axes: str = "") -> Found:
     """Like `open_sources`, and also why some of the images in a file that holds several were refused.
 
     Raises:
@@ -71,17 +68,62 @@ def scan_sources(
     return isolated, refused
 
 
-def scan_here(path: Path, options: ReadOptions) -> tuple[list[Source], list[InputError]]:
+def scan_here(path: Path, options: ReadOptions) -> Found:
     """What `scan_sources` finds, decoded in this process whatever the format: for the child process of the sandbox.
 
     Raises:
         InputError: nothing in it can be read.
     """
-    found = _reader(recognise(path))(path, options)
-    return found if isinstance(found, tuple) else (found, [])
+    match recognise(path):  # the libraries of a format are imported when a file has it
+        case "tiff":
+            from affmae_engine.data.readers.tiff import open_tiff
+
+            return open_tiff(path, options)
+        case "picture":
+            from affmae_engine.data.readers.picture import open_picture
+
+            return open_picture(path, options)
+        case "mrc":
+            from affmae_engine.data.readers.mrc import open_mrc
+
+            return open_mrc(path, options)
+        case "npy":
+            from affmae_engine.data.readers.npy import open_npy
+
+            return open_npy(path, options)
+        case "nifti":
+            from affmae_engine.data.readers.nifti import open_nifti
+
+            return open_nifti(path, options)
+        case "dm":
+            from affmae_engine.data.readers.dm import open_dm
+
+            return open_dm(path, options)
+        case "hdf5":
+            from affmae_engine.data.readers.hdf5 import open_hdf5
+
+            return open_hdf5(path, options)
+        case "n5":
+            from affmae_engine.data.readers.n5 import open_n5
+
+            return open_n5(path, options)
+        case "precomputed":
+            from affmae_engine.data.readers.precomputed import open_precomputed
+
+            return open_precomputed(path, options)
+        case "remote":
+            from affmae_engine.data.readers.remote import open_remote
+
+            return open_remote(path, options)
+        case "zarr":
+            from affmae_engine.data.readers.zarr_array import open_zarr
+
+            return open_zarr(path, options)
+        case "packed":
+            return _scan_packed(path, options)
 
 
-def _scan_packed(path: Path, options: ReadOptions) -> tuple[list[Source], list[InputError]]:
+def _scan_packed(path: Path, options: ReadOptions) -> Found:
     """The images in a compressed file, which is unpacked to a temporary one."""
     inner = unpacked(path)
     try:
@@ -93,31 +135,3 @@ def _scan_packed(path: Path, options: ReadOptions) -> tuple[list[Source], list[I
         name = facts.name.replace(short_name(inner), short_name(path), 1)
         source.info = replace(facts, path=path, name=name, format=f"{facts.format}, {path.suffix.lstrip('.')}")
     return sources, [InputError(e.message.replace(str(inner), str(path)), e.hint) for e in refused]
-
-
-def _reader(kind: Kind) -> Callable[[Path, ReadOptions], list[Source] | tuple[list[Source], list[InputError]]]:
-    """The function that opens a format; its libraries are imported only now."""
-    match kind:
-        case "tiff":
-            from affmae_engine.data.readers.tiff import open_tiff as read
-        case "picture":
-            from affmae_engine.data.readers.picture import open_picture as read
-        case "mrc":
-            from affmae_engine.data.readers.mrc import open_mrc as read
-        case "npy":
-            from affmae_engine.data.readers.npy import open_npy as read
-        case "nifti":
-            from affmae_engine.data.readers.nifti import open_nifti as read
-        case "dm":
-            from affmae_engine.data.readers.dm import open_dm as read
-        case "hdf5":
-            from affmae_engine.data.readers.hdf5 import open_hdf5 as read
-        case "n5":
-            from affmae_engine.data.readers.n5 import open_n5 as read
-        case "precomputed":
-            from affmae_engine.data.readers.precomputed import open_precomputed as read
-        case "remote":
-            from affmae_engine.data.readers.remote import open_remote as read
-        case _:
-            from affmae_engine.data.readers.zarr_array import open_zarr as read
-    return read

@@ -15,13 +15,13 @@ import struct
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from affmae_engine.data.readers.arrays import Array, array_source
 from affmae_engine.data.readers.raw import RawArray, check_size
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 from affmae_engine.data.readers.units import nanometres
 
 _MOST_TAGS, _DEEPEST = 1_000_000, 64
@@ -51,7 +51,7 @@ class _Stored:
         return self.text
 
 
-def open_dm(path: Path, options: ReadOptions) -> list[Source]:
+def open_dm(path: Path, options: ReadOptions) -> Found:
     """The images in a DM3 or DM4 file, without its thumbnail.
 
     Raises:
@@ -65,10 +65,8 @@ def open_dm(path: Path, options: ReadOptions) -> list[Source]:
         if not images:
             raise Refused("it holds no image")
         several = len(images) > 1
-        return [
-            array_source(_describe(path, image, number if several else "", reader.order), options)
-            for number, image in images
-        ]
+        found = [_describe(path, image, number if several else "", reader.order) for number, image in images]
+        return [array_source(array, options) for array in found], []
 
 
 def _images(tags: Tags) -> list[tuple[str, Tags]]:
@@ -79,7 +77,7 @@ def _images(tags: Tags) -> list[tuple[str, Tags]]:
     return list((kept or listed).items())
 
 
-def _describe(path: Path, image: Tags, series: str, order: str) -> Array:
+def _describe(path: Path, image: Tags, series: str, order: Literal["<", ">"]) -> Array:
     kind = image.get("DataType")
     if kind not in _PIXELS and kind not in _COLOR:
         raise Refused(f"its values are of type {kind}, not real numbers", "save its real part or modulus")
@@ -90,9 +88,8 @@ def _describe(path: Path, image: Tags, series: str, order: str) -> Array:
     if not 2 <= len(lengths) <= 4 or min(lengths) < 1:
         raise Refused(f"it has {len(lengths)} axes; images and stacks have 2 to 4")
     # x comes first. A third axis in seconds is time; any other, spectra among them, counts as z.
-    calibrations = [*image.get("Calibrations", {}).get("Dimension", {}).values()]
-    units = [str(one.get("Units", "")) for one in calibrations] + [""] * 4
-    third = "T" if units[2] in ("s", "ms", "min") else "Z"
+    calibrations = list(zip("XYZ", image.get("Calibrations", {}).get("Dimension", {}).values(), strict=False))
+    third = "T" if any(a == "Z" and str(one.get("Units")) in ("s", "ms", "min") for a, one in calibrations) else "Z"
     axes = f"XY{third}I"[: len(lengths)][::-1]
     shape = tuple(lengths[::-1])
     array = RawArray
@@ -110,11 +107,9 @@ def _describe(path: Path, image: Tags, series: str, order: str) -> Array:
         axes=axes,
         format="DigitalMicrograph",
         series=series,
-        pixel_nm={
-            axis: nanometres(one.get("Scale"), unit) for axis, one, unit in zip("XYZ", calibrations, units)
-        },
+        pixel_nm={axis: nanometres(one.get("Scale"), one.get("Units")) for axis, one in calibrations},
         samples="rgb" if kind in _COLOR else "grey",
-    )  # fmt: skip
+    )
 
 
 class _Colors(RawArray):
@@ -131,12 +126,12 @@ class _TagReader:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size, self._tags = file, size, 0
-        version, = self._unpack(">i")
+        (version,) = self._unpack(">i")
         self._count = ">q" if version == 4 else ">i"
         self._is_4 = version == 4
         self._unpack(self._count)  # the length of the file
-        little, = self._unpack(">i")
-        self.order = "<" if little else ">"
+        (little,) = self._unpack(">i")
+        self.order: Literal["<", ">"] = "<" if little else ">"
 
     def root(self) -> Tags:
         """All tags."""
@@ -162,7 +157,7 @@ class _TagReader:
         return group
 
     def _number(self) -> int:
-        number, = self._unpack(self._count)
+        (number,) = self._unpack(self._count)
         if not 0 <= number <= _MOST_TAGS - self._tags:
             raise Refused("its tags are damaged", "copy it again from its origin")
         return int(number)

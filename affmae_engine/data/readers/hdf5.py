@@ -23,9 +23,8 @@ from affmae_engine.data.readers.formats import missing
 from affmae_engine.data.readers.grey import Colour
 from affmae_engine.data.readers.hierarchy import axis_letter, voxel_sizes
 from affmae_engine.data.readers.limits import LARGEST_RATIO, refuse_inflated, refuse_large_piece
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 from affmae_engine.data.readers.units import nanometres
-from affmae_engine.errors import InputError
 
 _DEEPEST, _MOST_OBJECTS = 12, 20_000
 _LISTED = 12
@@ -55,7 +54,7 @@ class _Dataset:
         self._file.close()
 
 
-def open_hdf5(path: Path, options: ReadOptions) -> list[Source]:
+def open_hdf5(path: Path, options: ReadOptions) -> Found:
     """The dataset that `FILE:/NAME` names, or the one of a file that is an image, or a label map if one is wanted.
 
     Of EMD (Velox) and BigDataViewer files it is every image at full resolution.
@@ -69,7 +68,9 @@ def open_hdf5(path: Path, options: ReadOptions) -> list[Source]:
         found = {name: dataset for name, dataset in _datasets(opened, h5py) if _is_image(dataset)}
         names = _chosen(opened, wanted, found, options.labels, file)
         several = len(names) > 1 or len(found) > 1
-        return [array_source(_describe(file, name, found[name], several or bool(wanted)), options) for name in names]
+        return [
+            array_source(_describe(file, name, found[name], several or bool(wanted)), options) for name in names
+        ], []
 
 
 def _h5py() -> Any:
@@ -247,7 +248,10 @@ def _velox(dataset: Any) -> dict[str, float | None]:
         text = dataset.parent["Metadata"][:, 0].tobytes().rstrip(b"\0").decode()
         result = json.loads(text)["BinaryResult"]
         size = result["PixelSize"]
-        return {"Y": nanometres(size["height"], result["PixelUnitY"]), "X": nanometres(size["width"], result["PixelUnitX"])}
+        return {
+            "Y": nanometres(size["height"], result["PixelUnitY"]),
+            "X": nanometres(size["width"], result["PixelUnitX"]),
+        }
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return {}
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import struct
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from affmae_engine.data.readers.arrays import Array, array_source
 from affmae_engine.data.readers.grey import Colour
 from affmae_engine.data.readers.raw import RawArray, check_size
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 from affmae_engine.data.readers.units import nanometres
 
 _HEADER = 1024
@@ -26,7 +27,7 @@ _IMOD_STAMP = 1146047817
 _VOLUME_STACK = 401
 
 
-def open_mrc(path: Path, options: ReadOptions) -> list[Source]:
+def open_mrc(path: Path, options: ReadOptions) -> Found:
     """The stack or volume in an MRC file.
 
     Raises:
@@ -35,7 +36,7 @@ def open_mrc(path: Path, options: ReadOptions) -> list[Source]:
     with reading(path):
         with path.open("rb") as file:
             header = file.read(_HEADER)
-        return [array_source(_describe(path, header), options)]
+        return [array_source(_describe(path, header), options)], []
 
 
 def _describe(path: Path, header: bytes) -> Array:
@@ -92,12 +93,13 @@ def _describe(path: Path, header: bytes) -> Array:
     )
 
 
-def _byte_order(header: bytes) -> str:
+def _byte_order(header: bytes) -> Literal["<", ">"]:
     """`<` or `>`: the order in which mode and axes make sense; the machine stamp decides between two that do."""
     if len(header) < _HEADER:
         raise Refused("it is cut short: its header is incomplete", "copy it again from its origin")
-    sensible = []
-    for order in "<>":
+    sensible: list[Literal["<", ">"]] = []
+    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
+    for order in orders:
         mode = struct.unpack(order + "i", header[12:16])[0]
         axes = struct.unpack(order + "3i", header[64:76])
         if 0 <= mode < 128 and all(0 <= axis <= 3 for axis in axes):

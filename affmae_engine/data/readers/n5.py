@@ -19,7 +19,7 @@ from affmae_engine.data.readers.files import is_remote, split_inner
 from affmae_engine.data.readers.hierarchy import Hierarchy, LocalHierarchy, axis_letter, first_levels, voxel_sizes
 from affmae_engine.data.readers.limits import refuse_large_piece
 from affmae_engine.data.readers.remote import library, opener
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, Source, reading
 from affmae_engine.data.readers.units import nanometres
 from affmae_engine.errors import InputError
 
@@ -29,7 +29,7 @@ _NUMBERS = re.compile(r"u?int(8|16|32|64)|float(32|64)")
 
 def open_n5(
     path: Path, options: ReadOptions, tree: Hierarchy | None = None
-) -> tuple[list[Source], list[InputError]]:  # fmt: skip
+) -> Found:  # fmt: skip
     """Every dataset of a container at full resolution, and why others were refused.
 
     Args:

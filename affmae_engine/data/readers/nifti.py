@@ -10,13 +10,14 @@ import math
 import struct
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from affmae_engine.data.readers.arrays import Array, array_source
 from affmae_engine.data.readers.grey import Colour, grey_rule
 from affmae_engine.data.readers.raw import RawArray, check_size
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 from affmae_engine.data.readers.units import nanometres
 
 _TYPES = {
@@ -27,7 +28,7 @@ _SAMPLES = {128: 3, 2304: 4}  # RGB and RGBA
 _UNITS = {1: "m", 2: "mm", 3: "um"}
 
 
-def open_nifti(path: Path, options: ReadOptions) -> list[Source]:
+def open_nifti(path: Path, options: ReadOptions) -> Found:
     """The volume in a NIfTI file.
 
     Raises:
@@ -36,11 +37,11 @@ def open_nifti(path: Path, options: ReadOptions) -> list[Source]:
     with reading(path):
         with path.open("rb") as file:
             header = file.read(540)
-        return [array_source(_describe(path, header), options)]
+        return [array_source(_describe(path, header), options)], []
 
 
 def _describe(path: Path, header: bytes) -> Array:
-    order = "<" if header[:4] in (b"\x5c\1\0\0", b"\x1c\2\0\0") else ">"
+    order: Literal["<", ">"] = "<" if header[:4] in (b"\x5c\1\0\0", b"\x1c\2\0\0") else ">"
     second = header[4:7] in (b"n+2", b"ni2")
     if header[344:347] == b"ni1" or header[4:7] == b"ni2":
         raise Refused("its pixels are in a second file (.img)", "save both as one .nii")
@@ -79,7 +80,9 @@ def _describe(path: Path, header: bytes) -> Array:
         dtype=dtype,
         axes=axes,
         format="NIfTI",
-        pixel_nm={axis: nanometres(abs(step), _UNITS.get(units & 7)) for axis, step in zip("XYZ", steps[1:4])},
+        pixel_nm={
+            axis: nanometres(abs(step), _UNITS.get(units & 7)) for axis, step in zip("XYZ", steps[1:4], strict=True)
+        },
         samples=samples,
         rule=lambda colour, labels: grey_rule(dtype, colour=colour, labels=labels, scale=scale),
     )

@@ -9,10 +9,10 @@ from numpy.lib import format as npy
 
 from affmae_engine.data.readers.arrays import Array, array_source, guess_axes
 from affmae_engine.data.readers.raw import RawArray, check_size
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 
 
-def open_npy(path: Path, options: ReadOptions) -> list[Source]:
+def open_npy(path: Path, options: ReadOptions) -> Found:
     """The array in a .npy file.
 
     Raises:
@@ -40,4 +40,4 @@ def open_npy(path: Path, options: ReadOptions) -> list[Source]:
             axes_from="guess",
             samples="rgb" if "S" in axes else "grey",
         )
-        return [array_source(array, options)]
+        return [array_source(array, options)], []

@@ -50,7 +50,7 @@ def _unpack(path: Path, size: int) -> Path:
     inner = folder / (Path(path.name).stem or "unpacked")
     written = 0
     try:
-        with (gzip.open(path) if is_gzip else bz2.open(path)) as source, inner.open("xb") as target:
+        with gzip.open(path) if is_gzip else bz2.open(path) as source, inner.open("xb") as target:
             while piece := source.read(_PIECE):
                 if written == 0 and piece[:2] in (b"\x1f\x8b", b"BZ"):
                     raise Refused("it is packed twice", "unpack it once")

@@ -18,7 +18,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from affmae_engine.data.readers.arrays import question_of_size, short_name
 from affmae_engine.data.readers.grey import Colour, grey_rule
 from affmae_engine.data.readers.limits import refuse_inflated, refuse_large_piece
-from affmae_engine.data.readers.source import UNKNOWN_SIZE, PixelSize, ReadOptions, Refused, Source, SourceInfo, reading
+from affmae_engine.data.readers.source import (
+    UNKNOWN_SIZE,
+    Found,
+    PixelSize,
+    ReadOptions,
+    Refused,
+    Source,
+    SourceInfo,
+    reading,
+)
 from affmae_engine.data.readers.tiff_metadata import beside
 from affmae_engine.data.readers.units import from_resolution
 
@@ -64,7 +73,7 @@ class PictureSource(Source):
         return block[: z[1] - z[0]]
 
 
-def open_picture(path: Path, options: ReadOptions) -> list[Source]:
+def open_picture(path: Path, options: ReadOptions) -> Found:
     """The picture in a PNG, JPEG or JPEG 2000 file, from its header alone.
 
     Raises:
@@ -97,7 +106,7 @@ def open_picture(path: Path, options: ReadOptions) -> list[Source]:
             value_offset=rule.offset,
             questions=question_of_size(pixel_nm),
         )
-    return [PictureSource(info, options)]
+    return [PictureSource(info, options)], []
 
 
 def _opened(path: Path) -> Image.Image:

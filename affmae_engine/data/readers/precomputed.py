@@ -17,14 +17,13 @@ from affmae_engine.data.readers.files import split_inner
 from affmae_engine.data.readers.hierarchy import Hierarchy, LocalHierarchy
 from affmae_engine.data.readers.limits import refuse_large_piece
 from affmae_engine.data.readers.remote import library, opener
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 from affmae_engine.data.readers.units import nanometres
-from affmae_engine.errors import InputError
 
 
 def open_precomputed(
     path: Path, options: ReadOptions, tree: Hierarchy | None = None
-) -> tuple[list[Source], list[InputError]]:  # fmt: skip
+) -> Found:  # fmt: skip
     """The volume in a folder or behind a URL, at full resolution.
 
     Args:
@@ -38,7 +37,9 @@ def open_precomputed(
     with reading(path):
         info = (tree or LocalHierarchy(path)).json("", "info") or {}
         if info.get("type") == "segmentation" and not options.labels:
-            raise Refused("it is a label map (segmentation), not an image", "finetune and predict take it with --labels")
+            raise Refused(
+                "it is a label map (segmentation), not an image", "finetune and predict take it with --labels"
+            )
         return [array_source(_describe(path, info), options)], []
 
 

@@ -35,7 +35,9 @@ class RawArray:
 
     def __getitem__(self, selection: tuple[int | slice, ...]) -> np.ndarray:
         """Raises Refused when the file has become shorter."""
-        bounds = [s.indices(n) if isinstance(s, slice) else (s, s + 1, 1) for s, n in zip(selection, self._shape)]
+        bounds = [
+            s.indices(n) if isinstance(s, slice) else (s, s + 1, 1) for s, n in zip(selection, self._shape, strict=True)
+        ]
         lengths = [max(0, stop - start) for start, stop, _ in bounds]
         block = np.empty(lengths, self._dtype.newbyteorder("="))
         # Everything before the last two axes is visited one by one; of these, whole rows are read and cut.

@@ -22,7 +22,7 @@ import numpy as np
 from affmae_engine.data.readers.files import is_remote
 from affmae_engine.data.readers.formats import missing
 from affmae_engine.data.readers.hierarchy import parse
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 from affmae_engine.errors import InputError, ResourceError, one_line
 
 _RETRIES = {"max_retries": 5, "initial_delay": "100ms", "max_delay": "4s"}
@@ -154,10 +154,12 @@ class RemoteHierarchy:
 
     def visited(self, key: str, seen: set[str]) -> bool:
         """See `Hierarchy`."""
-        return key in seen or bool(seen.add(key))
+        known = key in seen
+        seen.add(key)
+        return known
 
 
-def open_remote(path: Path, options: ReadOptions) -> tuple[list[Source], list[InputError]]:
+def open_remote(path: Path, options: ReadOptions) -> Found:
     """The images behind a URL, whose format is found out by the metadata that is there.
 
     Raises:

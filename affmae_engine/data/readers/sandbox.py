@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
+from affmae_engine.data.readers.files import as_path, is_remote, split_inner
 from affmae_engine.data.readers.limits import sizes_trusted
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, SourceInfo, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, Source, SourceInfo, reading
 from affmae_engine.errors import AffmaeError, InputError, ResourceError
 
 OPEN_SECONDS = 60.0
@@ -64,7 +65,7 @@ class Isolated(Source):
     def __init__(self, info: SourceInfo, index: int, options: ReadOptions, piece_bytes: int, file: Path) -> None:
         super().__init__(info)
         self.piece_bytes = piece_bytes
-        self._file, self._index, self._options = file, index, options
+        self._file, self._index, self._options = _absolute(file), index, options
 
     def _open(self) -> Any:
         return True  # the child opens it
@@ -77,27 +78,30 @@ class Isolated(Source):
         block = np.empty(shape, self.info.dtype)
         if block.size == 0:
             return block
-        wanted = {"do": "read", "path": str(self._file), "index": self._index, "options": asdict(self._options)}
+        wanted = {"do": "read", "index": self._index, "options": asdict(self._options), "z": z, "y": y, "x": x}
         seconds = READ_SECONDS + (self.piece_bytes + block.nbytes) * SECONDS_PER_BYTE
-        _, data = _ask({**wanted, "z": z, "y": y, "x": x}, self._file, seconds, self.info.path)
+        _, data = _ask(wanted, self._file, seconds, self.info.path)
         if len(data) != block.nbytes:
             raise Refused(f"its decoder returned {len(data)} bytes in place of {block.nbytes}")
         return np.frombuffer(data, self.info.dtype).reshape(shape)
 
 
-def scan_isolated(path: Path, options: ReadOptions) -> tuple[list[Source], list[InputError]]:
+def scan_isolated(path: Path, options: ReadOptions) -> Found:
     """What `scan_sources` of a file finds, opened by a child process.
 
     Raises:
         InputError: nothing in it can be read.
     """
+    file = split_inner(path)[0]
     with reading(path):
-        answer, _ = _ask({"do": "scan", "path": str(path), "options": asdict(options)}, path, OPEN_SECONDS, path)
-    sources: list[Source] = [
-        Isolated(_info(described), index, options, described["piece_bytes"], path)
-        for index, described in enumerate(answer["sources"])
-    ]
-    return sources, [InputError(message, hint) for message, hint in answer["refused"]]
+        answer, _ = _ask({"do": "scan", "options": asdict(options)}, _absolute(path), OPEN_SECONDS, path)
+    sources: list[Source] = []
+    for index, described in enumerate(answer["sources"]):
+        # The child has another working directory: there, paths are absolute.
+        named = described["path"].replace(str(_absolute(file)), str(file), 1)
+        info = _info({**described, "path": named})
+        sources.append(Isolated(info, index, options, described["piece_bytes"], path))
+    return sources, [InputError(_as_named(message, path, path), hint) for message, hint in answer["refused"]]
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -107,26 +111,34 @@ def describe(source: Source) -> dict[str, Any]:
 
 
 def _info(described: dict[str, Any]) -> SourceInfo:
-    lists = ("shape_ZYX", "pixel_nm", "notes", "section_shape", "questions")
-    facts = {key: tuple(value) if key in lists else value for key, value in described.items() if key != "piece_bytes"}
-    from affmae_engine.data.readers.files import as_path
+    facts: dict[str, Any] = {key: value for key, value in described.items() if key != "piece_bytes"}
+    for key in ("shape_ZYX", "pixel_nm", "notes", "section_shape", "questions"):
+        facts[key] = tuple(facts[key])
+    return SourceInfo(**{**facts, "path": as_path(str(facts["path"])), "dtype": np.dtype(facts["dtype"])})
 
-    return SourceInfo(**{**facts, "path": as_path(facts["path"]), "dtype": np.dtype(facts["dtype"])})
+
+def _absolute(path: Path) -> Path:
+    return path if is_remote(path) else Path(os.path.abspath(path))  # noqa: PTH100 (links stay what they are)
+
+
+def _as_named(message: str, path: Path, named: Path) -> str:
+    """A message of the child with the path as the user gave it."""
+    for one, other in ((path, named), (split_inner(path)[0], split_inner(named)[0])):
+        message = message.replace(str(_absolute(one)), str(other))
+    return message
 
 
 def _ask(request: dict[str, Any], file: Path, seconds: float, named: Path) -> tuple[dict[str, Any], bytearray]:
-    """Answer and bytes of a child to one request.
+    """Answer and bytes of a child to one request about a file; errors call it `named`.
 
     Raises:
         Refused: the child crashed, took too long, or asked for too much memory.
         AffmaeError: what reading raised in the child.
     """
-    from affmae_engine.data.readers.files import is_remote
-
     limit = REMOTE_SECONDS if is_remote(file) else seconds
     child = _POOL.take()
     try:
-        answer, data = child.ask({**request, "trust_sizes": sizes_trusted()}, limit)
+        answer, data = child.ask({**request, "path": str(file), "trust_sizes": sizes_trusted()}, limit)
     except BaseException as error:  # whatever interrupts the exchange, the next answer would be that to this request
         child.end()
         if isinstance(error, ResourceError):
@@ -135,10 +147,10 @@ def _ask(request: dict[str, Any], file: Path, seconds: float, named: Path) -> tu
     _POOL.give_back(child)
     if "error" not in answer:
         return answer, data
-    message = str(answer["message"]).replace(str(file), str(named))
+    message, hint = (_as_named(str(answer[key]), file, named) for key in ("message", "hint"))
     kind: type[AffmaeError] = ResourceError if answer["error"] == "ResourceError" else InputError
     cause = _CAUSES.get(answer["cause"])
-    raise kind(message, str(answer["hint"])) from (cause(message) if cause else None)
+    raise kind(message, hint) from (cause(message) if cause else None)
 
 
 class _Child:

@@ -35,6 +35,7 @@ _MOST_OPEN = 16
 class _Opened:
     """What a file holds; `state` tells whether it is still the same file."""
 
+    file: Path
     state: list[int]
     sources: list[Source]
     refused: list[InputError]
@@ -97,17 +98,17 @@ def _open(path: Path, options: ReadOptions, opened: Files) -> _Opened:
     from affmae_engine.data.readers import scan_here
 
     state: list[int] = []
+    file = split_inner(path)[0]
     if not is_remote(path):
         with contextlib.suppress(OSError):  # whoever opens it says what is wrong
-            status = split_inner(path)[0].stat()
+            status = file.stat()
             state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
     key = json.dumps([str(path), options.channel, options.labels, options.axes, limits.sizes_trusted()])
-    if key in opened and opened[key].state != state:
-        # All of its handles: HDF5 would go on using what it knows of the file.
-        for other in [other for other in opened if json.loads(other)[0] == str(path)]:
-            opened.pop(other).close()
+    # All handles of a file that changed: HDF5 would go on using what it knows of it.
+    for other in [other for other, one in opened.items() if one.file == file and one.state != state]:
+        opened.pop(other).close()
     if key not in opened:
-        opened[key] = _Opened(state, *scan_here(path, options))
+        opened[key] = _Opened(file, state, *scan_here(path, options))
         if len(opened) > _MOST_OPEN:
             opened.popitem(last=False)[1].close()
     opened.move_to_end(key)

@@ -192,6 +192,10 @@ class Source(ABC):
         """Read the block between the given (start, stop) pairs, already grey."""
 
 
+Found = tuple[list[Source], list[InputError]]
+"""What a reader finds in a file: its images, and why others of several were refused."""
+
+
 class Refused(Exception):
     """Why a file is not taken, without its name; `reading` adds the name and makes an `InputError` of it."""
 

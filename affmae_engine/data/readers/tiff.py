@@ -24,7 +24,7 @@ from tifffile import PHOTOMETRIC, TIFF, TiffFile, TiffPageSeries
 from affmae_engine.data.readers.arrays import Array, array_source, short_name
 from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
 from affmae_engine.data.readers.limits import MOST_PAGES, refuse_inflated, refuse_large_piece, refuse_many
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, Source, reading
 from affmae_engine.data.readers.tiff_metadata import pixel_size
 from affmae_engine.data.readers.tiff_pages import OLD_JPEG, PageReader, largest_segment, subsampling
 
@@ -98,7 +98,7 @@ class _Pages:
         return block.reshape([n for n, s in zip(shape, selection, strict=True) if isinstance(s, slice)])
 
 
-def open_tiff(path: Path, options: ReadOptions) -> list[Source]:
+def open_tiff(path: Path, options: ReadOptions) -> Found:
     """Every image in a TIFF file, from its headers alone.
 
     Raises:
@@ -114,7 +114,7 @@ def open_tiff(path: Path, options: ReadOptions) -> list[Source]:
         for index, series in wanted:
             label = f"{index}" if len(wanted) > 1 else ""
             sources.append(array_source(_describe(path, file, index, series, label, size), options))
-    return sources
+    return sources, []
 
 
 def _tiff_file(path: Path) -> TiffFile:

@@ -140,9 +140,9 @@ class PageReader:
             self._cache.move_to_end((page, index))
             return found  # type: ignore[return-value]
         if self._whole_pages:
-            piece = self._old_jpeg(page)
-            self._remember((page, index), piece)
-            return piece
+            whole = self._old_jpeg(page)
+            self._remember((page, index), whole)
+            return whole
         one = self._series.pages[page]
         count = int(one.databytecounts[index])
         data = None
@@ -155,7 +155,7 @@ class PageReader:
         options: dict[str, Any] = {"_fullsize": False}
         if self._key.compression in _JPEG_FAMILY:
             options |= {"jpegtables": one.jpegtables, "jpegheader": self._key.jpegheader}
-        piece = None
+        piece: np.ndarray | None = None
         if data is not None and self._luminance_only:
             piece = self._luminance(data, index)
         elif data is not None:
@@ -164,7 +164,7 @@ class PageReader:
         return piece
 
     def _luminance(self, data: bytes, index: int) -> np.ndarray:
-        """Y of a piece that stores, for each block of pixels, their Y and then one Cb and one Cr (TIFF 6.0, sec. 21)."""
+        """Y of a piece that stores, for each block of pixels, their Y, one Cb and one Cr (TIFF 6.0, section 21)."""
         key, (across, down) = self._key, self._subsampling
         if key.compression != 1:
             data = TIFF.DECOMPRESSORS[key.compression](data)

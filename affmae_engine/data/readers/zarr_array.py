@@ -26,7 +26,7 @@ from affmae_engine.data.readers.arrays import Array, OneDimensional, array_sourc
 from affmae_engine.data.readers.files import split_inner
 from affmae_engine.data.readers.hierarchy import LocalHierarchy
 from affmae_engine.data.readers.limits import LARGEST_RATIO, refuse_inflated
-from affmae_engine.data.readers.source import ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, Source, reading
 from affmae_engine.data.readers.zarr_metadata import ArrayFound, check_metadata, find_arrays
 from affmae_engine.errors import InputError
 
@@ -44,7 +44,7 @@ class _ConfinedStore(LocalStore):
         return await super().get(key, prototype, *args, **options)
 
 
-def open_zarr(path: Path, options: ReadOptions) -> tuple[list[Source], list[InputError]]:
+def open_zarr(path: Path, options: ReadOptions) -> Found:
     """Every image array in a hierarchy, and why others were refused.
 
     Raises:
@@ -63,7 +63,7 @@ def arrays_found(
     options: ReadOptions,
     opener: Any,
     stored_bytes: Any = None,
-) -> tuple[list[Source], list[InputError]]:
+) -> Found:
     """The sources of what `find_arrays` found, and why others were refused.
 
     Args:

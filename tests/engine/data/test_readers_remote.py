@@ -109,7 +109,12 @@ def write_n5(path: Path, attributes: dict[str, Any]) -> None:
     import json
 
     spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{path}/"}, "create": True}
-    metadata = {"dataType": "uint16", "dimensions": [80, 70, 6], "blockSize": [32, 32, 4], "compression": {"type": "gzip"}}
+    metadata = {
+        "dataType": "uint16",
+        "dimensions": [80, 70, 6],
+        "blockSize": [32, 32, 4],
+        "compression": {"type": "gzip"},
+    }
     ts.open({**spec, "metadata": metadata}).result()[...] = BLOCK.T
     merged = json.loads((path / "attributes.json").read_text()) | attributes
     (path / "attributes.json").write_text(json.dumps(merged))

@@ -434,7 +434,8 @@ def subsampled(path: Path, luminance: np.ndarray, across: int, down: int, rows: 
     lists = [struct.pack(f"<{len(strips)}I", *offsets[:-1]), struct.pack(f"<{len(strips)}I", *map(len, strips))]
     tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, extra + 138), (259, 3, 1, compression), (262, 3, 1, 6),
             (273, 4, len(strips), extra + 144), (277, 3, 1, 3), (278, 4, 1, rows),
-            (279, 4, len(strips), extra + 144 + len(lists[0])), (530, 3, 2, across | down << 16), (531, 3, 1, 2)]  # fmt: skip
+            (279, 4, len(strips), extra + 144 + len(lists[0])), (530, 3, 2, across | down << 16),
+            (531, 3, 1, 2)]  # fmt: skip
     directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
     assert len(directory) == 138 and len(strips) > 1
     path.write_bytes(
