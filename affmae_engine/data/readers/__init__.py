@@ -62,8 +62,8 @@ def scan_sources(path: Path, *, channel: int | None = None, labels: bool = False
         return scan_isolated(path, options)
     sources, refused = scan_here(path, options)
     isolated = [
-        Isolated(source.info, index, options, source.piece_bytes, path) if source.isolated else source
-        for index, source in enumerate(sources)
+        Isolated(s.info, index, options, path, piece_bytes=s.piece_bytes, parallel=s.parallel) if s.isolated else s
+        for index, s in enumerate(sources)
     ]
     return isolated, refused
 

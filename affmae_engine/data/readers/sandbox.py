@@ -59,12 +59,14 @@ class Isolated(Source):
     Args:
         info: as the reader described it.
         index: its number among the sources of the file.
-        file: what the child opens, if that is not `info.path`.
+        file: what the child opens; `info.path` may be a packed file of it.
     """
 
-    def __init__(self, info: SourceInfo, index: int, options: ReadOptions, piece_bytes: int, file: Path) -> None:
+    def __init__(
+        self, info: SourceInfo, index: int, options: ReadOptions, file: Path, *, piece_bytes: int, parallel: bool = True
+    ) -> None:
         super().__init__(info)
-        self.piece_bytes = piece_bytes
+        self.piece_bytes, self.parallel = piece_bytes, parallel
         self._file, self._index, self._options = _absolute(file), index, options
 
     def _open(self) -> Any:
@@ -100,7 +102,7 @@ def scan_isolated(path: Path, options: ReadOptions) -> Found:
         # The child has another working directory: there, paths are absolute.
         named = described["path"].replace(str(_absolute(file)), str(file), 1)
         info = _info({**described, "path": named})
-        sources.append(Isolated(info, index, options, described["piece_bytes"], path))
+        sources.append(Isolated(info, index, options, path, piece_bytes=described["piece_bytes"]))
     return sources, [InputError(_as_named(message, path, path), hint) for message, hint in answer["refused"]]
 
 

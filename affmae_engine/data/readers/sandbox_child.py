@@ -41,6 +41,7 @@ class _Opened:
     refused: list[InputError]
 
     def close(self) -> None:
+        """Release handles and decoded pictures; reading again opens them."""
         for source in self.sources:
             source.close()
 
@@ -108,6 +109,8 @@ def _open(path: Path, options: ReadOptions, opened: Files) -> _Opened:
     for other in [other for other, one in opened.items() if one.file == file and one.state != state]:
         opened.pop(other).close()
     if key not in opened:
+        for one in opened.values():  # whatever is still wanted of them is opened again
+            one.close()
         opened[key] = _Opened(file, state, *scan_here(path, options))
         if len(opened) > _MOST_OPEN:
             opened.popitem(last=False)[1].close()

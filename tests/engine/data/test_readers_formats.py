@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from affmae_engine.data.readers import Source, find_files, open_sources, packed, scan_sources
-from affmae_engine.data.readers.source import reading_as
+from affmae_engine.data.readers import Source, find_files, open_sources, packed, scan_here, scan_sources
+from affmae_engine.data.readers.source import ReadOptions, reading_as
 from affmae_engine.errors import ConfigError, InputError, ResourceError
 
 ALL = slice(None)
@@ -432,6 +433,17 @@ def test_precomputed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="label map"):
         open_sources(tmp_path / "segmentation")
     np.testing.assert_array_equal(values(only(tmp_path / "segmentation", labels=True)), stored)
+
+
+def test_formats_whose_package_is_missing_say_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
+    (tmp_path / "a.n5").mkdir()
+    (tmp_path / "a.n5" / "attributes.json").write_text('{"n5": "2.0.0"}')
+    for package, name in (("h5py", "a.h5"), ("tensorstore", "a.n5")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InputError, match=f"need the package {package}") as caught:
+            scan_here(tmp_path / name, ReadOptions())
+        assert caught.value.hint == "install it with: pip install 'affmae[formats]'"
 
 
 # Packed ----------------------------------------------------------------------------------------------------------
