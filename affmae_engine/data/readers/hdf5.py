@@ -17,12 +17,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from affmae_engine.data.readers.arrays import Array, array_source, guess_axes, short_name
+from affmae_engine.data.readers.arrays import Array, array_source, guess_axes
 from affmae_engine.data.readers.files import split_inner
 from affmae_engine.data.readers.formats import missing
 from affmae_engine.data.readers.grey import Colour
 from affmae_engine.data.readers.hierarchy import axis_letter, voxel_sizes
-from affmae_engine.data.readers.limits import LARGEST_RATIO, refuse_inflated, refuse_large_piece
+from affmae_engine.data.readers.limits import refuse_inflated, refuse_large_piece
 from affmae_engine.data.readers.source import Found, ReadOptions, Refused, reading
 from affmae_engine.data.readers.units import nanometres
 
@@ -67,10 +67,7 @@ def open_hdf5(path: Path, options: ReadOptions) -> Found:
     with reading(file, wanted), h5py.File(file, "r", locking=False) as opened:
         found = {name: dataset for name, dataset in _datasets(opened, h5py) if _is_image(dataset)}
         names = _chosen(opened, wanted, found, options.labels, file)
-        several = len(names) > 1 or len(found) > 1
-        return [
-            array_source(_describe(file, name, found[name], several or bool(wanted)), options) for name in names
-        ], []
+        return [array_source(_describe(file, name, found[name]), options) for name in names], []
 
 
 def _h5py() -> Any:
@@ -160,15 +157,14 @@ def _listing(found: Mapping[str, Any], file: Path | None = None) -> str:
     return ", ".join(lines) + (f" and {more} more" if more > 0 else "")
 
 
-def _describe(file: Path, name: str, dataset: Any, named: bool) -> Array:
+def _describe(file: Path, name: str, dataset: Any) -> Array:
     if dataset.external or dataset.is_virtual:
         raise Refused("its values lie in other files, which are not opened", "copy them into one file")
     dtype, shape = dataset.dtype, tuple(int(n) for n in dataset.shape)
     chunk = math.prod(dataset.chunks) * dtype.itemsize if dataset.chunks else 0
     refuse_large_piece(chunk, "a chunk of it", "save it again with smaller chunks")
     stored = file.stat().st_size
-    compressed = bool(chunk)  # chunks that were never written take no space
-    refuse_inflated(math.prod(shape) * dtype.itemsize, stored, compressed=compressed or LARGEST_RATIO == 0)
+    refuse_inflated(math.prod(shape) * dtype.itemsize, stored, compressed=bool(chunk))
     notes: tuple[str, ...] = ()
     as_unsigned = False
     kind, axes, sizes = "HDF5", "", {}
@@ -187,7 +183,6 @@ def _describe(file: Path, name: str, dataset: Any, named: bool) -> Array:
     written, axes = bool(axes), axes or guess_axes(shape)
     sizes = sizes or voxel_sizes(_plain(dataset.attrs), axes)
     colour: Colour = "rgb" if "S" in axes else "grey"
-    stem = short_name(file)
     return Array(
         path=file,
         open=partial(_Dataset, file, name, as_unsigned),
@@ -196,9 +191,8 @@ def _describe(file: Path, name: str, dataset: Any, named: bool) -> Array:
         axes=axes,
         format=kind,
         pixel_nm=sizes,
-        series=name if named else "",
-        name=f"{stem}-{name.replace('/', '-')}" if named else stem,
-        notes=notes + (() if named else (f"dataset {name}",)),
+        series=name,
+        notes=notes,
         axes_from="file" if written else "guess",
         piece_bytes=chunk,
         samples=colour,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from affmae_engine.data.labels.pairing import pair_labels
 from affmae_engine.data.readers import Source, find_files, open_sources, packed, scan_here, scan_sources
 from affmae_engine.data.readers.source import ReadOptions, reading_as
 from affmae_engine.errors import ConfigError, InputError, ResourceError
@@ -288,6 +289,7 @@ def test_hdf5_of_cremi_and_inner_paths(tmp_path: Path) -> None:
         file["volumes/labels"].attrs["comment"] = "x"
     source = only(tmp_path / "a.h5")
     assert source.info.pixel_nm == (40, 4, 5)
+    assert (source.info.name, source.info.series) == ("a", "volumes/raw")
     np.testing.assert_array_equal(values(source), raw)
     np.testing.assert_array_equal(values(only(tmp_path / "a.h5", labels=True)), ids)
     named = tmp_path / "a.h5:/volumes/labels/neuron_ids"
@@ -502,3 +504,20 @@ def test_axes_and_channel_that_the_user_names(tmp_path: Path) -> None:
             open_sources(tmp_path / "a.npy", axes=wrong)
     sources, refused = scan_sources(tmp_path / "a.npy", axes="CYX")
     assert sources[0].info.shape_ZYX == (1, 40, 6) and not refused
+
+
+def test_channel_and_axes_of_images_in_finetuning(tmp_path: Path) -> None:
+    stored = block((2, 3, 40, 50), "uint16")  # z, c, y, x
+    numbers = block((2, 40, 50)) % 3
+    tifffile.imwrite(tmp_path / "image.tif", stored, imagej=True, metadata={"axes": "ZCYX"})
+    tifffile.imwrite(tmp_path / "labels.tif", numbers, imagej=True, metadata={"axes": "ZYX"})
+    with reading_as(channel=2):
+        (pair,) = pair_labels([tmp_path / "image.tif"], [tmp_path / "labels.tif"]).pairs
+    np.testing.assert_array_equal(values(pair.image), stored[:, 2])
+    np.testing.assert_array_equal(values(pair.labels), numbers)
+    np.save(tmp_path / "image.npy", np.moveaxis(stored[:, 0], 0, -1))
+    np.save(tmp_path / "labels.npy", np.moveaxis(numbers, 0, -1))
+    with reading_as(axes="yxz"):
+        (pair,) = pair_labels([tmp_path / "image.npy"], [tmp_path / "labels.npy"]).pairs
+    np.testing.assert_array_equal(values(pair.image), stored[:, 0])
+    np.testing.assert_array_equal(values(pair.labels), numbers)
