@@ -169,7 +169,9 @@ def array_source(array: Array, options: ReadOptions) -> ArraySource:
         notes.append(f"axes read as {options.axes}, as wished")
     elif array.axes_from == "guess" and len(shape) > 2:
         notes.append(f"axes not named: taken as {axes}")
-    questions = _questions(array, axes, sizes, bool(options.axes))
+    questions = question_of_size(tuple(array.pixel_nm.get(a) for a in "ZYX"))
+    if not options.axes and array.axes_from != "file":
+        questions += _question_of_axes(math.prod(section_shape), sizes["Y"], sizes["X"])
     info = SourceInfo(
         path=array.path,
         # The same pixels with other axes are another image.
@@ -253,18 +255,15 @@ def short_name(path: Path) -> str:
     return name
 
 
-def _questions(array: Array, axes: str, sizes: Mapping[str, int], axes_given: bool) -> tuple[str, ...]:
-    """What looks wrong, with the option that settles it."""
-    found = question_of_size(tuple(array.pixel_nm.get(a) for a in "ZYX"))
-    sections = math.prod(n for a, n in sizes.items() if a not in "YXCS")
-    narrow = sizes["X"] < NARROW < min(sizes["Y"], sections) and sections > sizes["X"]
-    if narrow and not axes_given and array.axes_from != "file":
-        guess = "YXC" if sizes["X"] <= 4 else "YXZ"
-        found += (
-            f"its {sections} sections are only {sizes['X']} pixels wide; if its axes are ({', '.join(guess.lower())}), "
-            f"say so with --axes {guess}",
-        )
-    return found
+def _question_of_axes(sections: int, height: int, width: int) -> tuple[str, ...]:
+    """The question to ask where axes that nobody named give many narrow sections; empty where they do not."""
+    if not width < NARROW < min(height, sections):
+        return ()
+    guess = "YXC" if width <= 4 else "YXZ"
+    return (
+        f"its {sections} sections are only {width} pixels wide; if its axes are ({', '.join(guess.lower())}), "
+        f"say so with --axes {guess}",
+    )
 
 
 def question_of_size(pixel_nm: tuple[float | None, ...]) -> tuple[str, ...]:

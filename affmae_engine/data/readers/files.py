@@ -14,7 +14,7 @@ from affmae_engine.data.readers.formats import SUPPORTED, is_n5, is_precomputed,
 from affmae_engine.data.readers.zarr_metadata import is_zarr
 from affmae_engine.errors import InputError
 
-_URL = re.compile(r"(https?|s3|gs):/+(?=[^/])")
+_URL = re.compile(r"(?:(?:precomputed|n5|zarr):/+)?(https?|s3|gs):/+(?=[^/])")
 
 
 class RemotePath(PosixPath):
@@ -28,7 +28,10 @@ class RemotePath(PosixPath):
 
 
 def as_path(named: str | Path) -> Path:
-    """What a user named as a path; URLs, even those whose slashes a `Path` has lost, become a `RemotePath`."""
+    """What a user named as a path; URLs, even those whose slashes a `Path` has lost, become a `RemotePath`.
+
+    Neuroglancer's `precomputed://`, `n5://` and `zarr://` before a URL are left out: the data tells its format.
+    """
     return RemotePath(named) if _URL.match(str(named)) else Path(named)
 
 

@@ -35,6 +35,7 @@ _LABELS = re.compile(
 )
 _BIG_DATA_VIEWER = re.compile(r"t\d{5,}/s(\d+)/(\d+)/cells")
 _VELOX = re.compile(r"Data/Image/[^/]+/Data")
+_VELOX_TEXT = re.compile(r"/Data/[^/]+/[^/]+/Metadata")  # as bytes
 _NCEM_UNIT = re.compile(r"[\[\]_]")
 
 
@@ -107,12 +108,7 @@ def _is_image(dataset: Any) -> bool:
     shape = dataset.shape or ()
     if not 2 <= len(shape) <= 5 or 0 in shape or dataset.dtype.kind not in "buif":
         return False
-    # What the metadata of an image comes with (Velox: bytes of text; NCEM: coordinates of its axes).
-    return sum(n > 1 for n in shape) >= 2 and not (_parent(dataset) and dataset.name.endswith("/Metadata"))
-
-
-def _parent(dataset: Any) -> bool:
-    return bool(re.match(r"/Data/[^/]+/[^/]+/", dataset.name))
+    return sum(n > 1 for n in shape) >= 2 and not _VELOX_TEXT.fullmatch(dataset.name)
 
 
 def _chosen(opened: Any, wanted: str, found: Mapping[str, Any], labels: bool, file: Path) -> list[str]:
@@ -121,7 +117,7 @@ def _chosen(opened: Any, wanted: str, found: Mapping[str, Any], labels: bool, fi
         below = [name for name in found if name == wanted or name.startswith(f"{wanted}/")]
         if len(below) == 1:
             return below
-        if wanted in opened and isinstance(opened[wanted], type(opened[next(iter(found))]) if found else ()):
+        if wanted in opened and hasattr(opened[wanted], "shape"):
             raise Refused("it is no image: its values are not real numbers, or it has fewer than two axes")
         if not below:
             raise Refused("there is no image of that name in it", f"it holds {_listing(found)}" if found else "")
@@ -143,7 +139,10 @@ def _chosen(opened: Any, wanted: str, found: Mapping[str, Any], labels: bool, fi
         if not labels and best[0] in maps:
             raise Refused("it holds label maps only, no image", f"if {best[0]} is an image, name it: {file}:/{best[0]}")
         return best
-    raise Refused(f"it holds {len(best)} datasets that could be the image", f"name one: {_listing(found, file)}")
+    raise Refused(
+        f"it holds {len(best)} datasets that could be the image",
+        f"name one: {_listing({n: found[n] for n in best}, file)}",
+    )
 
 
 def _listing(found: Mapping[str, Any], file: Path | None = None) -> str:

@@ -123,7 +123,7 @@ def kvstore(root: Path, key: str = "") -> dict[str, Any]:
 class RemoteHierarchy:
     """The JSON files of a hierarchy behind a URL; see `hierarchy.Hierarchy`.
 
-    What consolidated metadata tells of (Zarr) is listed; nothing else can be.
+    What consolidated metadata tells of (Zarr) is listed, or the first level of a pyramid; nothing else can be.
     """
 
     def __init__(self, root: Path) -> None:
@@ -149,8 +149,10 @@ class RemoteHierarchy:
     def children(self, key: str) -> list[str]:
         """See `Hierarchy`."""
         below = f"{key}/" if key else ""
-        names = {one[len(below) :].split("/")[0] for one in self._known if one.startswith(below)}
-        return sorted(f"{below}{name}" for name in names if name)
+        names = {one[len(below) :].split("/")[0] for one in self._known if one.startswith(below)} - {""}
+        if not names:  # the full resolution of a pyramid can be asked for
+            names = {name for name in ("0", "s0") if any(self.json(f"{below}{name}", m) for m in _MARKERS)}
+        return sorted(f"{below}{name}" for name in names)
 
     def visited(self, key: str, seen: set[str]) -> bool:
         """See `Hierarchy`."""

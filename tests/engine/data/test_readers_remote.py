@@ -1,6 +1,7 @@
 """Zarr, N5 and precomputed volumes from a local HTTP server and a local S3 server."""
 
 import http.server
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,13 +91,15 @@ def test_ome_zarr_over_http_is_read_lazily_and_retried(tmp_path: Path, server: S
 
 def test_n5_precomputed_and_consolidated_groups_over_http(tmp_path: Path, server: Server) -> None:
     served = tmp_path / "served"
-    write_n5(served / "a.n5" / "raw", {"pixelResolution": {"unit": "nm", "dimensions": [4, 5, 40]}})
+    write_n5(served / "a.n5" / "raw" / "s0", {})
+    size = {"pixelResolution": {"unit": "nm", "dimensions": [4, 5, 40]}}
+    (served / "a.n5" / "raw" / "attributes.json").write_text(json.dumps(size))
     write_precomputed(served / "pre")
     group = zarr.create_group(served / "g.zarr")
     for name in ("one", "two/deep"):
         group.create_array(name, shape=BLOCK.shape, dtype=BLOCK.dtype, chunks=(2, 32, 32))[:] = BLOCK
     zarr.consolidate_metadata(group.store)
-    for url in ("a.n5/raw", "pre"):
+    for url in ("a.n5/raw", "pre"):  # of a pyramid the first level is found
         (source,) = open_sources(as_path(f"{server.url}/{url}"))
         np.testing.assert_array_equal(source.read(slice(1, 5), slice(3, 60), ALL), BLOCK[1:5, 3:60])
         assert source.info.pixel_nm == (40, 5, 4)
@@ -106,8 +109,6 @@ def test_n5_precomputed_and_consolidated_groups_over_http(tmp_path: Path, server
 
 
 def write_n5(path: Path, attributes: dict[str, Any]) -> None:
-    import json
-
     spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{path}/"}, "create": True}
     metadata = {
         "dataType": "uint16",
@@ -145,6 +146,7 @@ def test_urls_are_kept_by_paths() -> None:
         assert str(as_path(url)) == url
         assert str(as_path(Path(url))) == url  # a Path has lost a slash
         assert find_files([url]) == [as_path(url)] and is_remote(as_path(url))
+    assert str(as_path(Path("precomputed://gs://bucket/x"))) == "gs://bucket/x"
     assert not is_remote(as_path("s3/x")) and not is_remote(as_path("/https:/x"))
 
 
