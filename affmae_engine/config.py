@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 Task = Literal["pretrain", "finetune"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -309,6 +310,14 @@ class RunConfig(Section):
         patch = self.model.patch_size
         return -(-self.data.crop_size // patch) * patch
 
+
+SECTIONS: dict[str, type[Section]] = {name: info.annotation for name, info in RunConfig.model_fields.items()}  # type: ignore[misc]
+"""The sections by name."""
+
+FIELDS: dict[str, FieldInfo] = {
+    f"{section}.{name}": info for section, model in SECTIONS.items() for name, info in model.model_fields.items()
+}
+"""Every field by its dotted path "section.field"."""
 
 REMOVED_FIELDS = frozenset({"kernels.compile"})
 """Fields of earlier versions. Files may still contain them; they are ignored."""

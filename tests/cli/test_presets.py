@@ -105,7 +105,7 @@ def test_auto_takes_the_smallest_visible_card(monkeypatch, capsys):
 def test_auto_without_a_card(monkeypatch, capsys, asked):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert settings.resolve("pretrain", environ={}).preset == "demo"
-    assert "no CUDA card" in capsys.readouterr().err
+    assert "no CUDA GPU" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert settings.resolve("pretrain", environ={}, **asked).preset == "demo"
     assert "the CPU was asked for" in capsys.readouterr().err
