@@ -68,6 +68,20 @@ def preset_for_card(card: str, memory_gib: float) -> str:
     return max(fitting, key=lambda preset: (preset.card_gb or 0, preset.name.split("-")[0] in plain)).name
 
 
+def preset_for_this_machine(*, on_cpu: bool) -> tuple[str, str]:
+    """The preset that `--preset auto` takes, for the smallest GPU of several, and why; `on_cpu`: no GPU is wanted."""
+    if on_cpu:
+        return "demo", "the CPU was asked for"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "demo", "no CUDA GPU was found"
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    card = min(cards, key=lambda properties: properties.total_memory)
+    gib = card.total_memory / 2**30
+    return preset_for_card(card.name, gib), f"{card.name}, {gib:.0f} GiB"
+
+
 def preset_path(name: str, *, wanted_by: str = "") -> Traversable:
     """The file of a preset.
 

@@ -8,8 +8,8 @@ validates. Three rules are ours:
   once.
 - A file may have values for one task, in `[task.finetune.SECTION]` or `[task.pretrain.SECTION]`. They override the
   file's own sections (for presets: those of the whole `extends` chain), but nothing that is stronger than the file.
-- `train.steps` and `train.epochs` both set the length of a run. A source that sets one of them hides the other one in
-  weaker sources.
+- `train.steps` and `train.epochs` both set the length of a run, and the trainer prefers epochs. So a source that sets
+  steps clears the epochs of weaker sources.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -35,8 +36,8 @@ from pydantic_settings import (
 )
 
 from affmae_cli import output
-from affmae_cli.preset_files import PRESET_KEYS, preset_for_card, preset_path, read_toml
-from affmae_engine.config import FIELDS, REMOVED_FIELDS, SECTIONS, RunConfig, Task
+from affmae_cli.preset_files import PRESET_KEYS, preset_for_this_machine, preset_path, read_toml
+from affmae_engine.config import FIELDS, REMOVED_FIELDS, SECTIONS, RunConfig, Task, without_removed
 from affmae_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ FLAGS = {
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
-_LENGTHS = ("steps", "epochs")
-
 
 class RunSettings(BaseSettings, RunConfig):
     """A `RunConfig` whose values come from sources."""
@@ -75,57 +74,41 @@ class Resolved:
     sources: dict[str, str]
 
 
-class Layer(PydanticBaseSettingsSource):
-    """A source of pydantic-settings with a name, reduced to fields that exist.
+@dataclass(frozen=True)
+class Layer:
+    """A source of pydantic-settings and its name in messages."""
 
-    Args:
-        name: for messages; "{path}" in it stands for the name of a field's environment variable.
-        source: where the values come from.
-        problems: gets a line for everything that is not a field.
-        skip: paths that are left out without a word.
+    name: str
+    source: PydanticBaseSettingsSource
 
-    Attributes:
-        values: value by dotted path.
-    """
-
-    def __init__(
-        self, name: str, source: PydanticBaseSettingsSource, problems: list[str], *, skip: frozenset[str] = frozenset()
-    ) -> None:
-        super().__init__(RunSettings)
-        self.name = name
-        self.values: dict[str, Any] = {}
-        for path, value in _leaves(source()):
-            if path in FIELDS:
-                self.values[path] = value
-            elif path not in skip and not (path in SECTIONS and value == {}):
-                problems.append(f"{path} = {output.toml_value(value)}: {_why_unknown(path)} [{name}]")
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The source's values by dotted path."""
+        return dict(_leaves(self.source()))
 
     def name_of(self, path: str) -> str:
         """The name of the source of one field."""
-        return self.name.replace("{path}", _variable(path))
-
-    def __call__(self) -> dict[str, Any]:
-        """The values by section and field, without a length that a stronger source replaces."""
-        stronger = self.current_state.get("train", {})
-        for one, other in (_LENGTHS, _LENGTHS[::-1]):
-            if stronger.get(one) is not None and other not in stronger:
-                self.values.pop(f"train.{other}", None)
-        return _tree(self.values)
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """Demanded by the base class, whose `__call__` is replaced."""
-        return self.values.get(field_name), field_name, False
+        return f"{self.name} {_variable(path)}" if isinstance(self.source, Environment) else self.name
 
 
 class TomlFile(TomlConfigSettingsSource):
-    """The sections of a TOML file; `toml_data` also has its tables of tasks and what a preset says about itself."""
+    """The sections of a TOML file.
+
+    Attributes:
+        about: what a preset says about itself, by key.
+        tasks: sections of the tables `[task.*]` by task.
+    """
 
     def _read_files(self, files: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        """Reads the one file. The base class would pass over a missing file and does not say which one is wrong."""
-        return read_toml(files)
-
-    def __call__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__call__().items() if key not in (*PRESET_KEYS, "task")}
+        """Reads one file. The base class would skip a missing one, and does not say in which file an error is."""
+        sections = without_removed(read_toml(files))
+        self.about = {key: sections.pop(key) for key in PRESET_KEYS if key in sections}
+        tables = sections.pop("task", {})
+        self.tasks: dict[str, dict[str, Any]] = {}
+        for task in TASKS:
+            if isinstance(tables, dict) and isinstance(tables.get(task), dict):
+                self.tasks[task] = without_removed(tables.pop(task))
+        return {**sections, "task": tables} if tables else sections  # what is left of the tables is wrong
 
 
 class Environment(EnvSettingsSource):
@@ -133,25 +116,22 @@ class Environment(EnvSettingsSource):
 
     def __init__(self, environ: Mapping[str, str], problems: list[str]) -> None:
         super().__init__(RunSettings, case_sensitive=False)
-        known = {_variable(path): path for path in FIELDS}
-        self.env_vars = {}
-        for name, text in sorted(environ.items()):
-            if not name.startswith("AFFMAE_") or name in OTHER_ENVIRONMENT:
-                continue
-            if name.upper() in known:
-                self.env_vars[name.lower()] = text
-            else:
+        known = {_variable(path) for path in FIELDS}
+        ours = {name: text for name, text in environ.items() if name.startswith("AFFMAE_")}
+        self.env_vars = {name.lower(): text for name, text in ours.items() if name.upper() in known}
+        for name in sorted(ours.keys() - set(OTHER_ENVIRONMENT)):
+            if name.upper() not in known:
                 hint = _did_you_mean(get_close_matches(name.upper(), known, n=1))
-                problems.append(f"{name} = {output.toml_value(text)}: unknown setting{hint} [environment]")
+                problems.append(f"{name} = {output.toml_value(ours[name])}: unknown setting{hint} [environment]")
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         """Leaves the text as it is, for `parse_value`; the base class would accept only JSON."""
         return value
 
     def __call__(self) -> dict[str, Any]:
-        sections = super().__call__()
         return {
-            section: {name: parse_value(text) for name, text in texts.items()} for section, texts in sections.items()
+            section: {name: parse_value(text) for name, text in texts.items()}
+            for section, texts in super().__call__().items()
         }
 
 
@@ -182,19 +162,30 @@ def resolve(
         ConfigError: unknown preset, unreadable file, or wrong settings; the message lists all of them.
     """
     problems: list[str] = []
-    # strongest first, here and below
-    layers = _command_line(overrides or (), flags or {}, problems)
-    layers.append(Layer("environment {path}", Environment(environ, problems), problems))
+    layers = [  # strongest first, here and below
+        *_command_line(overrides or (), flags or {}, problems),
+        Layer("environment", Environment(environ, problems)),
+    ]
     name = ""
     if run is not None:
-        layers.append(_values(str(run.config), run.read_config().model_dump(), problems))
+        layers.append(_given(str(run.config), run.read_config().model_dump()))
     else:
         if config_file is not None:
-            layers += _user_file(config_file, task, problems)
-        name = _auto_preset(layers, quiet=quiet) if preset in (None, "auto") else str(preset)
-        layers += _preset(name, task, problems)
+            file = TomlFile(RunSettings, config_file)
+            problems += [f"{key}: {_why_unknown(key)} [{config_file}]" for key in file.about]
+            layers += _of_files({str(config_file): file}, task, problems)
+        name = preset or "auto"
+        if name == "auto":
+            device = _strongest(layers, "train.device")
+            name, why = preset_for_this_machine(on_cpu=device is not None and device.values["train.device"] == "cpu")
+            if not quiet:
+                output.say(f"preset {name}: {why} (choose another with --preset)")
+        layers += _of_files(_preset_chain(name), task, problems)
+    steps, epochs = (_strongest(layers, f"train.{length}") for length in ("steps", "epochs"))
+    if steps and epochs and layers.index(steps) < layers.index(epochs):  # else epochs decide, as the trainer has it
+        layers.insert(0, _given(steps.name_of("train.steps"), {"train": {"epochs": None}}))
     config = _validated(layers, problems)
-    sources = {path: layer.name_of(path) for layer in reversed(layers) for path in layer.values}
+    sources = {path: layer.name_of(path) for layer in reversed(layers) for path in layer.values if path in FIELDS}
     return Resolved(config, task, name, sources)
 
 
@@ -211,84 +202,55 @@ def parse_value(text: str) -> Any:
 
 def _command_line(overrides: Sequence[str], flags: Mapping[str, Any], problems: list[str]) -> list[Layer]:
     """A layer for every flag and for every `--set`, of which the last one is the strongest."""
-    layers = []
-    for name, value in flags.items():
-        if value is not None:
-            value = parse_value(value) if isinstance(value, str) else value
-            layers.append(_values(f"--{name}", _tree({FLAGS[name]: value}), problems))
+    given = [(f"--{name}", FLAGS[name], value) for name, value in flags.items() if value is not None]
     for override in reversed(overrides):
         path, equals, text = override.partition("=")
         if equals:
-            layers.append(_values("--set", _tree({path.strip(): parse_value(text)}), problems))
+            given.append(("--set", path.strip(), text))
         else:
             problems.append(f"{override}: --set needs SECTION.FIELD=VALUE [--set]")
-    if all(any(layer.values.get(f"train.{length}") is not None for layer in layers) for length in _LENGTHS):
+    layers = []
+    for name, path, value in given:
+        section, dot, field = path.partition(".")
+        value = parse_value(value) if isinstance(value, str) else value
+        layers.append(_given(name, {section: {field: value} if dot else value}))
+    if all(any(layer.values.get(f"train.{length}") is not None for layer in layers) for length in ("steps", "epochs")):
         problems.append("train.steps and train.epochs are both given: choose one")
     return layers
 
 
-def _values(name: str, tree: dict[str, Any], problems: list[str]) -> Layer:
-    return Layer(name, InitSettingsSource(RunSettings, tree), problems)
+def _given(name: str, sections: dict[str, Any]) -> Layer:
+    return Layer(name, InitSettingsSource(RunSettings, sections))
 
 
-def _user_file(path: Path, task: Task | None, problems: list[str]) -> list[Layer]:
-    """The user's file: the table of the task over the sections."""
-    file = TomlFile(RunSettings, path)
-    problems += [
-        f"{key}: belongs into presets only; choose the preset with --preset [{path}]"
-        for key in PRESET_KEYS
-        if key in file.toml_data
-    ]
-    return [*_task_table(file, str(path), task, problems), Layer(str(path), file, problems, skip=REMOVED_FIELDS)]
-
-
-def _preset(name: str, task: Task | None, problems: list[str]) -> list[Layer]:
-    """A preset and those it extends: the tables of the task over the sections."""
-    tables: list[Layer] = []
-    sections: list[Layer] = []
-    chain: list[str] = []
-    parent: str | None = name
-    while parent is not None:
+def _preset_chain(name: str) -> dict[str, TomlFile]:
+    """A preset, the one that it extends, and so on, by their names in messages."""
+    chain: dict[str, TomlFile] = {}
+    parent, child = name, ""
+    while parent:
         if parent in chain:
             raise ConfigError(f"presets extend each other in a circle: {' -> '.join([*chain, parent])}")
-        file = TomlFile(RunSettings, preset_path(parent, wanted_by=chain[-1] if chain else ""))
-        tables += _task_table(file, f"preset {parent}", task, problems)
-        sections.append(Layer(f"preset {parent}", file, problems))
-        chain.append(parent)
-        parent = file.toml_data.get("extends")
-    return [*tables, *sections]
+        chain[parent] = TomlFile(RunSettings, preset_path(parent, wanted_by=child))
+        parent, child = chain[parent].about.get("extends", ""), parent
+    return {f"preset {name}": file for name, file in chain.items()}
 
 
-def _task_table(file: TomlFile, name: str, task: Task | None, problems: list[str]) -> list[Layer]:
-    """A layer for `[task.TASK.*]` of a file, if it has one; what else is under `task` is a problem."""
-    tables = file.toml_data.get("task", {})
-    layers = []
-    for key, sections in tables.items() if isinstance(tables, dict) else [("", tables)]:
-        if key not in TASKS or not isinstance(sections, dict):
-            problems.append(f"task.{key}: must be one of the tables [task.pretrain.*], [task.finetune.*] [{name}]")
-            continue
-        table = InitSettingsSource(RunSettings, sections)
-        layer = Layer(f"{name} [task.{key}]", table, problems, skip=REMOVED_FIELDS)  # checked for all tasks
-        layers += [layer] if key == task else []
-    return layers
+def _of_files(files: Mapping[str, TomlFile], task: Task | None, problems: list[str]) -> list[Layer]:
+    """The tables of the task of all files, then the sections of all files. Tables of another task are only checked."""
+    tables = []
+    for name, file in files.items():
+        for key, sections in file.tasks.items():
+            layer = _given(f"{name} [task.{key}]", sections)
+            if key == task:
+                tables.append(layer)
+            else:
+                problems += _unknown_fields(layer)
+    return [*tables, *(Layer(name, file) for name, file in files.items())]
 
 
-def _auto_preset(chosen: Sequence[Layer], *, quiet: bool) -> str:
-    """The preset for the smallest GPU of this machine, unless a layer asks for the CPU."""
-    name, why = "demo", "the CPU was asked for"
-    if next((layer.values["train.device"] for layer in chosen if "train.device" in layer.values), "auto") != "cpu":
-        import torch
-
-        if torch.cuda.is_available():
-            cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-            card = min(cards, key=lambda properties: properties.total_memory)
-            gib = card.total_memory / 2**30
-            name, why = preset_for_card(card.name, gib), f"{card.name}, {gib:.0f} GiB"
-        else:
-            why = "no CUDA GPU was found"
-    if not quiet:
-        output.say(f"preset {name}: {why} (choose another with --preset)")
-    return name
+def _strongest(layers: Sequence[Layer], path: str) -> Layer | None:
+    """The strongest layer that has a value for a field."""
+    return next((layer for layer in layers if path in layer.values), None)
 
 
 def _validated(layers: list[Layer], problems: list[str]) -> RunConfig:
@@ -303,8 +265,9 @@ def _validated(layers: list[Layer], problems: list[str]) -> RunConfig:
         def settings_customise_sources(
             cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return tuple(layers)
+            return tuple(layer.source for layer in layers)
 
+    problems += [line for layer in layers for line in _unknown_fields(layer)]
     try:
         merged = Layered()
     except ValidationError as error:
@@ -315,21 +278,31 @@ def _validated(layers: list[Layer], problems: list[str]) -> RunConfig:
     return RunConfig(**{section: getattr(merged, section) for section in SECTIONS})
 
 
+def _unknown_fields(layer: Layer) -> list[str]:
+    """A line for everything in a layer that is not a field."""
+    return [
+        f"{path} = {output.toml_value(value)}: {_why_unknown(path)} [{layer.name}]"
+        for path, value in layer.values.items()
+        if path not in FIELDS and not (path in SECTIONS and value == {})
+    ]
+
+
 def _wrong_values(error: ValidationError, layers: Sequence[Layer]) -> list[str]:
-    """A line for every field, with its value, what is wrong with it and its source."""
+    """A line for every field with a wrong value and for every broken rule, with the sources."""
     reasons: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_context=False):
-        path = ".".join(str(part) for part in item["loc"][:2])
+        if item["type"] in ("extra_forbidden", "model_type"):  # see `_unknown_fields`
+            continue
         reason = item["msg"].removeprefix("Value error, ").replace("Input should", "must").split(", unable to")[0]
         reason = reason.replace("Field required", "is missing")
         if len(item["loc"]) > 2 and isinstance(item["loc"][2], int):
             reason = f"item {item['loc'][2] + 1} {reason}"
-        reasons.setdefault(path, []).append(reason)
+        reasons.setdefault(".".join(map(str, item["loc"][:2])), []).append(reason)
     lines = []
     for path, texts in reasons.items():
         text = " or ".join(dict.fromkeys(texts))
-        layer = next((layer for layer in layers if path in layer.values), None)
-        if layer is not None:
+        layer = _strongest(layers, path)
+        if path in FIELDS and layer is not None:
             lines.append(f"{path} = {output.toml_value(layer.values[path])}: {text} [{layer.name_of(path)}]")
             continue
         # A rule over several fields: the sources of those it names.
@@ -349,6 +322,10 @@ def _why_unknown(path: str) -> str:
         return "is a section; set one of its fields"
     if path in REMOVED_FIELDS:
         return "no longer exists; leave it out"
+    if path in PRESET_KEYS:
+        return "belongs into presets only; choose the preset with --preset"
+    if path.partition(".")[0] == "task":
+        return "only files have tables for tasks: [task.pretrain.*] and [task.finetune.*]"
     # A right field under a wrong section, or under none, is nearer than a misspelling.
     name = path.rpartition(".")[2]
     same = [known for known in FIELDS if known.rpartition(".")[2] == name]
@@ -372,15 +349,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{path}.")
         else:
             yield path, value
-
-
-def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by section and field from values by dotted path; a path without a dot stays what it is."""
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        section, dot, name = path.partition(".")
-        if dot:
-            tree.setdefault(section, {})[name] = value
-        else:
-            tree[section] = value
-    return tree
