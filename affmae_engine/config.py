@@ -10,6 +10,7 @@ it (`OnResume`), and its meaning in the docstring below it. `docs/settings.md` i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -242,6 +243,12 @@ class TrainConfig(Section):
     spike_factor: Annotated[NonNegativeFloat, OnResume.FREE] = 8.0
     """A logged loss is reported as a spike when it exceeds the median of the 50 before it by this many times their
     spread; 0: never."""
+
+    def length(self, samples_per_epoch: int) -> int:
+        """Optimizer steps of a run whose pass over the data has that many samples."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * samples_per_epoch / self.batch_size))
 
 
 class FinetuneConfig(Section):

@@ -112,7 +112,11 @@ def finetune(
         resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         resolved, note = _follow(resolved, init_from)
         if dry_run:
-            output.show_dry_run(resolved, as_json=json)
+            from affmae_cli.dry_run import show_dry_run
+            from affmae_engine.train.plan import plan_finetuning
+
+            labelled = sources.gather(resolved.config) if sources.images or sources.labels else None
+            show_dry_run(resolved, plan_finetuning(resolved.config, labelled), as_json=json)
             return
         if note and not quiet:
             output.say(note)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from affmae_cli import output, preset_files, settings
+from affmae_cli import dry_run, preset_files, settings
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import ConfigError
 
@@ -284,7 +284,7 @@ def test_a_written_configuration_can_be_given_back(preset_folder, tmp_path):
     """What `--dry-run` prints resolves to the same configuration, also with both lengths in it."""
     resolved = resolve(overrides=["train.epochs=3", "finetune.class_names=['a\"b', 'é']", "train.micro_batch=4"])
     path = tmp_path / "again.toml"
-    path.write_text(output.config_toml(resolved.config.model_dump(), resolved.sources), "utf-8")
+    path.write_text(dry_run.config_toml(resolved.config.model_dump(), resolved.sources), "utf-8")
     assert resolve(config_file=path).config == resolved.config
 
 
