@@ -15,11 +15,9 @@ validates. Three rules are ours:
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -37,7 +35,8 @@ from pydantic_settings import (
 
 from affmae_cli import output
 from affmae_cli.preset_files import PRESET_KEYS, preset_for_this_machine, preset_path, read_toml
-from affmae_engine.config import FIELDS, REMOVED_FIELDS, SECTIONS, RunConfig, Task, without_removed
+from affmae_cli.settings_errors import Given, unknown_fields, unknown_variable, wrong_values
+from affmae_engine.config import FIELDS, SECTIONS, RunConfig, Task, without_removed
 from affmae_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,9 +85,13 @@ class Layer:
         """The source's values by dotted path."""
         return dict(_leaves(self.source()))
 
-    def name_of(self, path: str) -> str:
-        """The name of the source of one field."""
-        return f"{self.name} {_variable(path)}" if isinstance(self.source, Environment) else self.name
+    def given(self, rank: int) -> dict[str, Given]:
+        """The values with the name of their source, which for the environment is that of the variable."""
+        by_variable = isinstance(self.source, Environment)
+        return {
+            path: Given(value, f"{self.name} {_variable(path)}" if by_variable else self.name, rank)
+            for path, value in self.values.items()
+        }
 
 
 class TomlFile(TomlConfigSettingsSource):
@@ -119,10 +122,8 @@ class Environment(EnvSettingsSource):
         known = {_variable(path) for path in FIELDS}
         ours = {name: text for name, text in environ.items() if name.startswith("AFFMAE_")}
         self.env_vars = {name.lower(): text for name, text in ours.items() if name.upper() in known}
-        for name in sorted(ours.keys() - set(OTHER_ENVIRONMENT)):
-            if name.upper() not in known:
-                hint = _did_you_mean(get_close_matches(name.upper(), known, n=1))
-                problems.append(f"{name} = {output.toml_value(ours[name])}: unknown setting{hint} [environment]")
+        others = sorted(name for name in ours if name.upper() not in known and name not in OTHER_ENVIRONMENT)
+        problems += [unknown_variable(name, ours[name], known) for name in others]
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         """Leaves the text as it is, for `parse_value`; the base class would accept only JSON."""
@@ -172,20 +173,21 @@ def resolve(
     else:
         if config_file is not None:
             file = TomlFile(RunSettings, config_file)
-            problems += [f"{key}: {_why_unknown(key)} [{config_file}]" for key in file.about]
+            problems += unknown_fields(file.about, str(config_file))
             layers += _of_files({str(config_file): file}, task, problems)
         name = preset or "auto"
         if name == "auto":
-            device = _strongest(layers, "train.device")
-            name, why = preset_for_this_machine(on_cpu=device is not None and device.values["train.device"] == "cpu")
+            device = _merged(layers).get("train.device")
+            name, why = preset_for_this_machine(on_cpu=device is not None and device.value == "cpu")
             if not quiet:
                 output.say(f"preset {name}: {why} (choose another with --preset)")
         layers += _of_files(_preset_chain(name), task, problems)
-    steps, epochs = (_strongest(layers, f"train.{length}") for length in ("steps", "epochs"))
-    if steps and epochs and layers.index(steps) < layers.index(epochs):  # else epochs decide, as the trainer has it
-        layers.insert(0, _given(steps.name_of("train.steps"), {"train": {"epochs": None}}))
+    given = _merged(layers)
+    steps, epochs = (given.get(f"train.{length}") for length in ("steps", "epochs"))
+    if steps and epochs and steps.rank < epochs.rank:  # else epochs decide, as the trainer has it
+        layers.insert(0, _given(steps.source, {"train": {"epochs": None}}))
     config = _validated(layers, problems)
-    sources = {path: layer.name_of(path) for layer in reversed(layers) for path in layer.values if path in FIELDS}
+    sources = {path: entry.source for path, entry in _merged(layers).items() if path in FIELDS}
     return Resolved(config, task, name, sources)
 
 
@@ -205,7 +207,7 @@ def _command_line(overrides: Sequence[str], flags: Mapping[str, Any], problems: 
     given = [(f"--{name}", FLAGS[name], value) for name, value in flags.items() if value is not None]
     for override in reversed(overrides):
         path, equals, text = override.partition("=")
-        if equals:
+        if equals and path.strip():
             given.append(("--set", path.strip(), text))
         else:
             problems.append(f"{override}: --set needs SECTION.FIELD=VALUE [--set]")
@@ -244,13 +246,16 @@ def _of_files(files: Mapping[str, TomlFile], task: Task | None, problems: list[s
             if key == task:
                 tables.append(layer)
             else:
-                problems += _unknown_fields(layer)
+                problems += unknown_fields(layer.values, layer.name)
     return [*tables, *(Layer(name, file) for name, file in files.items())]
 
 
-def _strongest(layers: Sequence[Layer], path: str) -> Layer | None:
-    """The strongest layer that has a value for a field."""
-    return next((layer for layer in layers if path in layer.values), None)
+def _merged(layers: Sequence[Layer]) -> dict[str, Given]:
+    """The strongest value of every path."""
+    merged: dict[str, Given] = {}
+    for rank, layer in reversed(list(enumerate(layers))):
+        merged |= layer.given(rank)
+    return merged
 
 
 def _validated(layers: list[Layer], problems: list[str]) -> RunConfig:
@@ -267,73 +272,15 @@ def _validated(layers: list[Layer], problems: list[str]) -> RunConfig:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return tuple(layer.source for layer in layers)
 
-    problems += [line for layer in layers for line in _unknown_fields(layer)]
+    problems += [line for layer in layers for line in unknown_fields(layer.values, layer.name)]
     try:
         merged = Layered()
     except ValidationError as error:
-        problems += _wrong_values(error, layers)
+        problems += wrong_values(error, _merged(layers))
     if problems:
         count = f"{len(problems)} settings are wrong:\n  " if len(problems) > 1 else ""
         raise ConfigError(count + "\n  ".join(problems), "`affmae presets NAME` shows every field and its value")
     return RunConfig(**{section: getattr(merged, section) for section in SECTIONS})
-
-
-def _unknown_fields(layer: Layer) -> list[str]:
-    """A line for everything in a layer that is not a field."""
-    return [
-        f"{path} = {output.toml_value(value)}: {_why_unknown(path)} [{layer.name}]"
-        for path, value in layer.values.items()
-        if path not in FIELDS and not (path in SECTIONS and value == {})
-    ]
-
-
-def _wrong_values(error: ValidationError, layers: Sequence[Layer]) -> list[str]:
-    """A line for every field with a wrong value and for every broken rule, with the sources."""
-    reasons: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False, include_context=False):
-        if item["type"] in ("extra_forbidden", "model_type"):  # see `_unknown_fields`
-            continue
-        reason = item["msg"].removeprefix("Value error, ").replace("Input should", "must").split(", unable to")[0]
-        reason = reason.replace("Field required", "is missing")
-        if len(item["loc"]) > 2 and isinstance(item["loc"][2], int):
-            reason = f"item {item['loc'][2] + 1} {reason}"
-        reasons.setdefault(".".join(map(str, item["loc"][:2])), []).append(reason)
-    lines = []
-    for path, texts in reasons.items():
-        text = " or ".join(dict.fromkeys(texts))
-        layer = _strongest(layers, path)
-        if path in FIELDS and layer is not None:
-            lines.append(f"{path} = {output.toml_value(layer.values[path])}: {text} [{layer.name_of(path)}]")
-            continue
-        # A rule over several fields: the sources of those it names.
-        named = {p: layer.name_of(p) for layer in reversed(layers) for p in layer.values if _names(text, path, p)}
-        sources = ", ".join(dict.fromkeys(named.values()))
-        lines.append(f"{path}: {text} [{sources}]" if path else f"{text} [{sources}]")
-    return lines
-
-
-def _names(text: str, section: str, path: str) -> bool:
-    """Whether a message on a section ("": on all of them) has the name of this field in it."""
-    return path.startswith(section) and bool(re.search(rf"\b{re.escape(path.rpartition('.')[2])}\b", text))
-
-
-def _why_unknown(path: str) -> str:
-    if path in SECTIONS:
-        return "is a section; set one of its fields"
-    if path in REMOVED_FIELDS:
-        return "no longer exists; leave it out"
-    if path in PRESET_KEYS:
-        return "belongs into presets only; choose the preset with --preset"
-    if path.partition(".")[0] == "task":
-        return "only files have tables for tasks: [task.pretrain.*] and [task.finetune.*]"
-    # A right field under a wrong section, or under none, is nearer than a misspelling.
-    name = path.rpartition(".")[2]
-    same = [known for known in FIELDS if known.rpartition(".")[2] == name]
-    return "unknown field" + _did_you_mean(get_close_matches(path, same or FIELDS, n=1, cutoff=0.0 if same else 0.6))
-
-
-def _did_you_mean(near: Sequence[str]) -> str:
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _variable(path: str) -> str:

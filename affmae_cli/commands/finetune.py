@@ -177,7 +177,7 @@ def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
         return resolved, ""
     from affmae_engine.train.transfer import follow_origin, read_origin
 
-    chosen = [path for path, source in resolved.sources.items() if not source.startswith("preset")]
+    chosen = [path for path, source in resolved.sources.items() if not source.startswith("preset ")]
     config, note = follow_origin(resolved.config, read_origin(init_from), init_from, chosen=chosen)
     changed = {
         f"model.{name}": f"{init_from}"

@@ -13,7 +13,10 @@ from typer.testing import CliRunner, Result
 
 from affmae_cli import settings
 from affmae_cli.main import app
+from affmae_engine.config import LossConfig, ModelConfig
 from affmae_engine.data.ingest import ingest
+from affmae_engine.model.affmae import MaskedAutoencoder
+from affmae_engine.weights import WeightsMetadata, write_weights
 
 SMALL = (
     "model.size=tiny",
@@ -155,3 +158,16 @@ def test_more_memory_than_there_is_is_told(data: Path) -> None:
 def test_a_vit_has_no_estimate(data: Path) -> None:
     planned = plan("pretrain", data / "em.zarr", "--set", "model.family=vit-mae")
     assert planned["memory_bytes"] is None and planned["parameters"] > 0 and planned["steps"] > 0
+
+
+def test_a_file_whose_name_begins_with_preset_is_the_user_s(tmp_path: Path) -> None:
+    """What it sets of the model is chosen, so weights of another shape are refused."""
+    model = ModelConfig(size="tiny", patch_size=4)
+    record = {"task": "pretrain", "step": 9, "model": model.model_dump(), "image_size": 64, "normalisation": {}}
+    weights = MaskedAutoencoder(model, LossConfig()).state_dict()
+    write_weights(tmp_path / "weights.safetensors", weights, WeightsMetadata(**record))
+    words = ["--init-from", "weights.safetensors", "--dry-run"]
+    assert run("finetune", *words).exit_code == 0
+    (tmp_path / "presets.toml").write_text("[model]\npatch_size = 8\n")
+    result = run("finetune", *words, "--config", "presets.toml")
+    assert result.exit_code == 2 and "model.patch_size = 8 was asked for" in result.stderr
