@@ -50,16 +50,12 @@ def _plan_lines(plan: RunPlan, resolved: Resolved) -> list[str]:
         length = f"{plan.steps:,} steps of {resolved.config.train.batch_size} images"
         if plan.epochs is not None:
             length += f", {plan.epochs:,.1f} epochs of {plan.samples_per_epoch:,} crops"
-    images = "as many images at a time as fit" if plan.micro_batch is None else f"{plan.micro_batch} images at a time"
-    memory = "not estimated for this network"
-    if plan.memory_bytes is not None:
-        memory = f"about {human_bytes(plan.memory_bytes)} (estimate); {human_bytes(plan.free_bytes)} are free"
     return [
         f"data: {printable(plan.data or 'none given')}",
         f"length: {length}",
         f"device: {plan.device}",
-        f"network: {plan.parameters / 1e6:.3g} M parameters, {images}",
-        f"memory: {memory}",
+        f"network: {plan.parameters / 1e6:.3g} M parameters, {plan.micro_batch} images at a time",
+        f"memory: about {human_bytes(plan.memory_bytes)} (estimate); {human_bytes(plan.free_bytes)} are free",
         *(f"note: {printable(note)}" for note in plan.notes),
     ]
 

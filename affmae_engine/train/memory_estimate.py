@@ -5,6 +5,9 @@ the operations that the run would use (Triton kernels are chosen but not launche
 operation that makes it until it is freed; the peak is what activations, gradients and temporaries take. Weights and
 AdamW's two moments, in fp32, are added.
 
+A ViT is made of PyTorch's own operations, two of which differ on meta tensors. Autocast does nothing, so the whole
+network has autocast's dtype here. Attention keeps its scores, so a stand-in keeps what fused attention keeps.
+
 Not counted: the CUDA context, workspaces of libraries, gaps in the allocator's memory, recorded graphs, the loader's
 processes. docs/presets.md compares estimates with measurements.
 """
@@ -17,7 +20,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -71,12 +76,38 @@ class PeakMemory(TorchDispatchMode):
         self._now -= self._bytes.pop(key)
 
 
+class _AttentionPass(torch.autograd.Function):
+    """Allocates what fused attention of [B, H, N, D] does, in both directions, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keeps the arguments, the result and the log-sum-exp [B, H, N] of the scores."""
+        result, logsumexp = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, result, logsumexp)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the arguments."""
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Inside, `scaled_dot_product_attention` is `_AttentionPass`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return _AttentionPass.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
 class MetaStep:
     """The training step of a configuration on the meta device.
 
     Args:
         task: whose network, loss function and samples.
-        config: resolved; its network is AFFMAE (attention of a ViT takes another path on meta tensors).
+        config: resolved.
         dtype: of autocast; fp32: none.
         kernels: the run would use Triton kernels; needs a GPU, whose architecture the launchers ask for.
         classes: of a segmenter.
@@ -104,12 +135,17 @@ class MetaStep:
             self._sample["visible"], self._sample["masked"] = draw_mask(canvas_hw, config.mask, seed=0, index=0)
         else:
             self._sample["labels"] = torch.empty(edge, edge, dtype=torch.int64, device="meta")
+        self._fixed = sum(t.numel() * t.element_size() for t in (*self._model.parameters(), *self._model.buffers()))
+        self._attention: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if config.model.family == "vit-mae":
+            self._attention = _FusedAttention()
+            self._model.to(dtype)
+            self._sample["image"] = self._sample["image"].to(dtype)
         self._model.train()
         self.parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
 
     def memory(self, micro_batch: int) -> int:
         """Bytes of tensors at the peak of a step with that many images in a forward pass."""
-        fixed = sum(t.numel() * t.element_size() for t in (*self._model.parameters(), *self._model.buffers()))
         moments = 2 * 4 * self.parameters
         peak = PeakMemory()
         with without_launching() if self._kernels else contextlib.nullcontext():
@@ -119,13 +155,13 @@ class MetaStep:
                         name: torch.empty((micro_batch, *tensor.shape), dtype=tensor.dtype, device="meta")
                         for name, tensor in self._sample.items()
                     }
-                    with _autocast_of_meta_tensors(self._dtype):
+                    with _autocast_of_meta_tensors(self._dtype), self._attention:
                         loss = self._losses(self._model, batch)["loss"]
                     loss.backward()
             finally:
                 self._model.zero_grad(set_to_none=True)
         # The update needs all gradients and no activations, which is less than the backward pass had.
-        return fixed + moments + peak.peak
+        return self._fixed + moments + peak.peak
 
 
 @contextlib.contextmanager

@@ -42,10 +42,10 @@ class RunPlan:
     """Device and precision in words."""
     parameters: int
     """Trained numbers of the network."""
-    micro_batch: int | None
-    """Images per forward pass on one device; None: measured when the run starts."""
-    memory_bytes: int | None
-    """Estimated peak of tensors on one device (see `memory_estimate`); None for a ViT, which has no estimate."""
+    micro_batch: int
+    """Images per forward pass on one device; where that is measured when the run starts, what the estimate allows."""
+    memory_bytes: int
+    """Estimated peak of tensors on one device (see `memory_estimate`)."""
     free_bytes: int
     """Memory of that device that is free now."""
     notes: tuple[str, ...]
@@ -113,9 +113,8 @@ def _plan(
     notes: tuple[str, ...],
     classes: int = 2,
 ) -> RunPlan:
-    train, affmae = config.train, runs_kernels(config.model)
-    choice = pick_device(train)
-    kernels = affmae and _takes_kernels(config, choice)
+    train, choice = config.train, pick_device(config.train)
+    kernels = runs_kernels(config.model) and _takes_kernels(config, choice)
     step = MetaStep(task, config, dtype=choice.dtype, kernels=kernels, classes=classes)
 
     # Images at a time, as the trainer decides, and what they take.
@@ -123,16 +122,15 @@ def _plan(
     share = ranks.share(train.batch_size)
     exchange = 4 * step.parameters if ranks.world > 1 else 0  # the copy of the gradients that processes exchange
     free, total = _device_memory(choice)
-    micro: int | None = None
     if train.micro_batch != "auto":
         micro = largest_divisor(share, train.micro_batch or share)
     elif choice.device.type == "cpu":
         micro = largest_divisor(share, ON_CPU)
-    elif affmae:
+    else:
         budget = free - max(int(HEADROOM * total), LEAST_HEADROOM) - exchange
         micro = largest_that_fits(share, lambda images: int(_HELD * step.memory(images)), budget)
-    needed = step.memory(micro) + exchange if affmae and micro is not None else None
-    if needed is not None and needed > free:
+    needed = step.memory(micro) + exchange
+    if needed > free:
         notes += ("this is more memory than is free: choose a smaller --batch",)
 
     if samples_per_epoch is None:

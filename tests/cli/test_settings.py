@@ -322,16 +322,7 @@ class TestOddInput:
 
     @pytest.mark.parametrize(
         "override",
-        [
-            "optim.lr=1979-05-27",
-            "a.b.c=1",
-            "optim.=3",
-            "Optim.lr=3",
-            "model.a(=3",
-            "optim=none",
-            "train=[1]",
-            "." + "a." * 5000 + "=1",
-        ],
+        ["optim.lr=1979-05-27", "a.b.c=1", "optim.=3", "Optim.lr=3", "model.a(=3", "optim=none", f"a{'.a' * 5000}=1"],
     )
     def test_command_line(self, preset_folder, override):
         path, _, _ = override.partition("=")

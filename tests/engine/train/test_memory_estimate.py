@@ -102,6 +102,16 @@ def test_memory_grows_with_images_and_shrinks_with_precision() -> None:
     assert not torch.is_autocast_enabled("cuda")
 
 
+@pytest.mark.parametrize(
+    ("task", "size", "images", "measured_gib"),
+    [("pretrain", "base", 32, 25.6), ("pretrain", "small", 64, 25.5), ("finetune", "base", 8, 11.8)],
+)
+def test_the_estimate_of_a_vit_is_near_what_a_gpu_took(task: str, size: str, images: int, measured_gib: float) -> None:
+    config = RunConfig.model_validate({"model": {"family": "vit-mae", "size": size}})
+    step = MetaStep(task, config, dtype=torch.bfloat16, kernels=False, classes=5)
+    assert step.memory(images) / 2**30 == pytest.approx(measured_gib, rel=0.05)
+
+
 def test_an_estimate_is_near_what_a_gpu_took(with_kernels: dict[str, float]) -> None:
     off = {case: with_kernels[case] / measured - 1 for case, measured in MEASURED_GIB.items()}
     assert {case: error for case, error in off.items() if not -0.12 < error < 0.02} == {}
