@@ -22,7 +22,7 @@ from affmae_engine.train.memory_estimate import MetaStep
 from affmae_engine.train.transfer import follow_origin, read_origin
 from affmae_kernels.dispatch import choose_backend
 
-_HELD = 1.17
+_HELD = 1.18
 """What the CUDA allocator holds for each byte of tensors, at most (docs/bench-h200/report.md)."""
 
 
@@ -120,16 +120,21 @@ def _plan(
     # Images at a time, as the trainer decides, and what they take.
     ranks = current_ranks()
     share = ranks.share(train.batch_size)
-    exchange = 4 * step.parameters if ranks.world > 1 else 0  # the copy of the gradients that processes exchange
+    gradients = 4 * step.parameters
+
+    def memory(images: int) -> int:
+        """With the gradients of earlier micro-batches, and the copy of them that several processes exchange."""
+        return step.memory(images) + gradients * ((images < share) + (ranks.world > 1))
+
     free, total = _device_memory(choice)
     if train.micro_batch != "auto":
         micro = largest_divisor(share, train.micro_batch or share)
     elif choice.device.type == "cpu":
         micro = largest_divisor(share, ON_CPU)
     else:
-        budget = free - max(int(HEADROOM * total), LEAST_HEADROOM) - exchange
-        micro = largest_that_fits(share, lambda images: int(_HELD * step.memory(images)), budget)
-    needed = step.memory(micro) + exchange
+        budget = free - max(int(HEADROOM * total), LEAST_HEADROOM)
+        micro = largest_that_fits(share, lambda images: int(_HELD * memory(images)), budget)
+    needed = memory(micro)
     if needed > free:
         notes += ("this is more memory than is free: choose a smaller --batch",)
 
