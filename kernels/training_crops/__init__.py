@@ -10,9 +10,9 @@ from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.training_crops import reference
-from affmae_kernels.training_crops.reference import BINS, OUTLIER, TILE, equalize
+from affmae_kernels.training_crops.reference import BINS, OUTLIER, TILE, equalize, standardize
 
-__all__ = ["BINS", "OUTLIER", "TILE", "equalize", "training_crops"]
+__all__ = ["BINS", "OUTLIER", "TILE", "equalize", "standardize", "training_crops"]
 
 _DTYPES = (torch.uint8, torch.float32)
 

@@ -54,8 +54,8 @@ def equalize(image_BYX: Tensor, low_B: Tensor, high_B: Tensor) -> Tensor:
     """Contrast-limited adaptive histogram equalization (CLAHE) of images in standard deviations.
 
     Gray values are counted in `BINS` bins between `low` and `high`, in tiles of `TILE` x `TILE` pixels (the image is
-    reflected to whole tiles). A bin counts at most `CLIP` of a tile; what is above is spread over the other bins. The cumulative
-    counts of a tile map its values to 0..1; between the centers of tiles, maps are interpolated bilinearly.
+    reflected to whole tiles). A bin counts at most `CLIP` of a tile; what is above is spread over the other bins. The
+    cumulative counts of a tile map its values to 0..1; between the centers of tiles, maps are interpolated bilinearly.
     Source: Zuiderveld, "Contrast Limited Adaptive Histogram Equalization", Graphics Gems IV, 1994. Close to
     `skimage.exposure.equalize_adapthist`, but the output range does not depend on the image.
 
