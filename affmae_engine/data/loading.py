@@ -107,12 +107,12 @@ def batches(
 
 
 def worker_count(setting: int | Literal["auto"]) -> int:
-    """Data-loading processes: as set, or up to 8 with one core left free, shared among the ranks of this machine."""
+    """Data-loading processes: as set, or up to 15 with one core left free, shared among the ranks of this machine."""
     if setting != "auto":
         return setting
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(0, min(8, cores // ranks - 1))
+    return max(0, min(15, cores // ranks - 1))
 
 
 def sample_error(error: Exception, what: str) -> AffmaeError:

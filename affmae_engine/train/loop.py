@@ -209,7 +209,7 @@ def _steps(session: Session, micro: int) -> bool:
         record=_uses_cuda_graphs(session),
         ranks=ranks,
         agree=session.agree,
-        **({"finish": dataset.finish} if on_gpu and hasattr(dataset, "finish") else {}),
+        finish=getattr(dataset, "finish", None) if on_gpu else None,
     )
     with contextlib.closing(stream):
         while state.step < total:

@@ -63,10 +63,6 @@ def seed_forward(seed: int, step: int, rank: int, part: int) -> None:
     torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
-
-
 class TrainStep:
     """Takes optimizer steps, each over `accumulate` micro-batches.
 
@@ -81,7 +77,7 @@ class TrainStep:
         record: replay CUDA graphs after `EAGER_STEPS` steps; every batch must then have the same shapes.
         ranks: the processes that share a step; graphs are for one alone.
         agree: called once per step with whether this process ran out of memory; returns whether any did.
-        finish: makes training samples of a batch once it is on the device.
+        finish: makes training samples of a batch once it is on the device; None: the loader gives samples.
     """
 
     def __init__(
@@ -97,7 +93,7 @@ class TrainStep:
         record: bool = False,
         ranks: Ranks = Ranks(),
         agree: Callable[[bool], bool] = bool,
-        finish: Finish = _as_it_is,
+        finish: Finish | None = None,
     ) -> None:
         self._losses, self._optimizer, self._scaler = losses, optimizer, scaler
         self._choice, self._accumulate, self._clip_norm = choice, accumulate, clip_norm
@@ -260,18 +256,20 @@ def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watc
 class DevicePrefetcher:
     """Copies batches to the device and finishes them; on a GPU beside the steps before, on a stream of its own."""
 
-    def __init__(self, device: torch.device, finish: Finish = _as_it_is) -> None:
+    def __init__(self, device: torch.device, finish: Finish | None = None) -> None:
         self._device, self._finish = device, finish
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._stream is None:
-            return self._finish({name: tensor.to(self._device) for name, tensor in batch.items()})
+            return self._finished({name: tensor.to(self._device) for name, tensor in batch.items()})
         compute = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            copied = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
-            finished = self._finish(copied)
+            moved = self._finished({name: t.to(self._device, non_blocking=True) for name, t in batch.items()})
         compute.wait_stream(self._stream)
-        for tensor in finished.values():
+        for tensor in moved.values():
             tensor.record_stream(compute)  # its memory is not given to the next batch while it is still read
-        return finished
+        return moved
+
+    def _finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch if self._finish is None else self._finish(batch)
