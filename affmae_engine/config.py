@@ -154,7 +154,7 @@ class DataConfig(Section):
     holdout: Fraction = 0.05
     """Share of the data kept for the held-out loss: whole images, or adjacent sections of a stack."""
     workers: Annotated[NonNegative | Literal["auto"], Unit("processes"), OnResume.FREE] = "auto"
-    """Data-loading processes; `auto` takes up to 8, leaving one core free."""
+    """Data-loading processes; `auto` takes up to 15, leaving one core free."""
 
     @model_validator(mode="after")
     def _ordered_scale(self) -> DataConfig:

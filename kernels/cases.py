@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 OPERATIONS = (
+    "training_crops",
     "neighbourhoods",
     "stem",
     "cluster_attention",

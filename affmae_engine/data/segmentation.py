@@ -10,6 +10,7 @@ Axes: Z Y X in the source, C H W in the sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,21 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.labels import IGNORE
 from affmae_engine.data.labels.problems import listed
 from affmae_engine.data.normalise import Normalisation
-from affmae_engine.data.segmentation_augment import change_intensities, draw_warp, fold, sample_image, sample_labels
+from affmae_engine.data.segmentation_augment import (
+    change_intensities,
+    draw_intensities,
+    draw_warp,
+    fold,
+    largest_reach,
+    sample_images,
+    sample_labels,
+    source_coordinates,
+    window_of,
+)
 from affmae_engine.data.split import Region
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError
+from affmae_kernels.training_crops import equalize, standardize
 
 _FOCUSED = 1 / 3
 """Smallest share of the crops that are placed on a pixel of a drawn class."""
@@ -179,24 +191,70 @@ class SegmentationDataset:
         self.samples_per_epoch = max(1, round(pixels / self.size**2))
         widest = max(store[section.name].dtype.itemsize for section in self.sections)
         self._keep = pixels * (widest + np.dtype(np.int16).itemsize) <= _KEPT_BYTES
+        # What is stored as bytes travels as bytes; a batch has one dtype, and windows of one size.
+        self._as_uint8 = all(store[section.name].dtype == np.uint8 for section in self.sections)
+        longest = max(max(section.height, section.width) for section in self.sections)
+        self._largest = min(longest, 2 * math.ceil(largest_reach(self.size, self.settings)) + 5)
+        self._clahe = normalisation.clahe
         self._kept: dict[Section, tuple[np.ndarray, NDArray[np.int16]]] = {}
 
     def sample(self, index: int, /) -> dict[str, Tensor]:
         """{"image": float32 [1, H, W], "labels": int64 [H, W] with `IGNORE` outside the image}."""
+        batch = self.finish({name: tensor[None] for name, tensor in self.raw(index).items()})
+        return {name: tensor[0] for name, tensor in batch.items()}
+
+    def raw(self, index: int, /) -> dict[str, Tensor]:
+        """Sample `index` for `finish`: the window that it touches, and what was drawn."""
         rng = np.random.default_rng([self.seed, _SAMPLE_STREAM, index])
-        section, centre = self._place(rng)
-        warp_2HW = draw_warp(rng, self.size, self.settings, flips=self.flips)
-        y, above = fold(warp_2HW[0] + np.float32(centre[0]), section.height)
-        x, beside = fold(warp_2HW[1] + np.float32(centre[1]), section.width)
-        rows, columns = _window(y, section.height), _window(x, section.width)
-        inside_2HW = np.stack([y - rows.start, x - columns.start])
-        intensities = self._maps[section.name]
-        stored_YX, labels_YX = self._read(section, rows, columns)
-        image_YX = intensities.standardise(stored_YX)
-        image_HW = intensities.equalise(sample_image(image_YX, inside_2HW))
-        image_HW = change_intensities(rng, image_HW, self.settings.photometric)
-        labels_HW = np.where(above | beside, IGNORE, sample_labels(labels_YX, inside_2HW)).astype(np.int64)
-        return {"image": torch.from_numpy(image_HW[None]), "labels": torch.from_numpy(labels_HW)}
+        section, center = self._place(rng)
+        warp = draw_warp(rng, self.size, self.settings, flips=self.flips)
+        change = draw_intensities(rng, self.settings.photometric)
+        noise_seed = rng.integers(2**31)
+        reach = warp.reach(self.size)
+        rows = window_of(center[0], reach[0], section.height)
+        columns = window_of(center[1], reach[1], section.width)
+        image_YX, labels_YX = self._read(section, rows, columns)
+        intensity = self._maps[section.name]
+        mean, std = intensity.mean, intensity.std
+        if not self._as_uint8:
+            image_YX, mean, std = intensity.standardise(image_YX), 0.0, 1.0
+        return {
+            "window": self._padded(image_YX, np.uint8 if self._as_uint8 else np.float32),
+            "truth": self._padded(labels_YX, np.int16),
+            "matrix": torch.from_numpy(warp.matrix_22),
+            "lattice": torch.from_numpy(warp.lattice_2PP),
+            "center": torch.tensor(center, dtype=torch.float32),
+            "shape": torch.tensor([section.height, section.width], dtype=torch.int32),
+            "start": torch.tensor([rows.start, columns.start], dtype=torch.int32),
+            "intensity": torch.tensor([mean, std, intensity.low, intensity.high], dtype=torch.float32),
+            "change": torch.from_numpy(change),
+            "noise_seed": torch.tensor(noise_seed, dtype=torch.int32),
+        }
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of `sample`s from one of `raw` samples, on the device where those are."""
+        # Where each pixel comes from, in the section and in the window that was read.
+        place_B2HW = source_coordinates(batch["matrix"], batch["lattice"], self.size, self.settings.elastic)
+        place_B2HW = place_B2HW + batch["center"][..., None, None]
+        place_B2HW, outside_B2HW = fold(place_B2HW, batch["shape"][..., None, None])
+        y_BHW, x_BHW = (place_B2HW - batch["start"][..., None, None]).unbind(1)
+
+        # Normalize, interpolate, equalize, change intensities.
+        mean, std, low, high = batch["intensity"].unbind(1)
+        window_BYX = standardize(batch["window"], mean[:, None, None], std[:, None, None])
+        image_BHW = sample_images(window_BYX, y_BHW, x_BHW)
+        if self._clahe:
+            image_BHW = equalize(image_BHW, low, high)
+        if self.settings.photometric:
+            image_BHW = change_intensities(image_BHW, batch["change"], batch["noise_seed"])
+
+        labels_BHW = sample_labels(batch["truth"], y_BHW, x_BHW).long()
+        return {"image": image_BHW[:, None], "labels": labels_BHW.masked_fill(outside_B2HW.any(1), IGNORE)}
+
+    def _padded(self, values_YX: np.ndarray, dtype: Any) -> Tensor:
+        padded_YX = np.zeros((self._largest, self._largest), dtype)
+        padded_YX[: values_YX.shape[0], : values_YX.shape[1]] = values_YX
+        return torch.from_numpy(padded_YX)
 
     def _read(self, section: Section, y: slice, x: slice) -> tuple[np.ndarray, NDArray[np.integer]]:
         """Intensities and classes of a window."""
@@ -237,7 +295,3 @@ class SegmentationDataset:
 def _kept_inside(centre: float, length: int, size: int) -> float:
     half = (size - 1) / 2
     return float(np.clip(centre, half, length - 1 - half)) if length > size else (length - 1) / 2
-
-
-def _window(coordinate: NDArray[np.float32], length: int) -> slice:
-    return slice(max(0, int(coordinate.min())), min(length, int(np.ceil(coordinate.max())) + 1))

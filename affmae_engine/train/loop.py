@@ -187,14 +187,16 @@ def _steps(session: Session, micro: int) -> bool:
     """Take steps in micro-batches of that size, to the end or a request to stop; False when memory ran out."""
     config, state, ranks = session.config, session.state, session.ranks
     train, optim, total = config.train, config.optim, config.train.steps
+    dataset, on_gpu = session.task.dataset, session.choice.device.type == "cuda"
     stream = batches(
-        session.task.dataset,
+        dataset,
         first=state.step,
         batch_size=train.batch_size,
         micro_batch=micro,
         rank=ranks.rank,
         world=ranks.world,
         workers=config.data.workers,
+        raw=on_gpu,
     )
     take_step = TrainStep(
         state.model,
@@ -207,6 +209,7 @@ def _steps(session: Session, micro: int) -> bool:
         record=_uses_cuda_graphs(session),
         ranks=ranks,
         agree=session.agree,
+        finish=getattr(dataset, "finish", None) if on_gpu else None,
     )
     with contextlib.closing(stream):
         while state.step < total:
