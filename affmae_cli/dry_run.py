@@ -28,8 +28,8 @@ def show_dry_run(resolved: Resolved, plan: RunPlan, *, as_json: bool = False) ->
         print_json({**_record(resolved), "plan": asdict(plan)})
         return
     show_config(resolved)
-    lines = "\n".join(f"# {line}" for line in _plan_lines(plan, resolved))
-    show(f"\n# what this run would do; nothing was written\n{lines}")
+    lines = ["what this run would do; nothing was written", *_plan_lines(plan, resolved)]
+    show("\n" + "".join(f"# {_comment(line)}\n" for line in lines))
 
 
 def _record(resolved: Resolved) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def _plan_lines(plan: RunPlan, resolved: Resolved) -> list[str]:
         if plan.epochs is not None:
             length += f", {plan.epochs:,.1f} epochs of {plan.samples_per_epoch:,} crops"
     return [
-        f"data: {printable(plan.data or 'none given')}",
+        f"data: {plan.data or 'none given'}",
         f"length: {length}",
         f"device: {plan.device}",
         f"network: {plan.parameters / 1e6:.3g} M parameters, {plan.micro_batch} images at a time",
         f"memory: about {human_bytes(plan.memory_bytes)} (estimate); {human_bytes(plan.free_bytes)} are free",
-        *(f"note: {printable(note)}" for note in plan.notes),
+        *(f"note: {note}" for note in plan.notes),
     ]
 
 
@@ -74,6 +74,11 @@ def config_toml(sections: Mapping[str, Mapping[str, Any]], sources: Mapping[str,
         for name, value in values.items():
             line = f"# {name} is not set" if value is None else f"{name} = {toml_value(value)}"
             source = sources.get(f"{section}.{name}")
-            lines.append(f"{line:<40}  # {printable(source)}" if source else line)
+            lines.append(f"{line:<40}  # {_comment(source)}" if source else line)
         tables.append("\n".join(lines))
     return "\n\n".join(tables) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Text for one line of comment; file names may have line ends."""
+    return printable(text).replace("\n", "\\n")

@@ -266,6 +266,8 @@ def _validated(layers: list[Layer], problems: list[str]) -> RunConfig:
     """
 
     class Layered(RunSettings):
+        """pydantic-settings asks a class for its sources; this one has those of this call."""
+
         @classmethod
         def settings_customise_sources(
             cls, settings_cls: type[BaseSettings], *_: Any, **__: Any

@@ -155,6 +155,15 @@ def test_more_memory_than_there_is_is_told(data: Path) -> None:
     assert any("choose a smaller --batch" in note for note in planned["notes"])
 
 
+def test_line_ends_in_names_stay_in_the_comments(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "em.zarr", tmp_path / "a\nb.zarr")
+    (tmp_path / "c\nd.toml").write_text("[train]\nseed = 3\n")
+    result = run("pretrain", "a\nb.zarr", "--config", "c\nd.toml", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert tomllib.loads(result.stdout)["train"]["seed"] == 3
+    assert "a\\nb.zarr: 6 images" in result.stdout and "# c\\nd.toml" in result.stdout
+
+
 def test_a_vit_needs_more_memory(data: Path) -> None:
     words = [data / "em.zarr", "--set", "model.size=small", "--set", "data.crop_size=96", "--batch", 4]
     ours, vit = plan("pretrain", *words), plan("pretrain", *words, "--set", "model.family=vit-mae")
