@@ -18,6 +18,7 @@ from torch import Tensor
 
 OPERATIONS = (
     "training_crops",
+    "warped_crops",
     "neighbourhoods",
     "stem",
     "cluster_attention",

@@ -11,6 +11,7 @@ import itertools
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from affmae_engine.bench.networks import CLASSES, SpeedCase, train_step
@@ -22,6 +23,7 @@ from affmae_engine.data.segmentation import SegmentationDataset
 from affmae_engine.data.split import Region, split
 from affmae_engine.data.store import Store
 from affmae_engine.runtime.device import DeviceChoice
+from affmae_engine.train.loop import KEPT_SHARE
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.step import EAGER_STEPS, seed_forward
 
@@ -55,6 +57,8 @@ def with_loading(
     workers = worker_count(config.data.workers)
     ahead = workers * PREFETCH
     on_gpu = choice.device.type == "cuda"
+    if on_gpu and isinstance(dataset, SegmentationDataset):
+        dataset.keep_on(choice.device, int(KEPT_SHARE * torch.cuda.mem_get_info(choice.device)[1]))
     stream = batches(
         dataset,
         first=0,

@@ -92,42 +92,12 @@ def source_coordinates(matrix_B22: Tensor, lattice_B2PP: Tensor, size: int, larg
     return place_B2HW
 
 
-def fold(coordinate: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror coordinates into [0, length - 1] about the outermost pixels, and say which ones lay outside the image.
-
-    Args:
-        coordinate: in pixels.
-        length: of the image along this axis, whole numbers that broadcast with the coordinates.
-    """
-    outside = (coordinate < -0.5) | (coordinate > length - 0.5)
-    last = (length - 1).to(coordinate.dtype)
-    folded = (torch.remainder(coordinate + last, (2 * last).clamp(min=1)) - last).abs()
-    return torch.where(length > 1, folded, 0.0), outside
-
-
 def window_of(center: float, reach: float, length: int) -> slice:
     """The pixels along an axis that folded coordinates within `reach` of `center` touch, with their neighbors."""
     low, high, last = center - reach, center + reach, length - 1
     if low < 0 or high > last:
         low, high = min(low, 2 * last - high), max(high, -low)
     return slice(max(0, math.floor(low) - 1), min(length, math.ceil(high) + 2))
-
-
-def sample_images(image_BYX: Tensor, y_BHW: Tensor, x_BHW: Tensor) -> Tensor:
-    """Bilinear values [B, H, W] at coordinates inside the images."""
-    top, left = y_BHW.floor(), x_BHW.floor()
-    v, u = y_BHW - top, x_BHW - left
-    _, height, width = image_BYX.shape
-    row, column = top.long(), left.long()
-    below, beside = (row + 1).clamp(max=height - 1), (column + 1).clamp(max=width - 1)
-    upper = torch.lerp(_at(image_BYX, row, column), _at(image_BYX, row, beside), u)
-    lower = torch.lerp(_at(image_BYX, below, column), _at(image_BYX, below, beside), u)
-    return torch.lerp(upper, lower, v)
-
-
-def sample_labels(labels_BYX: Tensor, y_BHW: Tensor, x_BHW: Tensor) -> Tensor:
-    """Nearest values [B, H, W] at coordinates inside the images."""
-    return _at(labels_BYX, y_BHW.round().long(), x_BHW.round().long())
 
 
 def draw_intensities(rng: np.random.Generator, strength: float) -> NDArray[np.float32]:
@@ -176,11 +146,6 @@ def _hash(bits: Tensor) -> Tensor:
     bits = bits ^ ((bits >> 15) & 0x1FFFF)
     bits = bits * (0x846CA68B - (1 << 32))
     return bits ^ ((bits >> 16) & 0xFFFF)
-
-
-def _at(values_BYX: Tensor, row_BHW: Tensor, column_BHW: Tensor) -> Tensor:
-    index = row_BHW * values_BYX.shape[2] + column_BHW
-    return values_BYX.flatten(1).gather(1, index.flatten(1)).view_as(index)
 
 
 @lru_cache(maxsize=8)

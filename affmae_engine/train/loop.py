@@ -44,6 +44,9 @@ from affmae_engine.train.state import TrainState, restore_state
 from affmae_engine.train.step import TrainStep, seed_forward
 from affmae_engine.train.task import Task
 
+KEPT_SHARE = 1 / 16
+"""Share of a GPU's memory that may hold a labeled training set."""
+
 _engine_log = logging.getLogger("affmae_engine")
 
 
@@ -119,6 +122,10 @@ def _train(session: Session) -> None:
     state, stop, ranks, train = session.state, session.stop, session.ranks, session.config.train
     share = ranks.share(train.batch_size)
     state.model.train()
+    keep_on = getattr(session.task.dataset, "keep_on", None)
+    if keep_on is not None and session.choice.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(session.choice.device)
+        keep_on(session.choice.device, int(KEPT_SHARE * total))
     if _runs_triton(session):
         _compile(session, share)
     state.micro_batch = _micro_batch(session, share)

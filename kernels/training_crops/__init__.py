@@ -10,7 +10,7 @@ from torch import Tensor
 
 from affmae_kernels.dispatch import choose_backend
 from affmae_kernels.training_crops import reference
-from affmae_kernels.training_crops.reference import BINS, OUTLIER, TILE, equalize, standardize
+from affmae_kernels.training_crops.reference import BINS, OUTLIER, TILE, standardize
 
 __all__ = ["BINS", "OUTLIER", "TILE", "equalize", "standardize", "training_crops"]
 
@@ -62,3 +62,36 @@ def training_crops(
 
             return triton.training_crops(crop_BYX, window_B2, intensity_B4, size, clahe=clahe)
         return reference.training_crops(crop_BYX, window_B2, intensity_B4, size, clahe=clahe)
+
+
+def equalize(image_BYX: Tensor, low_B: Tensor, high_B: Tensor, *, backend: str = "auto") -> Tensor:
+    """Contrast-limited adaptive histogram equalization (CLAHE) of images in standard deviations.
+
+    Gray values are counted in `BINS` bins between `low` and `high`, in tiles of `TILE` x `TILE` pixels (the image is
+    reflected to whole tiles). A bin counts at most 1 % of a tile; what is above is spread over the other bins. The
+    cumulative counts of a tile map its values to 0..1; between the centers of tiles, maps are interpolated bilinearly.
+    Source: Zuiderveld, "Contrast Limited Adaptive Histogram Equalization", Graphics Gems IV, 1994. Close to
+    `skimage.exposure.equalize_adapthist`, but the output range does not depend on the image.
+
+    Args:
+        image_BYX: floating [B, Y, X], finite.
+        low_B, high_B: the range of each image; an image whose range is empty is returned as it is.
+        backend: see `affmae_kernels.dispatch`.
+
+    Returns:
+        [B, Y, X] of the same dtype, with a mean of about 0 and a deviation of about 1. No gradients.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    batch, height, width = image_BYX.shape
+    if low_B.shape != (batch,) or high_B.shape != (batch,):
+        raise ValueError(f"low_B and high_B must be [{batch}]; got {list(low_B.shape)} and {list(high_B.shape)}")
+    fitting = height == width and image_BYX.dtype == low_B.dtype == high_B.dtype == torch.float32
+    obstacle = None if fitting else f"{image_BYX.dtype} images of {height} x {width} pixels"
+    with torch.no_grad():
+        if choose_backend(backend, "training_crops", image_BYX.device, obstacle).name == "triton":
+            from affmae_kernels.training_crops import triton
+
+            return triton.equalize(image_BYX, low_B, high_B)
+        return reference.equalize(image_BYX, low_B, high_B)

@@ -19,12 +19,14 @@ def _case(name: str, edges: list[int], size: int, *, clahe: bool = False, networ
         window = torch.stack([torch.tensor(edges, dtype=torch.int32), turn], 1)
         return {"crop_BYX": gray, "window_B2": window}
 
-    def call(*, backend: str, crop_BYX: Tensor, window_B2: Tensor) -> dict[str, Tensor]:
+    def prepare(*, backend: str, crop_BYX: Tensor, window_B2: Tensor) -> dict[str, Any]:
         intensity = torch.tensor([127.5, 60.0, -1.9, 1.8], device=crop_BYX.device).repeat(len(crop_BYX), 1)
-        image = training_crops(crop_BYX, window_B2, intensity, size, clahe=clahe, backend=backend)
-        return {"image": image}
+        return {"crop_BYX": crop_BYX, "window_B2": window_B2, "intensity_B4": intensity}
 
-    return Case("training_crops", name, make, call, network=network, seed=seed)
+    def call(*, backend: str, **tensors: Tensor) -> dict[str, Tensor]:
+        return {"image": training_crops(**tensors, size=size, clahe=clahe, backend=backend)}
+
+    return Case("training_crops", name, make, call, prepare, network=network, seed=seed)
 
 
 CASES = [

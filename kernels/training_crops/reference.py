@@ -51,21 +51,7 @@ def standardize(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def equalize(image_BYX: Tensor, low_B: Tensor, high_B: Tensor) -> Tensor:
-    """Contrast-limited adaptive histogram equalization (CLAHE) of images in standard deviations.
-
-    Gray values are counted in `BINS` bins between `low` and `high`, in tiles of `TILE` x `TILE` pixels (the image is
-    reflected to whole tiles). A bin counts at most `CLIP` of a tile; what is above is spread over the other bins. The
-    cumulative counts of a tile map its values to 0..1; between the centers of tiles, maps are interpolated bilinearly.
-    Source: Zuiderveld, "Contrast Limited Adaptive Histogram Equalization", Graphics Gems IV, 1994. Close to
-    `skimage.exposure.equalize_adapthist`, but the output range does not depend on the image.
-
-    Args:
-        image_BYX: floating [B, Y, X].
-        low_B, high_B: the range of each image; an image whose range is empty is returned as it is.
-
-    Returns:
-        [B, Y, X] of the same dtype, with a mean of about 0 and a deviation of about 1.
-    """
+    """See the package."""
     batch, height, width = image_BYX.shape
     bin_BYX = bins_of(image_BYX, low_B[:, None, None], high_B[:, None, None])
 

@@ -185,18 +185,31 @@ def training_crops(crop_BYX: Tensor, window_B2: Tensor, intensity_B4: Tensor, si
         CROP=crop_BYX, WINDOW=window_B2, INTENSITY=intensity_B4, OUT=resized_BYX, E=edge, SIZE=size, OUTLIER=OUTLIER,
         TURN=not clahe, num_warps=8,
     )  # fmt: skip
-    if not clahe:
-        return resized_BYX
+    return _equalized(resized_BYX, window_B2, intensity_B4) if clahe else resized_BYX
+
+
+def equalize(image_BYX: Tensor, low_B: Tensor, high_B: Tensor) -> Tensor:
+    """See the package; square fp32 images."""
+    unused_B = torch.zeros_like(low_B)
+    intensity_B4 = torch.stack([unused_B, unused_B, low_B, high_B], 1)
+    window_B2 = torch.zeros(len(low_B), 2, dtype=torch.int32, device=low_B.device)
+    return _equalized(image_BYX.contiguous(), window_B2, intensity_B4)
+
+
+def _equalized(image_BYX: Tensor, window_B2: Tensor, intensity_B4: Tensor) -> Tensor:
+    """Equalized and turned."""
+    batch, size = image_BYX.shape[:2]
     tile = min(TILE, size)
     tiles = triton.cdiv(size, tile) ** 2
-    map_BTK = torch.empty(batch, tiles, BINS, dtype=torch.float32, device=crop_BYX.device)
+    map_BTK = torch.empty(batch, tiles, BINS, dtype=torch.float32, device=image_BYX.device)
     _map_kernel[(batch, tiles)](
-        IMAGE=resized_BYX, INTENSITY=intensity_B4, MAP=map_BTK, SIZE=size, TILE=tile,
+        IMAGE=image_BYX, INTENSITY=intensity_B4, MAP=map_BTK, SIZE=size, TILE=tile,
         LIMIT=max(1, int(CLIP * tile * tile)), PIXELS=triton.next_power_of_2(tile * tile), BINS=BINS, num_warps=8,
     )  # fmt: skip
-    image_BYX = torch.empty_like(resized_BYX)
+    equalized_BYX = torch.empty_like(image_BYX)
+    blocks = (batch, triton.cdiv(size, BLOCK.value), triton.cdiv(size, BLOCK.value))
     _apply_kernel[blocks](
-        IMAGE=resized_BYX, WINDOW=window_B2, INTENSITY=intensity_B4, MAP=map_BTK, OUT=image_BYX, SIZE=size, TILE=tile,
+        IMAGE=image_BYX, WINDOW=window_B2, INTENSITY=intensity_B4, MAP=map_BTK, OUT=equalized_BYX, SIZE=size, TILE=tile,
         BINS=BINS, CENTER=CENTER, SCALE=SCALE,
     )  # fmt: skip
-    return image_BYX
+    return equalized_BYX

@@ -67,6 +67,15 @@ def test_kernels_equal_the_reference_after_resizing_and_equalization() -> None:
     assert np.abs(found - plain).max() < 0.1
 
 
+@pytest.mark.parametrize("size", [70, 64, 11])
+def test_equalization_alone_equals_the_reference(size: int) -> None:
+    image = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    low, high = torch.tensor([-2.0, 1.0], device=DEVICE), torch.tensor([2.5, 1.0], device=DEVICE)
+    found, plain = (equalize(image, low, high, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found, plain)
+    assert torch.equal(found[1], image[1])  # an empty range
+
+
 def test_equalization_is_close_to_scikit_image() -> None:
     random = np.random.default_rng(0)
     smooth = gaussian_filter(random.normal(size=(256, 256)), 3)

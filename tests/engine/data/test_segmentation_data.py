@@ -18,17 +18,15 @@ from affmae_engine.data.segmentation_augment import (
     change_intensities,
     draw_intensities,
     draw_warp,
-    fold,
     gaussian_noise,
     largest_reach,
-    sample_images,
-    sample_labels,
     source_coordinates,
     window_of,
 )
 from affmae_engine.data.split import Region
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError
+from affmae_kernels.warped_crops.reference import fold
 
 STILL = FinetuneConfig(elastic=0, rotation=0, scale=0, photometric=0)
 
@@ -160,6 +158,20 @@ def test_a_batch_of_raw_samples_becomes_the_samples(store: Store):
             torch.testing.assert_close(batch[name][index], tensor, rtol=1e-5, atol=1e-5)
 
 
+def test_sections_kept_on_the_device_give_the_same_samples(store: Store):
+    read, kept = make_dataset(store), make_dataset(store)
+    kept.keep_on(torch.device("cpu"), 10)
+    assert "window" in kept.raw(0)  # too large
+    kept.keep_on(torch.device("cpu"), 2**30)
+    there = pickle.loads(pickle.dumps(kept))  # noqa: S301 (as worker processes get it)
+    for index in range(6):
+        raw = there.raw(index)
+        assert sum(tensor.numel() for tensor in raw.values()) < 1000
+        batch = kept.finish({name: tensor[None] for name, tensor in raw.items()})
+        for name, tensor in read.sample(index).items():
+            assert torch.equal(batch[name][0], tensor)
+
+
 def coordinates(seed: int, size: int, config: FinetuneConfig, *, flips: bool = False) -> np.ndarray:
     warp = draw_warp(np.random.default_rng(seed), size, config, flips=flips)
     matrix, lattice = torch.from_numpy(warp.matrix_22)[None], torch.from_numpy(warp.lattice_2PP)[None]
@@ -212,13 +224,6 @@ def test_coordinates_fold_at_the_outermost_pixels():
     torch.testing.assert_close(folded, torch.tensor([2, 0.4, 0, 3, 2.6, 2, 0, 1]), atol=1e-6, rtol=0)
     assert outside.tolist() == [True, False, False, False, False, True, True, True]
     assert fold(torch.tensor([-3.0, 0, 9]), torch.tensor(1))[0].tolist() == [0, 0, 0]
-
-
-def test_interpolation_is_bilinear_for_images_and_nearest_for_labels():
-    grid = torch.arange(12).reshape(1, 3, 4)
-    y, x = torch.tensor([[[0.5, 1.4]]]), torch.tensor([[[1.0, 2.6]]])
-    torch.testing.assert_close(sample_images(grid.float(), y, x), torch.tensor([[[3.0, 8.2]]]))
-    assert sample_labels(grid, y, x).tolist() == [[[1, 7]]]
 
 
 def test_intensity_changes_scale_with_their_strength():
