@@ -9,7 +9,8 @@ A ViT is made of PyTorch's own operations, two of which differ on meta tensors. 
 network has autocast's dtype here. Attention keeps its scores, so a stand-in keeps what fused attention keeps.
 
 Not counted: preparing the batch on the device, labeled sections that stay on the GPU (at most 1/16 of its memory), the
-CUDA context, workspaces of libraries, gaps in the allocator's memory, the loader's processes. docs/presets.md compares estimates with measurements.
+CUDA context, workspaces of libraries, gaps in the allocator's memory, the loader's processes. docs/presets.md compares
+estimates with measurements.
 """
 
 from __future__ import annotations
