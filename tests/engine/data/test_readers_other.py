@@ -283,6 +283,10 @@ def test_finding_files(tmp_path: Path) -> None:
     assert find_files([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]  # named outright: to be refused by name
     (tmp_path / "odd[1] *.tif").write_bytes(b"")
     assert find_files([str(tmp_path / "odd[1] *.tif")]) == [tmp_path / "odd[1] *.tif"]
+    (tmp_path / "deep" / "gone.tif").symlink_to(tmp_path / "nowhere.tif")  # told, not passed over
+    assert tmp_path / "deep" / "gone.tif" in find_files([tmp_path])
+    with pytest.raises(InputError, match=r"gone\.tif: no such file"):
+        open_sources(tmp_path / "deep" / "gone.tif")
     for wrong in ("absent.tif", "absent*.tif"):
         with pytest.raises(InputError, match="absent"):
             find_files([tmp_path / wrong])
