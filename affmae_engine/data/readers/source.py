@@ -26,7 +26,7 @@ PixelSize = tuple[float | None, float | None, float | None]
 UNKNOWN_SIZE: PixelSize = (None, None, None)
 
 
-_CHANNEL, _AXES = "AFFMAE_READ_CHANNEL", "AFFMAE_READ_AXES"
+_CHANNEL, _AXES = "_AFFMAE_READ_CHANNEL", "_AFFMAE_READ_AXES"
 AXES = "TCZYX"
 """The letters that axes are named by."""
 
