@@ -51,7 +51,8 @@ def test_finetune_knows_the_options(here: Path) -> None:
     for name in ("a.tif", "b.tif"):
         tifffile.imwrite(here / name, np.zeros((2, 64, 64), np.uint8))
     common = ["finetune", "--images", "a.tif", "--labels", "b.tif", "--preset", "demo", "--dry-run"]
-    assert affmae(*common, "--channel", "1", "--axes", "zcyx").exit_code == 0
+    result = affmae(*common, "--channel", "0", "--axes", "zyx")
+    assert result.exit_code == 0, result.output
     assert affmae(*common, "--axes", "zc").exit_code == 2
 
 
