@@ -47,23 +47,29 @@ def test_ingest_takes_one_channel(here: Path) -> None:
     assert affmae("ingest", "a.tif", "-o", "other.zarr", "--channel", "2").exit_code == 3
 
 
+def two_channels(folder: Path) -> np.ndarray:
+    """image.tif of two channels and labels.tif; the image's values [Z, C, Y, X]."""
+    block = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64), np.uint8)
+    tifffile.imwrite(folder / "image.tif", block, imagej=True, metadata={"axes": "ZCYX"})
+    tifffile.imwrite(folder / "labels.tif", (block[:, 0] > 99).astype(np.uint8), imagej=True, metadata={"axes": "ZYX"})
+    return block
+
+
+FINETUNE = ["finetune", "--images", "image.tif", "--labels", "labels.tif", "--preset", "demo"]
+
+
 def test_finetune_knows_the_options(here: Path) -> None:
-    for name in ("a.tif", "b.tif"):
-        tifffile.imwrite(here / name, np.zeros((2, 64, 64), np.uint8))
-    common = ["finetune", "--images", "a.tif", "--labels", "b.tif", "--preset", "demo", "--dry-run"]
-    result = affmae(*common, "--channel", "0", "--axes", "zyx")
-    assert result.exit_code == 0, result.output
-    assert affmae(*common, "--axes", "zc").exit_code == 2
+    two_channels(here)
+    for options, code in ((("--channel", "1"), 0), (("--channel", "2"), 3), (("--axes", "zc"), 2)):
+        result = affmae(*FINETUNE, "--dry-run", *options)
+        assert result.exit_code == code, result.output
 
 
 @pytest.mark.slow
 def test_finetune_trains_on_one_channel(here: Path) -> None:
-    block = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64), np.uint8)
-    tifffile.imwrite(here / "image.tif", block, imagej=True, metadata={"axes": "ZCYX"})
-    tifffile.imwrite(here / "labels.tif", (block[:, 0] > 99).astype(np.uint8), imagej=True, metadata={"axes": "ZYX"})
-    options = ["--images", "image.tif", "--labels", "labels.tif", "--preset", "demo", "--steps", "1", "--no-tui"]
-    small = ["--set", "data.crop_size=64", "--set", "train.batch_size=8", "--device", "cpu"]
-    result = affmae("finetune", *options, *small, "--channel", "1", "-o", "run", "-q")
+    block = two_channels(here)
+    small = ["--set", "data.crop_size=64", "--set", "train.batch_size=8", "--device", "cpu", "--steps", "1", "--no-tui"]
+    result = affmae(*FINETUNE, *small, "--channel", "1", "-o", "run", "-q")
     assert result.exit_code == 0, result.output
     store = Store.open(here / "run" / "data.zarr")
     np.testing.assert_array_equal(store.read("image", ALL, ALL, ALL), block[:, 1])
