@@ -23,9 +23,6 @@ class RemotePath(PosixPath):
     def __str__(self) -> str:
         return _URL.sub(r"\1://", super().__str__(), count=1)
 
-    def __fspath__(self) -> str:
-        return str(self)
-
 
 def as_path(named: str | Path) -> Path:
     """What a user named as a path; URLs, even those whose slashes a `Path` has lost, become a `RemotePath`.
