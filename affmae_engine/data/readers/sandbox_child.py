@@ -85,6 +85,8 @@ def _serve(request: dict[str, Any], opened: Files) -> tuple[dict[str, Any], np.n
     if request["do"] == "scan":
         told = [(error.message, error.hint) for error in file.refused]
         return {"sources": [describe(source) for source in file.sources], "refused": told}, None
+    if request["index"] >= len(file.sources):
+        raise InputError(f"cannot read {path}: it holds fewer images than before", "was it changed just now?")
     source = file.sources[request["index"]]
     z, y, x = (slice(*request[axis]) for axis in "zyx")
     nbytes = (z.stop - z.start) * (y.stop - y.start) * (x.stop - x.start) * source.info.dtype.itemsize

@@ -1,6 +1,7 @@
 """The child process that decodes what is not safe to decode: crashes, endless work, memory, forks, threads."""
 
 import os
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,17 @@ def test_a_file_that_changed_is_opened_anew(stack: Path) -> None:
     np.testing.assert_array_equal(source.read(ALL, ALL, ALL), BLOCK)
     zarr.open_array(stack)[:] = 255 - BLOCK
     np.testing.assert_array_equal(source.read(ALL, ALL, ALL), 255 - BLOCK)
+
+
+def test_a_file_that_lost_images_since_it_was_scanned(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "g.zarr")
+    for name in "ab":
+        group.create_array(name, shape=(9, 9), dtype="u1", chunks=(9, 9))[:] = 1
+    sources = open_sources(tmp_path / "g.zarr")
+    shutil.rmtree(tmp_path / "g.zarr" / "b")
+    sandbox.end_children()
+    with pytest.raises(InputError, match="fewer images"):
+        sources[1].read(ALL, ALL, ALL)
 
 
 def test_the_libraries_of_this_process_stay_as_they_are(stack: Path) -> None:
