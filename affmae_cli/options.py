@@ -95,20 +95,20 @@ TrustSizesOption = Annotated[
 ]
 
 
-def _read_channel(ctx: typer.Context, wished: int | None) -> int | None:
-    if wished is not None:
+def _read_channel(ctx: typer.Context, value: int | None) -> int | None:
+    if value is not None:
         from affmae_engine.data.readers.source import reading_as
 
-        ctx.with_resource(reading_as(channel=wished))
-    return wished
+        ctx.with_resource(reading_as(channel=value))
+    return value
 
 
-def _read_axes(ctx: typer.Context, wished: str | None) -> str | None:
-    if wished:
+def _read_axes(ctx: typer.Context, value: str | None) -> str | None:
+    if value:
         from affmae_engine.data.readers.source import reading_as
 
-        ctx.with_resource(reading_as(axes=wished))
-    return wished
+        ctx.with_resource(reading_as(axes=value))
+    return value
 
 
 ChannelOption = Annotated[

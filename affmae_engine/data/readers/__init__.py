@@ -54,7 +54,7 @@ def scan_sources(path: Path, *, channel: int | None = None, labels: bool = False
     Raises:
         InputError: nothing in it can be read.
     """
-    path, options = as_path(path), ReadOptions.wished(channel, labels, axes)
+    path, options = as_path(path), ReadOptions.with_defaults(channel, labels, axes)
     kind = recognise(path)
     if kind == "packed":
         return _scan_packed(path, options)

@@ -125,11 +125,11 @@ def array_source(array: Array, options: ReadOptions) -> ArraySource:
     """The source of an array.
 
     Raises:
-        Refused: an axis is empty or missing, the wished axes or channel do not fit, or the values are no real numbers.
+        Refused: an axis is empty or missing, the axes or channel that the user chose do not fit, or the values are no real numbers.
     """
     axes, shape = array.axes, array.shape
     if options.axes:
-        axes = wished_axes(options.axes, axes, shape)
+        axes = user_axes(options.axes, axes, shape)
     if axes.count("Y") != 1 or axes.count("X") != 1:
         raise Refused(f"its axes {axes} do not have one y and one x", "name its axes with --axes, for example ZYX")
     sizes = dict(zip(axes, shape, strict=True))
@@ -166,7 +166,7 @@ def array_source(array: Array, options: ReadOptions) -> ArraySource:
     if "T" in section_axes:
         notes.append(f"{section_shape[section_axes.index('T')]} time points")
     if options.axes:
-        notes.append(f"axes read as {options.axes}, as wished")
+        notes.append(f"axes read as {options.axes} (--axes)")
     elif array.axes_from == "guess" and len(shape) > 2:
         notes.append(f"axes not named: taken as {axes}")
     questions = question_of_size(tuple(array.pixel_nm.get(a) for a in "ZYX"))
@@ -190,7 +190,7 @@ def array_source(array: Array, options: ReadOptions) -> ArraySource:
     return ArraySource(info, array, axes, channel, sample, rule)
 
 
-def wished_axes(wished: str, axes: str, shape: tuple[int, ...]) -> str:
+def user_axes(chosen: str, axes: str, shape: tuple[int, ...]) -> str:
     """The axes that the user named in place of `axes`; samples of a pixel may be left out.
 
     Raises:
@@ -199,14 +199,14 @@ def wished_axes(wished: str, axes: str, shape: tuple[int, ...]) -> str:
     samples = "S" in axes and shape[axes.index("S")] > 1
     for hidden in ("_", "_S"):
         named = [i for i, a in enumerate(axes) if a not in hidden and (a != "S" or samples)]
-        if len(named) == len(wished):
+        if len(named) == len(chosen):
             letters = list(axes)
-            for i, letter in zip(named, wished, strict=True):
+            for i, letter in zip(named, chosen, strict=True):
                 letters[i] = letter
             return "".join(letters)
     sizes = [n for a, n in zip(axes, shape, strict=True) if a != "_" and (a != "S" or samples)]
     raise Refused(
-        f"--axes {wished} names {len(wished)} axes, it has {len(sizes)} ({' x '.join(map(str, sizes))})",
+        f"--axes {chosen} names {len(chosen)} axes, it has {len(sizes)} ({' x '.join(map(str, sizes))})",
         "name one letter per axis, for example ZYX",
     )
 

@@ -46,7 +46,7 @@ class ReadOptions:
     axes: str = ""
 
     @classmethod
-    def wished(cls, channel: int | None, labels: bool, axes: str) -> ReadOptions:
+    def with_defaults(cls, channel: int | None, labels: bool, axes: str) -> ReadOptions:
         """These options, and where they say nothing those of `reading_as`. Channels are those of images only."""
         if channel is None and not labels and os.environ.get(_CHANNEL, "").isdecimal():
             channel = int(os.environ[_CHANNEL])
@@ -71,9 +71,9 @@ def reading_as(channel: int | None = None, axes: str = "") -> Iterator[None]:
     Raises:
         ConfigError: see `check_axes`.
     """
-    wished = {_CHANNEL: "" if channel is None else str(channel), _AXES: check_axes(axes)}
-    before = {name: os.environ.get(name) for name in wished}
-    os.environ.update({name: value for name, value in wished.items() if value})
+    chosen = {_CHANNEL: "" if channel is None else str(channel), _AXES: check_axes(axes)}
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update({name: value for name, value in chosen.items() if value})
     try:
         yield
     finally:
