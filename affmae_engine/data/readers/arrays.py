@@ -125,7 +125,7 @@ def array_source(array: Array, options: ReadOptions) -> ArraySource:
     """The source of an array.
 
     Raises:
-        Refused: an axis is empty or missing, the axes or channel that the user chose do not fit, or the values are no real numbers.
+        Refused: an axis is empty or missing, the axes or channel of the user do not fit, or the values are not real.
     """
     axes, shape = array.axes, array.shape
     if options.axes:
