@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from affmae_cli import output
-from affmae_engine.events import Evaluated, Event, RunEnded, RunStarted, StepLogged, SystemSampled, Warned
+from affmae_engine.events import Evaluated, Event, RunEnded, RunStarted, StepLogged, SystemSampled, Warned, line
 
 if TYPE_CHECKING:
     from affmae_engine.config import RunConfig
@@ -121,8 +121,6 @@ class PlainLines:
         _write(self._console, f"{_STOPPING}\n".encode())
 
     def _print(self, event: Event) -> None:
-        from affmae_engine.runtime.formatting import line
-
         text = line(event, self._total)
         if text:
             style = "yellow" if isinstance(event, Warned) else ""
@@ -189,8 +187,6 @@ class LiveView:
             self._curve.add(self._smooth["loss"])
 
     def _remember(self, event: Event) -> None:
-        from affmae_engine.runtime.formatting import line
-
         text = Text(
             output.printable(line(event, 0)).replace("\n", " "), style="dim", overflow=self._overflow, no_wrap=True
         )

@@ -23,12 +23,11 @@ from affmae_engine import atomic, checkpoint
 from affmae_engine.config import RunConfig
 from affmae_engine.data.loading import batches
 from affmae_engine.errors import ConfigError, Interrupted, ResourceError
-from affmae_engine.events import Event, RunStarted
+from affmae_engine.events import Event, RunStarted, line
 from affmae_engine.model.build import runs_kernels
 from affmae_engine.run_dir import RunDir
 from affmae_engine.runtime.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.runtime.distributed import Ranks, current_ranks
-from affmae_engine.runtime.formatting import line
 from affmae_engine.runtime.memory import free_memory, largest_divisor, measured_micro_batch
 from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.train.compile import compile_vit
