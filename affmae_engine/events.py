@@ -28,7 +28,7 @@ _REQUESTED = {STOP: "stop", CHECKPOINT: "save a checkpoint"}
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 """Steps, images, parameters."""
-Time = Annotated[float, Meta(ge=0, le=1e11)]
+Time = Annotated[float, Meta(ge=-6e10, le=1e11)]
 """Seconds since the epoch, within what calendars can show."""
 if TYPE_CHECKING:
     Number = float

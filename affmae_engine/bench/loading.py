@@ -71,7 +71,7 @@ def with_loading(case: SpeedCase, model: nn.Module, choice: DeviceChoice, data: 
             next(stream)
         if ahead:
             steps(ahead)
-        watch.lap(case.batch, 0)
+        watch.lap(case.batch)
         steps(max(FEWEST_STEPS, 2 * ahead))
-        pace = watch.lap(case.batch, 0)
+        pace = watch.lap(case.batch)
     return pace.images_per_s, pace.data_wait

@@ -44,13 +44,13 @@ def out_of_memory(error: BaseException) -> BaseException | None:
     return None
 
 
-def memory_shortage(error: BaseException) -> str | None:
-    """What an exception says of short memory; None when it is about something else.
+def as_out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
+    """A new out-of-memory error with the text of the one behind an exception; None when there is none.
 
-    The text alone: the exception holds the tensors of what failed.
+    Raised outside the except block, it holds none of the tensors of what failed, which the exception itself does.
     """
     reason = out_of_memory(error)
-    return None if reason is None else str(reason)
+    return None if reason is None else torch.OutOfMemoryError(str(reason))
 
 
 def largest_divisor(share: int, limit: int) -> int:
@@ -154,10 +154,10 @@ def in_smaller_batches(work: Callable[[int], _T], size: int, device: torch.devic
         try:
             return work(size)
         except Exception as error:
-            text = memory_shortage(error)
-            if text is None:
+            shortage = as_out_of_memory(error)
+            if shortage is None:
                 raise
         free_memory(device)
         if size == 1:
-            raise torch.OutOfMemoryError(text)
+            raise shortage
         size //= 2

@@ -1,4 +1,4 @@
-"""The loop on a toy task: what is written, what is skipped, how it stops."""
+"""The trainer on a toy task: what is written, what is skipped, how it stops."""
 
 import json
 import logging
@@ -14,9 +14,9 @@ from affmae_engine import checkpoint, events
 from affmae_engine.errors import BusyError, ConfigError, DivergedError, Interrupted, ResourceError
 from affmae_engine.run_dir import CHECKPOINT, STOP, RunDir
 from affmae_engine.runtime.signals import StopRequest
-from affmae_engine.train import session
-from affmae_engine.train.loop import fit
+from affmae_engine.train import trainer
 from affmae_engine.train.state import Snapshot
+from tests.engine.train.fitting import fit
 
 Make = Callable[..., object]
 
@@ -259,7 +259,7 @@ def test_a_run_is_never_started_over_another(make_toy: Make, make_config: Make, 
     config = make_config()
     run = make_run(config)
     fit(run, config, make_toy().task)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         fit(run, config, make_toy().task)
 
 
@@ -287,7 +287,7 @@ def test_too_small_a_disk_is_found_before_training(
 ) -> None:
     config = make_config()
     run = make_run(config)
-    monkeypatch.setattr(session.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     toy = make_toy()
     with pytest.raises(ResourceError, match="need"):
         fit(run, config, toy.task)
