@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from affmae_engine import atomic
 from affmae_engine.errors import CorruptError, InputError, human_bytes, one_line
 from affmae_engine.run_dir import RunDir
-from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors, write_weights
+from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors, write_tensors, write_weights
 
 MANIFEST_SCHEMA = 1
 _LARGEST_JSON = 16 << 20
@@ -74,7 +73,7 @@ def save(
         return final
     with atomic.committed_folder(final) as folder:
         write_weights(folder / WEIGHTS, weights, metadata)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}, folder / OPTIMIZER)
+        write_tensors(folder / OPTIMIZER, optimizer)
         (folder / STATE).write_text(json.dumps(state, allow_nan=False), "utf-8")
         files = {
             name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}

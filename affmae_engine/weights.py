@@ -7,6 +7,7 @@ Reading one runs no code: the tensors are safetensors, the metadata is validated
 from __future__ import annotations
 
 import contextlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,11 +59,15 @@ class WeightsMetadata(BaseModel):
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write a weights file; the caller makes it atomic. Tensors go to the host one by one, without a device copy."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={METADATA_KEY: metadata.model_dump_json()},
-    )
+    write_tensors(path, tensors, {METADATA_KEY: metadata.model_dump_json()})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; the caller makes it atomic. Its permissions follow the umask."""
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    path.chmod(permissions)  # safetensors makes files that their owner alone may read
 
 
 @contextlib.contextmanager

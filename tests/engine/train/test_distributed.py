@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,9 +17,10 @@ import torch
 from affmae_engine import checkpoint, events
 from affmae_engine.config import FinetuneConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from affmae_engine.data.labels import IGNORE
-from affmae_engine.errors import AffmaeError, ConfigError, Interrupted
+from affmae_engine.errors import AffmaeError, ConfigError, Interrupted, ResourceError
 from affmae_engine.model.build import build_segmenter, encoder_layers
 from affmae_engine.run_dir import RunDir
+from affmae_engine.runtime import distributed
 from affmae_engine.runtime.device import pick_device
 from affmae_engine.runtime.distributed import Ranks, current_ranks, process_group
 from affmae_engine.runtime.signals import StopRequest
@@ -34,7 +36,7 @@ Make = Callable[..., object]
 
 
 def in_processes(folder: Path, work: Callable[[int], object], world: int = 2, seconds: float = 60.0) -> list:
-    """What `work(rank)` returns in each process of a group; the name of the error's class, or minus the signal."""
+    """What `work(rank)` returns in each process of a group, or the name of its error, its exit code, minus its signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,7 +68,7 @@ def in_processes(folder: Path, work: Callable[[int], object], world: int = 2, se
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
         file = folder / f"result-{rank}.json"
-        results.append(json.loads(file.read_text()) if os.WIFEXITED(done[1]) else -os.WTERMSIG(done[1]))
+        results.append(json.loads(file.read_text()) if file.exists() else os.waitstatus_to_exitcode(done[1]))
         file.unlink(missing_ok=True)
     return results
 
@@ -346,6 +348,36 @@ def test_the_death_of_one_process_ends_the_others_and_the_run_goes_on(
     assert time.monotonic() - start < 30
     assert json.loads(run.summary.read_text())["status"] == "failed"
     assert run.checkpoint_steps() == [3]
+    in_processes(tmp_path, lambda rank: fit(run, config, without_dropout(make_toy()).task, resume=True).step)
+    same_to_rounding(whole, run, 9)
+
+
+def test_a_process_that_waits_for_its_device_is_ended_too(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an NCCL collective with a dead process: nothing reaches the main thread."""
+    monkeypatch.setattr(distributed, "GRACE_S", 0.5)
+    config = make_config(batch_size=4, steps=9, checkpoint_every=3, log_every=1)
+    whole, run = make_run(config, "whole"), make_run(config, "run")
+    fit(whole, config, without_dropout(make_toy()).task)
+
+    def work(rank: int) -> int:
+        def die_or_wait(batch: dict[str, torch.Tensor]) -> None:
+            calls.append(batch)
+            if len(calls) == 5:
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                threading.Event().wait()
+
+        calls: list[object] = []
+        return fit(run, config, without_dropout(make_toy(before=die_or_wait)).task).step
+
+    start = time.monotonic()
+    assert in_processes(tmp_path, work) == [ResourceError.exit_code, -signal.SIGKILL]
+    assert time.monotonic() - start < 30
+    last = events.from_line(run.metrics.read_text().splitlines()[-1])
+    assert isinstance(last, events.RunEnded) and last.status == "failed" and "another process" in last.message
+    assert run.read_json(run.summary)["status"] == "failed" and run.checkpoint_steps() == [3]
     in_processes(tmp_path, lambda rank: fit(run, config, without_dropout(make_toy()).task, resume=True).step)
     same_to_rounding(whole, run, 9)
 
