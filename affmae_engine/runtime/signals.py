@@ -15,6 +15,19 @@ from types import FrameType
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+_OF_THE_GROUP = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """TERM and HUP wait until the end of the block; a process that is started inside never gets them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopRequest:
     """Whether and why the run is asked to stop.
 

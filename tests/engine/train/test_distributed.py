@@ -36,7 +36,7 @@ Make = Callable[..., object]
 
 
 def in_processes(folder: Path, work: Callable[[int], object], world: int = 2, seconds: float = 60.0) -> list:
-    """What `work(rank)` returns in each process of a group, or the name of its error, its exit code, minus its signal."""
+    """What `work(rank)` returns in each process of a group, or its error's name, its exit code, minus its signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
