@@ -35,7 +35,7 @@ class WeightsMetadata(BaseModel):
     task: Task
     """What the weights were trained for: a masked autoencoder, or a segmenter."""
     step: int = 0
-    """Optimizer steps taken; set by the loop."""
+    """Optimizer steps taken; set by the trainer."""
     model: dict[str, Any]
     """The `[model]` section (`ModelConfig`)."""
     image_size: Annotated[int, Field(gt=0, le=1 << 16)]
@@ -49,7 +49,7 @@ class WeightsMetadata(BaseModel):
     ignore_label: int | None = None
     """Label value that was neither trained on nor scored."""
     config: dict[str, dict[str, Any]] = {}
-    """The whole resolved configuration of the run; set by the loop."""
+    """The whole resolved configuration of the run; set by the trainer."""
 
     @classmethod
     def of_run(cls, task: Task, config: RunConfig, **known: Any) -> WeightsMetadata:

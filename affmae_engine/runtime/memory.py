@@ -6,7 +6,7 @@ their size is a matter of memory and speed alone. It always divides a process's 
 Unusual: the size that fits a card is measured, not estimated: forward and backward passes of a few sizes on real
 samples, which change no weight and no random generator. A line through what they took leads to the size, so the card
 is hardly ever driven out of memory, which others on a desktop would feel. The passes are neither compiled nor recorded;
-should the training need more than they did, the loop halves as at any shortage.
+should the training need more than they did, the trainer halves as at any shortage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A request to stop, made by a signal or by whoever holds the object, and read by the loop once per step.
+"""A request to stop, made by a signal or by whoever holds the object, and read by the trainer once per step.
 
-INT, TERM and HUP only set a flag: the loop finishes its step, saves a checkpoint and raises `Interrupted`. A second
+INT, TERM and HUP only set a flag: the trainer finishes its step, saves a checkpoint and raises `Interrupted`. A second
 INT ends the process at once: the default action is put back, so that not even a blocked call can delay it.
 """
 

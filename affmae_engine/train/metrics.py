@@ -1,6 +1,6 @@
 """What a run records: events to metrics.jsonl and to the sinks, sums on the device, time on the host.
 
-Nothing here reads the device except `Window.read`, which the loop calls when it logs.
+Nothing here reads the device except `Window.read`, which the trainer calls when it logs.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,26 @@ def test_a_run_writes_what_the_architecture_promises(make_toy: Make, make_config
     assert all(list(event.losses) == ["loss", "last"] for event in logged)
     assert all(event.images_per_s > 0 and event.eta_s >= 0 and 0 <= event.data_wait <= 1 for event in logged)
     assert not logging.getLogger("affmae_engine").handlers
+
+
+def test_the_time_left_counts_evaluations_before_and_after_the_first(
+    make_toy: Make, make_config: Make, make_run: Make
+) -> None:
+    config = make_config(steps=12, log_every=1, eval_every=3, checkpoint_every=0)
+    run, task = make_run(config), make_toy().task
+    evaluate = task.evaluate
+
+    def slow(*arguments: object) -> object:
+        time.sleep(0.2)
+        return evaluate(*arguments)
+
+    task.evaluate, task.evaluated_images = slow, 1e6
+    fit(run, config, task)
+    left = {event.step: event.eta_s for event in of_kind(run, events.StepLogged)}
+    guess = 1e6 / 3 / of_kind(run, events.StepLogged)[0].images_per_s
+    assert left[1] == pytest.approx(4 * guess, rel=0.1)
+    assert 3 * 0.2 < left[5] < 3 * 0.2 + 1 and left[3] > 10 * left[5]
+    assert 0.2 < left[11] < 0.2 + 0.5 and 0.2 < left[12] < 0.2 + 0.5, "the last evaluation is still to come"
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(make_toy: Make, make_config: Make, make_run: Make) -> None:
