@@ -69,6 +69,8 @@ from affmae_engine.visualize import save_png
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail (disk full) before the run stops."""
+KEPT_SHARE = 1 / 16
+"""Share of a GPU's memory that may hold a labeled training set."""
 FORWARD_SHARE = 1 / 3
 """Share of a step that its forward pass takes, to guess the time of the first evaluation."""
 
@@ -144,6 +146,7 @@ class Trainer:
         train, total = self.config.train, self.config.train.steps
         with self._opened() as (saved, warnings), self._end_recorded(), self.ranks.peers_expected():
             self.start(saved, warnings)
+            self.keep_data_on_gpu()
             self.compile_kernels()
             self.choose_micro_batch()
             self.prepare_steps()
@@ -304,6 +307,13 @@ class Trainer:
 
     # ---- steps
 
+    def keep_data_on_gpu(self) -> None:
+        """Copy the training data to the GPU, where the dataset can work from there and it is small enough."""
+        keep_on = getattr(self.task.dataset, "keep_on", None)
+        device = self.choice.device
+        if keep_on is not None and device.type == "cuda":
+            keep_on(device, int(KEPT_SHARE * torch.cuda.mem_get_info(device)[1]))
+
     def compile_kernels(self) -> None:
         """Compile what the steps run, so that the first one does not wait for it piece by piece."""
         state, task = self.state, self.task
@@ -338,15 +348,17 @@ class Trainer:
     def prepare_steps(self) -> None:
         """Start the data loader and make the step, for the micro-batch in use."""
         config, state, ranks = self.config, self.state, self.ranks
-        micro, batch_size = state.micro_batch, config.train.batch_size
+        micro, batch_size, dataset = state.micro_batch, config.train.batch_size, self.task.dataset
+        on_gpu = self.choice.device.type == "cuda"
         self._batches = batches(
-            self.task.dataset,
+            dataset,
             first=state.step,
             batch_size=batch_size,
             micro_batch=micro,
             rank=ranks.rank,
             world=ranks.world,
             workers=config.data.workers,
+            raw=on_gpu,
         )
         self._take_step = TrainStep(
             state.model,
@@ -359,6 +371,7 @@ class Trainer:
             record=self._records_steps(),
             ranks=ranks,
             agree=self._any_out_of_memory,
+            finish=getattr(dataset, "finish", None) if on_gpu else None,
         )
 
     def halve_micro_batch(self) -> None:
