@@ -10,10 +10,7 @@ from affmae_engine.config import RunConfig
 def with_steps(config: RunConfig, samples_per_epoch: int) -> RunConfig:
     """The configuration with the number of steps that `train.epochs` means, where it is set."""
     train = config.train
-    if train.epochs is None:
-        return config
-    steps = max(1, math.ceil(train.epochs * samples_per_epoch / train.batch_size))
-    return config.model_copy(update={"train": train.model_copy(update={"steps": steps})})
+    return config.model_copy(update={"train": train.model_copy(update={"steps": train.length(samples_per_epoch)})})
 
 
 def warmup_length(warmup_steps: int, total_steps: int) -> int:
