@@ -47,7 +47,6 @@ def several() -> bool:
 
 def led(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, which may train, run in the first process and followed by the others."""
-
     if not several():
         return command
 
@@ -124,7 +123,7 @@ def _report_once(error: AffmaeError, ranks: Ranks) -> None:
 
 
 def _leave(raised: BaseException, ranks: Ranks) -> NoReturn:
-    """Say what went wrong where no other process does, and end."""
+    """Print what went wrong, unless another process does, and end."""
     training = isinstance(raised, _WhileTraining)
     error = raised.__cause__ if training and raised.__cause__ is not None else raised
     if isinstance(error, KeyboardInterrupt):

@@ -171,11 +171,11 @@ class TrainStep:
         """What a micro-batch's mean contributes to that of the step, over all processes."""
         return loss / self._parts if self._parts > 1 else loss
 
-    def _sum_over_ranks(self, total: SumOverRanks, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _sum_over_ranks(self, add_up: SumOverRanks, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums gradients, for the update to read, and losses over all processes."""
         written = self._written or self._gradients()
         with self._ranks.peers_expected():
-            sums = total([*written, *losses.values()])
+            sums = add_up([*written, *losses.values()])
         if self._written and self._accumulate > 1:  # the captured pass adds to them
             torch._foreach_zero_(self._written)
         if not self._written:
