@@ -21,7 +21,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from affmae_engine import atomic
-from affmae_engine.errors import CorruptError, InputError, human_bytes, one_line
+from affmae_engine.errors import CorruptError, InputError, ResourceError, human_bytes, one_line
 from affmae_engine.run_dir import RunDir
 from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors, write_tensors, write_weights
 
@@ -123,6 +123,24 @@ def newest_valid(run: RunDir, warn: Callable[[str], None]) -> Checkpoint | None:
             "restore the folder from a copy, or start anew with another -o/--out",
         )
     return None
+
+
+def check_space(run: RunDir, weights: dict[str, Tensor], keep: int) -> None:
+    """Raises ResourceError when the disk cannot hold the checkpoints of a run.
+
+    Args:
+        run: the run.
+        weights: the model's tensors; the optimizer keeps two moments of each.
+        keep: newest checkpoints that stay, besides the best one and the one that is being written.
+    """
+    one = 3 * sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    needed = one * max(1, keep + 2 - len(run.checkpoint_steps()))
+    free = shutil.disk_usage(run.root).free
+    if free < needed:
+        raise ResourceError(
+            f"the checkpoints of this run need {human_bytes(needed)}, and {run.root} has {human_bytes(free)} left",
+            "free some space, choose another -o/--out, or keep fewer with --set train.keep_checkpoints=1",
+        )
 
 
 def set_aside_newer(run: RunDir, step: int) -> list[Path]:

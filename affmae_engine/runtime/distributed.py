@@ -31,6 +31,8 @@ PATIENCE = timedelta(minutes=60)
 """Longest wait for a process that lives but does not answer, as during an evaluation on rank 0."""
 GRACE_S = 15.0
 """Seconds that a process has to end by itself after another one died. torchrun kills it after 30."""
+LAST_ACTIONS_S = 10.0
+"""Seconds for what it does last after that, such as waiting for a checkpoint that is being written."""
 
 _FAREWELL_TAG = 1
 _NO_TIMEOUT = timedelta(days=365)
@@ -216,7 +218,7 @@ class PeerWatch:
     def _force_end(self) -> None:
         time.sleep(GRACE_S)
         # An action may hang, as on a disk that is gone; the process still ends.
-        deadline = threading.Timer(5.0, os._exit, (PeerLost.exit_code,))
+        deadline = threading.Timer(LAST_ACTIONS_S, os._exit, (PeerLost.exit_code,))
         deadline.daemon = True
         deadline.start()
         for action in reversed(self.last_actions):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,6 @@ from affmae_engine.errors import (
     DivergedError,
     Interrupted,
     ResourceError,
-    human_bytes,
     of_system,
 )
 from affmae_engine.events import (
@@ -160,7 +158,7 @@ class Trainer:
                     if result is None:  # the step has changed nothing
                         self.halve_micro_batch()
                         continue
-                    self.count(result)
+                    self.record_step(result)
 
                     step = self.state.step
                     if due(train.log_every, step, total):
@@ -262,7 +260,7 @@ class Trainer:
         for name in REQUESTS:  # that an earlier process left behind
             (run.control / name).unlink(missing_ok=True)
         self._reconcile()
-        self._check_space()
+        checkpoint.check_space(run, self.state.model.state_dict(), self.config.train.keep_checkpoints)
 
     def _started(self) -> RunStarted:
         config, world = self.config, self.ranks.world
@@ -290,20 +288,6 @@ class Trainer:
             self.state.best = None
         elif checkpoint.best_step(self.run) != best[0]:
             checkpoint.write_best(self.run, best[0], "score", best[1])
-
-    def _check_space(self) -> None:
-        """Raises ResourceError when the disk cannot hold the checkpoints of this run."""
-        tensors = self.state.model.state_dict().values()
-        one = 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)  # weights and two moments
-        have = len(self.run.checkpoint_steps())
-        needed = one * max(1, self.config.train.keep_checkpoints + 2 - have)
-        free = shutil.disk_usage(self.run.root).free
-        if free < needed:
-            raise ResourceError(
-                f"the checkpoints of this run need {human_bytes(needed)}, and {self.run.root} has "
-                f"{human_bytes(free)} left",
-                "free some space, choose another -o/--out, or keep fewer with --set train.keep_checkpoints=1",
-            )
 
     # ---- steps
 
@@ -406,7 +390,7 @@ class Trainer:
         set_learning_rate(self.state.optimizer, rate)
         return rate
 
-    def count(self, result: StepResult) -> None:
+    def record_step(self, result: StepResult) -> None:
         """Take in a finished step, and what became of a checkpoint that was being written meanwhile."""
         self.state.window.add(result.losses, result.grad_norm, result.bad)
         self.state.step += 1

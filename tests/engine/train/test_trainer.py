@@ -15,7 +15,6 @@ from affmae_engine import checkpoint, events
 from affmae_engine.errors import BusyError, ConfigError, DivergedError, Interrupted, ResourceError
 from affmae_engine.run_dir import CHECKPOINT, STOP, RunDir
 from affmae_engine.runtime.signals import StopRequest
-from affmae_engine.train import trainer
 from affmae_engine.train.state import Snapshot
 from tests.engine.train.fitting import fit
 
@@ -308,7 +307,7 @@ def test_too_small_a_disk_is_found_before_training(
 ) -> None:
     config = make_config()
     run = make_run(config)
-    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     toy = make_toy()
     with pytest.raises(ResourceError, match="need"):
         fit(run, config, toy.task)
