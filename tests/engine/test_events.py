@@ -124,8 +124,8 @@ def test_finite():
 def test_lines_of_the_first_version_are_read():
     """They lack fields that came later, and have a time of their own."""
     lines = [
-        '{"kind": "run_started", "time": 1.5, "schema": 1, "task": "pretrain", "run": "a", "step": 0, "total_steps": 9, '
-        '"resumed": false, "device": "CPU", "precision": "fp32", "parameters": 5, "batch_size": 2}',
+        '{"kind": "run_started", "time": 1.5, "schema": 1, "task": "pretrain", "run": "a", "step": 0, '
+        '"total_steps": 9, "resumed": false, "device": "CPU", "precision": "fp32", "parameters": 5, "batch_size": 2}',
         '{"kind": "step", "time": 2.5, "step": 1, "losses": {"loss": null, "last": 1}, "lr": 0.1, "grad_norm": null, '
         '"images_per_s": 3, "data_wait": 0, "step_s": 0.5, "memory_gib": 1, "memory_peak_gib": 1, "eta_s": 4}',
         '{"kind": "checkpoint", "time": 3.5, "step": 1, "path": "checkpoints/step-000001", "seconds": 0.5}',
