@@ -12,7 +12,21 @@ from typing import Annotated, Any
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, predict, presets, pretrain, watch
+from affmae_cli.commands import (
+    bench,
+    check,
+    demo,
+    doctor,
+    finetune,
+    import_,
+    ingest,
+    predict,
+    presets,
+    pretrain,
+    share,
+    slurm,
+    watch,
+)
 from affmae_cli.errors import ErrorGroup
 from affmae_cli.processes import led
 
@@ -27,7 +41,10 @@ Pretraining and segmentation for electron microscopy.
 [bold]affmae watch[/bold]                              see how a run is doing
 """
 
-ORDER = ("ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "check", "presets", "doctor")
+ORDER = (
+    "ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "check", "share", "import", "slurm",
+    "presets", "doctor",
+)  # fmt: skip
 """The commands in the order of the help."""
 
 
@@ -55,6 +72,9 @@ app.command()(watch.watch)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(check.check)
+app.command()(share.share)
+app.command("import")(import_.import_)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(slurm.slurm)
 app.command()(presets.presets)
 app.command()(doctor.doctor)
 

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -75,7 +75,9 @@ class ModelAbout(BaseModel):
     """Every other file of the package by its path in it."""
 
 
-def write_folder(path: Path, about: Mapping[str, Any], fill: Any, *, replace: bool = False) -> ModelAbout:
+def write_folder(
+    path: Path, about: Mapping[str, Any], fill: Callable[[Path], object], *, replace: bool = False
+) -> ModelAbout:
     """Write a package as a folder.
 
     Args:
@@ -90,13 +92,16 @@ def write_folder(path: Path, about: Mapping[str, Any], fill: Any, *, replace: bo
     """
     refuse_existing(path, replace=replace)
     atomic.ensure_folder(path.parent)
+    result: list[ModelAbout] = []
     with atomic.committed_folder(path, replace=replace) as folder:
         fill(folder)
-        written = _complete(folder, about)
-    return written
+        result.append(_complete(folder, about))
+    return result[0]
 
 
-def write_zip(path: Path, about: Mapping[str, Any], fill: Any, *, replace: bool = False) -> ModelAbout:
+def write_zip(
+    path: Path, about: Mapping[str, Any], fill: Callable[[Path], object], *, replace: bool = False
+) -> ModelAbout:
     """Write a package as a ZIP file (stored: weights do not compress); arguments and errors as for `write_folder`."""
     refuse_existing(path, replace=replace)
     atomic.ensure_folder(path.parent)
@@ -164,7 +169,9 @@ def hub_name(path: Path) -> tuple[str, str | None]:
     """
     match = _ON_HUB.fullmatch(str(path))
     if match is None:
-        raise ConfigError(f"{path} is not a model on the Hugging Face Hub", "write hf:ORG/NAME, or hf:ORG/NAME@REVISION")
+        raise ConfigError(
+            f"{path} is not a model on the Hugging Face Hub", "write hf:ORG/NAME, or hf:ORG/NAME@REVISION"
+        )
     return match["name"], match["revision"]
 
 
@@ -218,7 +225,9 @@ def _of_zip(path: Path) -> Path:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if ABOUT not in names:
-                raise InputError(f"{path} is not a model package: it has no {ABOUT}", "packages are made by affmae share")
+                raise InputError(
+                    f"{path} is not a model package: it has no {ABOUT}", "packages are made by affmae share"
+                )
             with archive.open(ABOUT) as handle:
                 about = _parsed(handle, f"{path}:{ABOUT}")
             expected = _weights_entry(about, f"{path}")

@@ -107,18 +107,20 @@ def _main(path: Path, folder: Path) -> int:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        print(f"it holds more than tensors and plain values: {one_line(ValueError((found or [str(error)])[0]))}")
-        return _REFUSED
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        first = one_line(error).partition(". ")[0]
-        print(f"it is damaged or no PyTorch checkpoint ({type(error).__name__}: {first})")
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError
+    ) as error:  # fmt: skip
+        lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
+        if lines:
+            print(f"it holds more than tensors and plain values: {one_line(ValueError(lines[0]))}")
+        else:
+            first = one_line(error).partition(". ")[0]
+            print(f"it is damaged or no PyTorch checkpoint ({type(error).__name__}: {first})")
         return _REFUSED
     table = content if isinstance(content, Mapping) else {}
     # Optimizers keep their tensors under numbers; nothing of theirs is a parameter of the network.
     tensors = {name: t.contiguous().clone() for name, t in _tensors(table) if not name.startswith("optimizer")}
-    config = next((_plain(table[name]) for name in _SECTIONS if name in table), {})
+    config: Any = next((_plain(table[name]) for name in _SECTIONS if name in table), {})
     save_file(tensors, folder / TENSORS)
     print(json.dumps({"config": config if isinstance(config, dict) else {}}))
     return 0

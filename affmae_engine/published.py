@@ -88,8 +88,8 @@ class Converted:
                 "name every class, in the order of the label values" if self.classes else "leave the names out",
             )
         known = {"normalisation": normalisation.to_dict(), "pixel_nm": pixel_nm, "class_names": names}
-        known["config"] = self.config.model_dump(mode="json")
-        return WeightsMetadata.of_run(self.task, self.config, **known)
+        metadata = WeightsMetadata.of_run(self.task, self.config, **known)
+        return metadata.model_copy(update={"config": self.config.model_dump(mode="json")})
 
 
 def read_published(path: Path) -> Published:
@@ -117,7 +117,9 @@ def read_published(path: Path) -> Published:
     # Files with recorded figures have the parameters under "param.", training checkpoints under "model." or the like.
     others: list[str] = []
     for container in _CONTAINERS:
-        inside = {name.removeprefix(container): tensor for name, tensor in tensors.items() if name.startswith(container)}
+        inside = {
+            name.removeprefix(container): tensor for name, tensor in tensors.items() if name.startswith(container)
+        }
         if inside:
             others += [name for name in tensors if not name.startswith(container)]
             tensors = inside
