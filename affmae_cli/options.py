@@ -76,7 +76,10 @@ OutOption = Annotated[
 ModelOption = Annotated[
     Path | None,
     typer.Option(
-        "-m", "--model", metavar="RUN", help="Run, checkpoint or weights file; by default the newest that is finished."
+        "-m",
+        "--model",
+        metavar="RUN",
+        help="Run, checkpoint, weights file, model package or hf:ORG/NAME; by default the newest finished run.",
     ),
 ]
 
@@ -98,7 +101,8 @@ ResumeOption = Annotated[
     Path | None, typer.Option("--resume", metavar="RUN", help="Continue this very run, with its own settings.")
 ]
 InitFromOption = Annotated[
-    Path | None, typer.Option("--init-from", metavar="RUN", help="Start a new run from the weights of another.")
+    Path | None,
+    typer.Option("--init-from", metavar="RUN", help="Start from these weights: run, model package, hf:ORG/NAME."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]

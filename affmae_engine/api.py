@@ -61,12 +61,12 @@ def load(
         ResourceError: no CUDA where it was asked for.
         ConfigError: `huggingface_hub` is needed and not installed.
     """
-    path = Path(model).expanduser()
-    metadata = read_metadata(weights_file(path, which=which))
+    file = weights_file(Path(model).expanduser(), which=which)
+    metadata = read_metadata(file)
     if metadata.task == "finetune":
-        predictor = Predictor.from_weights(path, which=which, device=device, backend=backend)
-        return Model(predictor.weights, metadata, predictor.model, predictor.normalisation, predictor)
-    return _autoencoder(path, which, device, backend)
+        predictor = Predictor.from_weights(file, device=device, backend=backend)
+        return Model(file, metadata, predictor.model, predictor.normalisation, predictor)
+    return _autoencoder(file, metadata, device, backend)
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,7 @@ class Model:
         return pick_device(TrainConfig(device="cuda" if next(self.network.parameters()).is_cuda else "cpu"))
 
 
-def _autoencoder(path: Path, which: Literal["best", "last"], device: Device, backend: str) -> Model:
-    file = weights_file(path, which=which)
-    metadata = read_metadata(file)
+def _autoencoder(file: Path, metadata: WeightsMetadata, device: Device, backend: str) -> Model:
     try:
         network = build_autoencoder(ModelConfig.model_validate(metadata.model), LossConfig(), backend=backend)
         network.load_state_dict(read_tensors(file))

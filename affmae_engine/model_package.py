@@ -148,7 +148,10 @@ def located(path: Path) -> Path | None:
     if is_on_hub(path):
         from affmae_engine.hub import download
 
-        return _of_folder(download(path))
+        folder = download(path)
+        if not (folder / ABOUT).is_file():
+            raise InputError(f"{path} is not a model package: it has no {ABOUT}", "packages are made by affmae share")
+        return _of_folder(folder)
     if path.is_dir() and (path / ABOUT).is_file():
         return _of_folder(path)
     if path.is_file() and zipfile.is_zipfile(path):
