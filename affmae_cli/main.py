@@ -27,8 +27,10 @@ from affmae_cli.commands import (
     slurm,
     watch,
 )
-from affmae_cli.errors import ErrorGroup
+from affmae_cli.errors import ErrorGroup, report
 from affmae_cli.processes import led
+from affmae_engine.errors import ResourceError
+from affmae_engine.platforms import require_supported
 
 STORY = """
 Pretraining and segmentation for electron microscopy.
@@ -106,4 +108,9 @@ def main() -> None:
     # two such processes stall each other. A short spin costs nothing on an idle machine (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     output.prepare_streams()
+    try:
+        require_supported()
+    except ResourceError as error:
+        report(error)
+        raise SystemExit(error.exit_code) from error
     app(prog_name="affmae")

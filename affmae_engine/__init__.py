@@ -34,6 +34,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.platforms").require_supported()
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
