@@ -49,6 +49,11 @@ def upload(folder: Path, name: str, *, private: bool = False) -> str:
     return str(url)
 
 
+def check_installed() -> None:
+    """Raises ConfigError when `huggingface_hub` is missing."""
+    _api()
+
+
 def _api() -> HfApi:
     try:
         from huggingface_hub import HfApi

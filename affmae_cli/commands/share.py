@@ -60,7 +60,10 @@ def share(
     if out is not None:
         model_package.refuse_existing(out, replace=overwrite)
     if push is not None:
+        from affmae_engine.hub import check_installed
+
         model_package.hub_name(Path(f"{model_package.HUB_SCHEME}{push}"))
+        check_installed()
     from affmae_engine.share import Description, model_content
 
     description = Description(name, tuple(author or ()), license_, data_license, cite, tuple(example or ()))

@@ -1,7 +1,9 @@
 """Models and runs in Python: arrays of any kind, features, errors, records."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +213,39 @@ def test_errors_of_a_command_are_raised(tmp_path: Path, monkeypatch: pytest.Monk
     assert caught.value.hint
     with pytest.raises(ConfigError, match="settings hold a value"):
         affmae.pretrain("nothing.zarr", settings={"optim.lr": object()})
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_a_checkpoint_first(tmp_path: Path) -> None:
+    """As the stop button of a notebook: SIGINT to the process that called `pretrain`."""
+    (tmp_path / "scans").mkdir()
+    tifffile.imwrite(tmp_path / "scans" / "a.tif", np.random.default_rng(0).integers(0, 255, (96, 96)).astype(np.uint8))
+    code = """
+import affmae_engine as affmae
+from affmae_engine.errors import Interrupted
+affmae.ingest("scans", "data.zarr", quiet=True)
+settings = {"model.size": "tiny", "data.crop_size": 32, "data.workers": 0, "train.log_every": 1}
+settings |= {"train.batch_size": 2, "train.micro_batch": None}
+try:
+    affmae.pretrain("data.zarr", out="run", preset="demo", steps=5000, device="cpu", settings=settings)
+except Interrupted as error:
+    print("interrupted:", error.message, error.hint)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while (
+        process.poll() is None
+        and time.monotonic() < deadline
+        and not (metrics.is_file() and '"step": 2,' in metrics.read_text())
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=60)[0]
+    assert printed.startswith("interrupted: ")
+    assert "--resume" in printed
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize(
