@@ -6,7 +6,7 @@ numpy arrays; only the rows in work are in memory. `affmae_engine.training_api` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import nn
 
+from affmae_engine.array_prediction import TileSettings, band_probabilities
 from affmae_engine.arrays import ArraySource, voxel_size
 from affmae_engine.checkpoint import weights_file
 from affmae_engine.config import LossConfig, ModelConfig, TrainConfig
@@ -26,13 +27,8 @@ from affmae_engine.embedding import Embedding, embed
 from affmae_engine.errors import ConfigError, CorruptError, InputError
 from affmae_engine.model.affmae import MaskedAutoencoder, Segmenter
 from affmae_engine.model.build import build_autoencoder
-from affmae_engine.predict.infer import Band, TileRunner, Tiling, blend
-from affmae_engine.predict.label_rows import label_dtype
 from affmae_engine.predict.predictor import Predictor
-from affmae_engine.predict.rescale import ResampledPlane, map_back
-from affmae_engine.predict.scale import choose_scale
-from affmae_engine.predict.sections import sections
-from affmae_engine.runtime.device import exact_fp32, pick_device
+from affmae_engine.runtime.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -127,16 +123,18 @@ class Model:
         predictor = self._predictor()
         source = ArraySource(array, voxel_size(pixel_size))
         shape = tuple(np.shape(array))
-        result = np.empty(shape, label_dtype(predictor.classes)) if out is None else out
+        dtype = np.min_scalar_type(predictor.classes - 1)
+        result = np.empty(shape, dtype) if out is None else out
         if tuple(result.shape) != shape:
             raise InputError(f"out has shape {tuple(result.shape)}; the array has {shape}", "make them equal")
-        for band in _bands(predictor, source, rescale, _settings(predictor, tile, overlap, batch_size)):
-            labels_RX = band.probabilities_CRX.argmax(dim=0).cpu().numpy().astype(label_dtype(predictor.classes))
-            rows = slice(band.first_row, band.first_row + len(labels_RX))
+        settings = TileSettings.of(predictor, tile=tile, overlap=overlap, batch_size=batch_size)
+        for z, first_row, values_CRX in band_probabilities(predictor, source, settings, rescale=rescale):
+            labels_RX = values_CRX.argmax(dim=0).cpu().numpy().astype(dtype)
+            rows = slice(first_row, first_row + len(labels_RX))
             if len(shape) == 2:
                 result[rows] = labels_RX
             else:
-                result[band.plane, rows] = labels_RX
+                result[z, rows] = labels_RX
         return result
 
     def probabilities(
@@ -153,9 +151,9 @@ class Model:
         predictor = self._predictor()
         source = ArraySource(array, voxel_size(pixel_size))
         result_CZYX = np.empty((predictor.classes, *source.info.shape_ZYX), np.float32)
-        for band in _bands(predictor, source, rescale, _settings(predictor, tile, overlap, batch_size)):
-            values_CRX = band.probabilities_CRX.cpu().numpy()
-            result_CZYX[:, band.plane, band.first_row : band.first_row + values_CRX.shape[1]] = values_CRX
+        settings = TileSettings.of(predictor, tile=tile, overlap=overlap, batch_size=batch_size)
+        for z, first_row, values_CRX in band_probabilities(predictor, source, settings, rescale=rescale):
+            result_CZYX[:, z, first_row : first_row + values_CRX.shape[1]] = values_CRX.cpu().numpy()
         return result_CZYX[:, 0] if np.ndim(array) == 2 else result_CZYX
 
     def embed(self, array: Any, *, stages: Sequence[int] = (1, 2, 3, 4)) -> Embedding:
@@ -194,7 +192,7 @@ class Model:
         return self.normalisation.for_image(measure(source))
 
     @cached_property
-    def _choice(self) -> Any:
+    def _choice(self) -> DeviceChoice:
         if self.predictor is not None:
             return self.predictor.choice
         return pick_device(TrainConfig(device="cuda" if next(self.network.parameters()).is_cuda else "cpu"))
@@ -213,44 +211,3 @@ def _autoencoder(file: Path, metadata: WeightsMetadata, device: Device, backend:
     exact_fp32()
     network.requires_grad_(False).eval().to(pick_device(TrainConfig(device=device)).device)
     return Model(file, metadata, network, Normalisation.from_dict(metadata.normalisation))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    tiling: Tiling
-    batch_size: int
-
-
-def _settings(predictor: Predictor, tile: int | None, overlap: float | None, batch_size: int | None) -> _Settings:
-    """What was asked for, over what the model was configured with."""
-    own = predictor.metadata.config.get("predict", {})
-    overlap = own.get("overlap", 0.5) if overlap is None else overlap
-    batch_size = batch_size or own.get("batch_size", 4)
-    if not 0 <= overlap < 0.95 or batch_size < 1 or (tile is not None and tile < 1):
-        raise ConfigError(
-            f"tile {tile}, overlap {overlap}, batch_size {batch_size} cannot be used",
-            "tile and batch_size are at least 1, overlap is at least 0 and below 0.95",
-        )
-    return _Settings(Tiling(predictor.tile(tile or own.get("tile")), overlap), batch_size)
-
-
-def _bands(predictor: Predictor, source: ArraySource, rescale: bool, settings: _Settings) -> Iterator[Band]:
-    """Class probabilities on the array's own grid, band by band."""
-    intensity = predictor.normalisation.for_image(measure(source))
-    runner = TileRunner(
-        predictor.model,
-        classes=predictor.classes,
-        batch_size=settings.batch_size,
-        device=predictor.choice.device,
-        autocast=predictor.choice.dtype if predictor.choice.precision != "fp32" else None,
-        excluded=predictor.excluded,
-    )
-    trained = predictor.metadata.pixel_nm
-    known = trained is not None and None not in source.info.pixel_nm[1:]
-    scale = choose_scale(source.info, (None, None, None), trained, rescale=rescale and known)
-    planes = sections(source, intensity.standardise)
-    if not scale.resampled:
-        return blend(planes, runner, settings.tiling, prepare=intensity.equalise)
-    seen = (ResampledPlane(plane, scale.shape) for plane in planes)
-    bands = blend(seen, runner, settings.tiling, prepare=intensity.equalise)
-    return map_back(bands, scale.shape, source.info.shape_ZYX[1:])

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -75,15 +75,12 @@ class ModelAbout(BaseModel):
     """Every other file of the package by its path in it."""
 
 
-def write_folder(
-    path: Path, about: Mapping[str, Any], fill: Callable[[Path], object], *, replace: bool = False
-) -> ModelAbout:
-    """Write a package as a folder.
+def write(path: Path, content: Path, about: Mapping[str, Any], *, replace: bool = False) -> ModelAbout:
+    """Write a package: a ZIP file (stored, since weights do not compress) where `path` ends in .zip, else a folder.
 
     Args:
-        path: the folder.
+        content: folder with every file but model.json.
         about: fields of `ModelAbout` without `files`.
-        fill: called with the folder; writes everything but model.json.
         replace: replace a package that is there.
 
     Raises:
@@ -92,35 +89,27 @@ def write_folder(
     """
     refuse_existing(path, replace=replace)
     atomic.ensure_folder(path.parent)
-    result: list[ModelAbout] = []
-    with atomic.committed_folder(path, replace=replace) as folder:
-        fill(folder)
-        result.append(_complete(folder, about))
-    return result[0]
+    files = {
+        file.relative_to(content).as_posix(): PackagedFile(bytes=file.stat().st_size, sha256=_sha256(file))
+        for file in sorted(content.rglob("*"))
+        if file.is_file()
+    }
+    described = ModelAbout(**about, files=files)
+    record = described.model_dump_json(indent=2)
+    if path.suffix != ".zip":
+        with atomic.committed_folder(path, replace=replace) as folder:
+            shutil.copytree(content, folder, dirs_exist_ok=True)
+            (folder / ABOUT).write_text(record, "utf-8")
+        return described
 
+    def write_archive(partial: Path) -> None:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(ABOUT, record)
+            for name in files:
+                archive.write(content / name, name)
 
-def write_zip(
-    path: Path, about: Mapping[str, Any], fill: Callable[[Path], object], *, replace: bool = False
-) -> ModelAbout:
-    """Write a package as a ZIP file (stored: weights do not compress); arguments and errors as for `write_folder`."""
-    refuse_existing(path, replace=replace)
-    atomic.ensure_folder(path.parent)
-    result: list[ModelAbout] = []
-
-    def write(partial: Path) -> None:
-        folder = partial.with_name(f"{partial.name}-content{atomic.PARTIAL_SUFFIX}")
-        folder.mkdir()
-        try:
-            fill(folder)
-            result.append(_complete(folder, about))
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                for name in (ABOUT, *result[0].files):
-                    archive.write(folder / name, name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atomic.commit_file(path, write)
-    return result[0]
+    atomic.commit_file(path, write_archive)
+    return described
 
 
 def refuse_existing(path: Path, *, replace: bool) -> None:
@@ -197,24 +186,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "affmae" / "models"
 
 
-def _complete(folder: Path, about: Mapping[str, Any]) -> ModelAbout:
-    files = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-            files[file.relative_to(folder).as_posix()] = PackagedFile(bytes=file.stat().st_size, sha256=digest)
-    written = ModelAbout(**about, files=files)
-    (folder / ABOUT).write_text(written.model_dump_json(indent=2), "utf-8")
-    return written
-
-
 def _of_folder(folder: Path) -> Path:
     about, file = read_about(folder), folder / WEIGHTS
     expected = _weights_entry(about, f"{folder}")
     try:
-        with file.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = _sha256(file)
     except OSError as error:
         raise CorruptError(f"{file} cannot be read: {error.strerror or error}", _HINT) from error
     if digest != expected.sha256:

@@ -8,10 +8,10 @@ that the author names for it.
 from __future__ import annotations
 
 import json
+import math
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -72,10 +72,7 @@ class Content:
             ConfigError: something is there already.
             ResourceError: it cannot be written.
         """
-        write = package.write_zip if out.suffix == ".zip" else package.write_folder
-        return write(
-            out, self.about, lambda folder: shutil.copytree(self.folder, folder, dirs_exist_ok=True), replace=replace
-        )
+        return package.write(out, self.folder, self.about, replace=replace)
 
 
 @contextmanager
@@ -259,7 +256,12 @@ def _scores(model: Path, step: int) -> dict[str, Any]:
     best = best_evaluation(run.metrics) if run.metrics.is_file() else None
     if best is None or best.step != step:
         return {}
-    return {"metrics": dict(best.metrics), "per_class": {name: dict(own) for name, own in best.per_class.items()}}
+    return {"metrics": _known(best.metrics), "per_class": {name: _known(own) for name, own in best.per_class.items()}}
+
+
+def _known(scores: Mapping[str, float]) -> dict[str, float]:
+    """Without those that do not exist, such as the IoU of a class that is not in the data."""
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 def _examples(folder: Path, images: Sequence[Path]) -> list[str]:

@@ -19,7 +19,7 @@ from affmae_engine.errors import BusyError, ConfigError, InputError, Interrupted
 from affmae_engine.predict.predictor import Predictor
 from tests.engine.trained import NAMES, trained_run
 
-STACK = np.random.default_rng(0).integers(0, 255, (3, 90, 75)).astype(np.uint8)
+STACK = np.random.default_rng(0).integers(0, 255, (2, 70, 66)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,10 @@ def test_only_the_rows_in_work_are_read(segmenter: affmae.Model) -> None:
 def test_a_section_and_probabilities(segmenter: affmae.Model) -> None:
     section = segmenter.predict(STACK[1])
     probabilities = segmenter.probabilities(STACK[1])
-    assert (section.shape, probabilities.shape) == ((90, 75), (3, 90, 75))
+    assert (section.shape, probabilities.shape) == ((70, 66), (3, 70, 66))
     np.testing.assert_allclose(probabilities.sum(0), 1, atol=1e-5)
     np.testing.assert_array_equal(probabilities.argmax(0), section)
-    assert segmenter.probabilities(STACK[:1]).shape == (3, 1, 90, 75)
+    assert segmenter.probabilities(STACK[:1]).shape == (3, 1, 70, 66)
 
 
 def test_pixel_size_resamples_for_the_network(segmenter: affmae.Model) -> None:
@@ -154,9 +154,9 @@ def test_pretrained_models_have_features_and_no_classes(pretrained: affmae.Model
     with pytest.raises(ConfigError, match="knows no classes"):
         pretrained.predict(STACK)
     embedding = pretrained.embed(STACK)
-    assert embedding.map.shape == (3, 32 + 64 + 96 + 96, 12, 10)
+    assert embedding.map.shape == (2, 32 + 64 + 96 + 96, 9, 9)
     # All patches are tokens of stage 1; each later stage keeps 40 % of a tile's.
-    assert len(embedding.stages[0].features) == 3 * 12 * 10
+    assert len(embedding.stages[0].features) == 2 * 9 * 9
     assert [stage.features.shape[1] for stage in embedding.stages] == [32, 64, 96, 96]
     for stage in embedding.stages:
         assert len(np.unique(stage.positions, axis=0)) == len(stage.features)
@@ -180,7 +180,7 @@ def test_spread_interpolates_between_tokens() -> None:
 
 
 def test_chosen_stages(pretrained: affmae.Model) -> None:
-    assert pretrained.embed(STACK[0], stages=(4,)).map.shape == (96, 12, 10)
+    assert pretrained.embed(STACK[0], stages=(4,)).map.shape == (96, 9, 9)
     with pytest.raises(ConfigError, match="between 1 and 4"):
         pretrained.embed(STACK, stages=(5,))
 

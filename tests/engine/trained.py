@@ -1,6 +1,7 @@
 """Finished runs of small networks with random weights, for tests that need a model but no training."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -44,7 +45,10 @@ def trained_run(root: Path, task: str = "finetune", *, step: int = 3, pixel_nm: 
             StepLogged(step=n, losses={"loss": 1 / n}, memory_gib=0.1, memory_peak_gib=0.1, eta_s=0.0, **logged)
             for n in (1, 2, 3)
         ),
-        Evaluated(step=step, metrics={"iou": 0.5, "score": 0.5}, per_class={"membrane": {"iou": 0.4}}, best=True),
+        Evaluated(
+            step=step, metrics={"iou": 0.5, "score": 0.5}, per_class={"membrane": {"iou": 0.4, "dice": math.nan}},
+            best=True,
+        ),
     ]  # fmt: skip
     run.metrics.write_text("".join(f"{to_line(event)}\n" for event in events))
     run.summary.write_text(json.dumps({"status": "finished", "step": step}))
