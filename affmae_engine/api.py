@@ -105,7 +105,7 @@ class Model:
         """Labels of a section or stack of any size.
 
         Args:
-            array: grey [Y, X] or [Z, Y, X] with real numbers, in the intensities of the files that were trained on.
+            array: gray [Y, X] or [Z, Y, X] with real numbers, in the intensities of the files that were trained on.
             pixel_size: (z, y, x), (y, x) or one number, in nanometers.
             rescale: where both pixel sizes are known, compute at the training's; labels keep the array's own grid.
             out: array with the same shape to write into, for results that do not fit in memory (a zarr array).

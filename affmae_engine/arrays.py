@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from affmae_engine.errors import InputError
 
 
 class ArraySource(Source):
-    """A grey array [Y, X] or [Z, Y, X] with slicing (numpy, dask, zarr, h5py, ...); only what is asked for is read.
+    """A gray array [Y, X] or [Z, Y, X] with slicing (numpy, dask, zarr, h5py, ...); only what is asked for is read.
 
     Args:
-        array: of real numbers; values become grey as those of files do (signed ones are shifted, see
+        array: of real numbers; values become gray as those of files do (signed ones are shifted, see
             `data.readers.grey`).
         pixel_nm: edge of a voxel in nanometers along z, y, x.
 
@@ -33,7 +33,7 @@ class ArraySource(Source):
             shape, dtype = array.shape, array.dtype
         if len(shape) not in (2, 3):
             raise InputError(
-                f"an array of {len(shape)} axes was given", "pass a grey section [Y, X] or stack [Z, Y, X]"
+                f"an array of {len(shape)} axes was given", "pass a gray section [Y, X] or stack [Z, Y, X]"
             )
         if 0 in shape:
             raise InputError(f"an array of shape {tuple(shape)} has no pixels", "pass a section or stack with pixels")
@@ -76,8 +76,11 @@ def voxel_size(pixel_size: float | Sequence[float | None] | None) -> PixelSize:
     """
     if pixel_size is None:
         return (None, None, None)
-    values = (pixel_size,) if isinstance(pixel_size, int | float) else tuple(pixel_size)
-    known = [value for value in values if value is not None]
-    if not 1 <= len(values) <= 3 or not all(isinstance(v, int | float) and 0 < v < 1e9 for v in known):
+    try:
+        given = list(pixel_size) if isinstance(pixel_size, Iterable) else [pixel_size]
+        values = [None if value is None else float(value) for value in given]
+    except (TypeError, ValueError):
+        values = []
+    if not 1 <= len(values) <= 3 or not all(value is None or 0 < value < 1e9 for value in values):
         raise InputError(f"{pixel_size!r} is no pixel size", "give (z, y, x) in nanometers, such as (30, 5, 5)")
     return (values[0] if len(values) == 3 else None, values[-2] if len(values) > 1 else values[0], values[-1])

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -57,7 +58,7 @@ class ModelAbout(BaseModel):
 
     schema_version: int = SCHEMA
     """Version of this record; a reader refuses one that is newer than it knows."""
-    name: Annotated[str, Field(max_length=200)]
+    name: str
     """Name of the model."""
     affmae: str = ""
     """Version of affmae that wrote the package."""
@@ -218,7 +219,7 @@ def _of_zip(path: Path) -> Path:
                 with archive.open(WEIGHTS) as source:
                     atomic.commit_file(target, lambda partial: _copy(source, partial, expected, path))
             return target
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
         raise CorruptError(f"{path} is damaged: {one_line(error)}", _HINT) from error
 
 

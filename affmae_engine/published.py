@@ -79,9 +79,11 @@ class Converted:
             class_names: of a segmenter; by default class0, class1, ...
 
         Raises:
-            ConfigError: class names for an autoencoder, or another number of them than of classes.
+            ConfigError: class names for an autoencoder, another number of them than of classes, or one twice.
         """
         names = class_names or tuple(f"class{index}" for index in range(self.classes))
+        if len(set(names)) != len(names) or "" in names:
+            raise ConfigError(f"class names must differ and not be empty: {', '.join(names)}", "name every class once")
         if len(names) != self.classes:
             raise ConfigError(
                 f"{len(names)} class names were given; the checkpoint has {self.classes} classes",
@@ -100,8 +102,8 @@ def read_published(path: Path) -> Published:
             `.pth`/`.pt`/`.ckpt` file, which is decoded in a child process (see `affmae_engine.pickled`).
 
     Raises:
-        InputError: no such file, another kind of file, or no tensors in it.
-        CorruptError: the file is damaged, or pickled objects other than tensors are in it.
+        InputError: no such file, another kind of file, or no tensors in it; pickled objects other than tensors.
+        CorruptError: the file is damaged.
     """
     if not path.is_file():
         raise InputError(f"no such checkpoint: {path}", "name a .safetensors or .pth file")
@@ -157,7 +159,7 @@ def convert(published: Published) -> Converted:
             continue
         stage = re.match(r"encoder\.stages\.(\d)", name)
         tensor = _joined([tensors[each] for each in theirs], heads[int(stage[1])] if stage else 1)
-        if tensor is None or not _fits(name, tensor.shape, shapes[name]):
+        if tensor is None or not tensor.is_floating_point() or not _fits(name, tensor.shape, shapes[name]):
             got = ", ".join(f"{each} {list(tensors[each].shape)}" for each in theirs)
             wrong.append(f"{got} (expected {list(shapes[name])} for {name})")
             continue
@@ -305,10 +307,13 @@ def _model(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
             "the checkpoint has global_attention: true, which is not supported", "import one trained without it"
         )
 
-    def rows(name: str) -> int:
+    def rows(name: str, axis: int = 0) -> int:
         if name not in tensors:
             _refuse("lacks parameters", [name])
-        return tensors[name].shape[0] if tensors[name].ndim else 1
+        shape = tensors[name].shape
+        if len(shape) <= axis or 0 in shape:
+            _refuse("has parameters of another shape", [f"{name} {list(shape)}"])
+        return shape[axis]
 
     def count(pattern: str) -> int:
         """One more than the largest number that names have in this place."""
@@ -327,7 +332,7 @@ def _model(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
     heads = tuple(rows(f"{encoder}.{stage}.blocks.0.attn.pos_embed.bias") for stage in range(STAGES))
     hidden = [rows(f"{encoder}.{stage}.blocks.0.mlp.fc1.bias") for stage in range(STAGES)]
     mlp_ratio = _mlp_ratio(dims, hidden, _constant("mlp_ratio", settings.get("mlp_ratio")))
-    channels = tensors["encoder.patch_embed.projs.0.weight"].shape[1] if rows("encoder.patch_embed.projs.0.bias") else 0
+    channels = rows("encoder.patch_embed.projs.0.weight", 1)
     patch = 2 ** count(r"encoder\.patch_embed\.projs\.(\d+)\.")
     block = "cross_attention_decoder.decoder_blocks.0.0"
     decoder_dim = rows(f"{block}.norm1.weight")

@@ -255,7 +255,16 @@ def _pass_on(stream: IO[str], last: deque[str]) -> None:
 
 
 def _error(status: int, lines: list[str]) -> AffmaeError:
-    found = {match[1]: match[2] for match in map(_LABEL.match, lines) if match}
+    found: dict[str, str] = {}
+    label = ""
+    for line in lines:
+        if match := _LABEL.match(line):
+            label = match[1]
+            found[label] = match[2]
+        elif label and line.startswith("  "):  # a list goes on
+            found[label] += f"\n{line}"
+        else:
+            label = ""
     hint = found.get("hint", "")
     if "stopped" in found:
         return Interrupted(found["stopped"], hint, signal_number=max(1, status - 128))

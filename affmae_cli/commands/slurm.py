@@ -12,8 +12,15 @@ import typer
 from affmae_cli import output
 from affmae_engine.errors import ConfigError, ResourceError
 
-_OWN = {"pretrain": ("--seed", "--resume"), "finetune": ("--seed", "--resume"), "predict": ("--shard",)}
-"""Options of the commands that the job script sets."""
+_OWN = {
+    "pretrain": {"--seed": "use --seeds"},
+    "finetune": {"--seed": "use --seeds"},
+    "predict": {
+        "--shard": "use --shards",
+        "--overwrite": "remove the old output first: a job that continues would replace its own finished part",
+    },
+}
+"""Options of the commands that job scripts cannot have, and what to do instead."""
 
 
 def slurm(
@@ -62,9 +69,9 @@ def slurm(
             raise ConfigError(f"{resume} is not a run directory", "name a run that has begun")
     elif out is None:
         raise ConfigError("a job needs a place for its result", "name it with -o")
-    for option in _OWN[command]:
+    for option, instead in _OWN[command].items():
         if any(word == option or word.startswith(f"{option}=") for word in words):
-            raise ConfigError(f"{option} is set by the job script", "use --seeds or --shards")
+            raise ConfigError(f"{option} cannot be used in a job", instead)
     target = resume if resume is not None else out
     assert target is not None
     given = {} if python is None else {"python": python}

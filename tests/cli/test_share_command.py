@@ -112,6 +112,23 @@ def test_normalization_that_is_not_given_is_said(here: Path) -> None:
     assert checkpoint.load_weights(Path("imported"))[0].normalisation["mode"] == "image"
 
 
+def test_a_terminal_is_asked_for_the_normalization(monkeypatch: pytest.MonkeyPatch) -> None:
+    from affmae_cli.commands import import_
+    from affmae_engine.errors import ConfigError
+
+    def typed(*answers: str) -> None:
+        given = iter(answers)
+        monkeypatch.setattr(import_.typer, "prompt", lambda *_, **__: next(given))
+
+    typed("120", "40.5")
+    assert import_._asked() == (120, 40.5)
+    typed("")
+    assert import_._asked() == (None, None)
+    typed("many")
+    with pytest.raises(ConfigError, match="'many' is not a number"):
+        import_._asked()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

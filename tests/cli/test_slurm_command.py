@@ -57,7 +57,8 @@ def test_a_training_on_several_nodes(here: Path) -> None:
     [
         (("pretrain", "data.zarr"), "needs a place"),
         (("pretrain", "data.zarr", "-o", "r", "--stepz", "3"), "No such option"),
-        (("pretrain", "data.zarr", "-o", "r", "--seed", "3"), "set by the job script"),
+        (("pretrain", "data.zarr", "-o", "r", "--seed", "3"), "cannot be used in a job"),
+        (("predict", "a.tif", "-o", "o.zarr", "--overwrite"), "cannot be used in a job"),
         (("pretrain", "data.zarr", "-o", "r", "--shards", "3"), "for prediction"),
         (("pretrain", "data.zarr", "-o", "r", "--time", "soon"), "no time limit"),
         (("pretrain", "data.zarr", "-o", "r", "--seeds", "0-"), "no seeds"),

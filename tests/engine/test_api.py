@@ -144,6 +144,7 @@ def test_pixel_sizes() -> None:
     assert voxel_size(5) == (None, 5, 5)
     assert voxel_size((4, 5)) == (None, 4, 5)
     assert voxel_size([30, 4, 5]) == (30, 4, 5)
+    assert voxel_size(np.array([30, 4, 5], np.float32)) == (30, 4, 5)
     for wrong in (0, (1, 2, 3, 4), (30, -5, 5), ()):
         with pytest.raises(InputError, match="no pixel size"):
             voxel_size(wrong)
@@ -252,6 +253,11 @@ except Interrupted as error:
     ("status", "lines", "expected"),
     [
         (5, ["error: in use", "hint: wait"], BusyError("in use", "wait")),
+        (
+            2,
+            ["error: 2 settings are wrong:", "  a", "  b", "hint: see"],
+            ConfigError("2 settings are wrong:\n  a\n  b", "see"),
+        ),
         (143, ["stopped: by SIGTERM", "hint: continue"], Interrupted("by SIGTERM", "continue", signal_number=15)),
     ],
 )

@@ -92,6 +92,8 @@ def test_metadata_records_normalization_and_classes() -> None:
     assert converted.metadata(Normalisation()).class_names == ("class0", "class1", "class2")
     with pytest.raises(ConfigError, match=r"2 class names .* 3 classes"):
         converted.metadata(Normalisation(), class_names=("a", "b"))
+    with pytest.raises(ConfigError, match="must differ"):
+        converted.metadata(Normalisation(), class_names=("a", "b", "a"))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,10 @@ def test_metadata_records_normalization_and_classes() -> None:
         ),
         ({"encoder.layers.1.blocks.0.attn.q.weight": None}, {}, r"lacks .*layers\.1\.blocks\.0\.attn\.q\.weight"),
         ({"masked_token": None}, {}, "lacks parameters: masked_token"),
+        ({"encoder.patch_embed.projs.0.weight": None}, {}, r"lacks .*projs\.0\.weight"),
+        ({"encoder.patch_embed.projs.0.weight": torch.zeros(8)}, {}, r"another shape: .*projs\.0\.weight \[8\]"),
+        ({"encoder.norms.1.weight": torch.zeros(0)}, {}, r"another shape: .*norms\.1\.weight \[0\]"),
+        ({"encoder.norms.1.bias": torch.zeros(32, dtype=torch.int64)}, {}, r"another shape: .*norms\.1\.bias"),
         ({"masked_token": torch.zeros(1, 1, 39)}, {}, r"another shape: masked_token \[1, 1, 39\]"),
         ({"encoder.layers.0.blocks.0.attn.kv.bias": torch.zeros(30)}, {}, r"attn\.kv\.bias \[30\]"),
         ({}, {"global_attention": True}, "global_attention"),
@@ -202,7 +208,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def relative_rms(value: Tensor, expected: Tensor) -> float:
-    return float((value - expected).double().norm() / expected.double().norm())
+    difference, expected = (value - expected).detach().double(), expected.double()
+    return float(difference.norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")
