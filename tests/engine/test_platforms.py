@@ -1,7 +1,10 @@
 """Systems without POSIX file locks get a message, and missing extras are named."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -44,8 +47,6 @@ def test_doctor_says_how_to_install_an_extra(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathlib import Path
-
     from affmae_engine.checkpoint import load_weights
     from affmae_engine.errors import ConfigError
 
@@ -53,3 +54,26 @@ def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="huggingface_hub, which is not installed") as caught:
         load_weights(Path("hf:lab/model"))
     assert caught.value.hint == 'pip install "affmae[hub]"'
+
+
+def test_no_module_needs_an_extra_to_be_imported() -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+
+    def packages(requirements: list[str]) -> set[str]:
+        names = (re.match(r"[\w.-]+", requirement) for requirement in requirements)
+        return {name[0].replace("-", "_").partition(".")[0] for name in names if name}
+
+    extras = {name: found for name, found in pyproject["optional-dependencies"].items() if name != "dev"}
+    absent = set.union(*map(packages, extras.values())) - packages(pyproject["dependencies"])
+    assert "huggingface_hub" in absent
+    code = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({sorted(absent)!r}))
+import affmae_cli, affmae_engine
+for package in (affmae_cli, affmae_engine):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
