@@ -145,9 +145,10 @@ def steps_logged(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_signalled_training_is_queued_again_and_continues(cluster: Path) -> None:
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 0), (2, 1)])
+def test_a_signalled_training_is_queued_again_and_continues(cluster: Path, nodes: int, gpus: int) -> None:
     words = ("data.zarr", "--preset", "demo", "--steps", "80")
-    job = Job("pretrain", words, Path("runs/em"), gpus=0, seeds="0-2", python=sys.executable)
+    job = Job("pretrain", words, Path("runs/em"), nodes=nodes, gpus=gpus, seeds="0-2", python=sys.executable)
     Path("job.sh").write_text(job_script(job))
     run = Path("runs/em-seed1")
     process = subprocess.Popen(["bash", "job.sh"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -166,16 +167,6 @@ def test_a_signalled_training_is_queued_again_and_continues(cluster: Path) -> No
     assert RunDir(run).read_config().train.seed == 1
     assert json.loads(RunDir(run).summary.read_text())["status"] == "finished"
     assert len(Path("scontrol.log").read_text().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_two_nodes_train_together(cluster: Path) -> None:
-    words = ("data.zarr", "--preset", "demo", "--steps", "3")
-    job = Job("pretrain", words, Path("runs/em"), nodes=2, gpus=1, python=sys.executable)
-    done = subprocess.run(["bash"], input=job_script(job), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert RunDir(Path("runs/em")).checkpoint_steps()[0] == 3
-    assert json.loads(RunDir(Path("runs/em")).summary.read_text())["status"] == "finished"
 
 
 def test_prediction_shards_and_their_stop(here: Path, stand_in: Callable[[str, str], None]) -> None:

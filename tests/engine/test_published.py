@@ -242,10 +242,10 @@ def test_recorded_figures_of_the_published_code_are_reproduced(recorded: Path) -
 
     losses = network(*arguments)
     expected = dict(zip(("step1", "step2", "last"), figures["losses"], strict=True))
-    assert {name: float(losses[name]) for name in expected} == pytest.approx(
+    assert {name: losses[name].item() for name in expected} == pytest.approx(
         {name: float(value) for name, value in expected.items()}, rel=1e-4
     )
-    assert float(losses["loss"]) == pytest.approx(float(figures["loss"]), rel=1e-4)
+    assert losses["loss"].item() == pytest.approx(float(figures["loss"]), rel=1e-4)
 
     # Conversion is linear, so published gradients are converted as parameters are.
     losses["loss"].backward()
