@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from typer.testing import CliRunner
 
 import affmae_engine as affmae
+from affmae_cli.main import app
 from affmae_engine import training_api
 from affmae_engine.arrays import ArraySource, voxel_size
 from affmae_engine.embedding import spread
 from affmae_engine.errors import BusyError, ConfigError, InputError, Interrupted
-from affmae_engine.predict.predictor import Predictor
 from tests.engine.trained import NAMES, trained_run
 
 STACK = np.random.default_rng(0).integers(0, 255, (2, 70, 66)).astype(np.uint8)
@@ -50,12 +51,9 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_arrays_are_predicted_as_files_are(segmenter: affmae.Model, folder: Path) -> None:
-    from affmae_cli.commands.predict import Targets, segment
-    from affmae_engine.predict.stream import PredictOptions
-
     tifffile.imwrite(folder / "stack.tif", STACK, photometric="minisblack")
-    predictor = Predictor.from_weights(folder / "seg", device="cpu")
-    segment([folder / "stack.tif"], predictor, Targets(folder / "out.tif", overlay=False), PredictOptions(), quiet=True)
+    words = ["predict", folder / "stack.tif", "-m", folder / "seg", "-o", folder / "out.tif", "--device", "cpu"]
+    assert CliRunner().invoke(app, [str(word) for word in words]).exit_code == 0
     labels = segmenter.predict(STACK)
     assert (labels.shape, labels.dtype) == (STACK.shape, np.uint8)
     assert len(np.unique(labels)) == len(NAMES)
