@@ -20,7 +20,8 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -40,6 +41,7 @@ SCHEMA = 1
 _LARGEST_ABOUT = 1 << 20
 _ON_HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HINT = "ask for it again where it came from"
+_MADE_BY = "packages are made by affmae share"
 
 
 class PackagedFile(BaseModel):
@@ -136,17 +138,33 @@ def located(path: Path) -> Path | None:
         ResourceError: a ZIP file's weights cannot be unpacked to the cache.
     """
     if is_on_hub(path):
-        from affmae_engine.hub import download
-
-        folder = download(path)
-        if not (folder / ABOUT).is_file():
-            raise InputError(f"{path} is not a model package: it has no {ABOUT}", "packages are made by affmae share")
-        return _of_folder(folder)
+        return _of_folder(_downloaded(path))
     if path.is_dir() and (path / ABOUT).is_file():
         return _of_folder(path)
     if path.is_file() and zipfile.is_zipfile(path):
         return _of_zip(path)
     return None
+
+
+def described(path: Path) -> ModelAbout | None:
+    """What a package says about itself; None when `path` is not one. Arguments and errors as for `located`."""
+    if is_on_hub(path):
+        return read_about(_downloaded(path))
+    if path.is_dir() and (path / ABOUT).is_file():
+        return read_about(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        with _opened_zip(path) as (_, about):
+            return about
+    return None
+
+
+def _downloaded(path: Path) -> Path:
+    from affmae_engine.hub import download
+
+    folder = download(path)
+    if not (folder / ABOUT).is_file():
+        raise InputError(f"{path} is not a model package: it has no {ABOUT}", _MADE_BY)
+    return folder
 
 
 def is_on_hub(path: Path) -> bool:
@@ -177,7 +195,7 @@ def read_about(folder: Path) -> ModelAbout:
     """
     file = folder / ABOUT
     if not file.is_file():
-        raise InputError(f"{folder} is not a model package: it has no {ABOUT}", "packages are made by affmae share")
+        raise InputError(f"{folder} is not a model package: it has no {ABOUT}", _MADE_BY)
     with file.open("rb") as handle:
         return _parsed(handle, f"{file}")
 
@@ -201,24 +219,28 @@ def _of_folder(folder: Path) -> Path:
 
 def _of_zip(path: Path) -> Path:
     """The weights of a ZIP file, unpacked once to the cache under their SHA-256."""
+    with _opened_zip(path) as (archive, about):
+        expected = _weights_entry(about, f"{path}")
+        if WEIGHTS not in archive.namelist() or archive.getinfo(WEIGHTS).file_size != expected.bytes:
+            raise CorruptError(f"{path}: {WEIGHTS} is missing or has the wrong size", _HINT)
+        target = cache_folder() / expected.sha256 / WEIGHTS
+        if not (target.is_file() and _sha256(target) == expected.sha256):
+            atomic.ensure_folder(target.parent)
+            with archive.open(WEIGHTS) as source:
+                atomic.commit_file(target, lambda partial: _copy(source, partial, expected, path))
+        return target
+
+
+@contextmanager
+def _opened_zip(path: Path) -> Iterator[tuple[zipfile.ZipFile, ModelAbout]]:
+    """A package's ZIP file, and what its model.json says."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if ABOUT not in names:
-                raise InputError(
-                    f"{path} is not a model package: it has no {ABOUT}", "packages are made by affmae share"
-                )
+            if ABOUT not in archive.namelist():
+                raise InputError(f"{path} is not a model package: it has no {ABOUT}", _MADE_BY)
             with archive.open(ABOUT) as handle:
                 about = _parsed(handle, f"{path}:{ABOUT}")
-            expected = _weights_entry(about, f"{path}")
-            if WEIGHTS not in names or archive.getinfo(WEIGHTS).file_size != expected.bytes:
-                raise CorruptError(f"{path}: {WEIGHTS} is missing or has the wrong size", _HINT)
-            target = cache_folder() / expected.sha256 / WEIGHTS
-            if not (target.is_file() and _sha256(target) == expected.sha256):
-                atomic.ensure_folder(target.parent)
-                with archive.open(WEIGHTS) as source:
-                    atomic.commit_file(target, lambda partial: _copy(source, partial, expected, path))
-            return target
+            yield archive, about
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError) as error:
         raise CorruptError(f"{path} is damaged: {one_line(error)}", _HINT) from error
 

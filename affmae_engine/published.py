@@ -420,7 +420,8 @@ def _run_config(model: ModelConfig, settings: Mapping[str, Any]) -> RunConfig:
     try:
         edge = settings.get("img_size", IMAGE_SIZE)
         edge = max(edge) if isinstance(edge, list | tuple) else edge
-        mask = MaskConfig(ratio=settings["mask_ratio"]) if "mask_ratio" in settings else MaskConfig()
+        ratio = settings.get("mask_ratio")  # segmenters have none, or 0
+        mask = MaskConfig(ratio=ratio) if ratio else MaskConfig()
         return RunConfig(model=model, mask=mask, data=DataConfig(crop_size=edge), predict=PredictConfig())
     except (ValidationError, ValueError, TypeError) as error:
         raise InputError(f"the checkpoint's img_size or mask_ratio cannot be used: {one_line(error)}") from error

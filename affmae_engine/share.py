@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +55,11 @@ class Description:
     cite: str = ""
     examples: tuple[Path, ...] = ()
 
+    def over(self, earlier: package.ModelAbout) -> Description:
+        """With what an earlier package says where this says nothing."""
+        fields = ("name", "license", "data_license", "cite")
+        return replace(self, **{name: getattr(self, name) or getattr(earlier, name) for name in fields})
+
 
 @dataclass(frozen=True)
 class Content:
@@ -65,14 +70,14 @@ class Content:
     about: dict[str, Any]
     differences: dict[str, float] = field(default_factory=dict)
 
-    def write(self, out: Path, *, replace: bool = False) -> package.ModelAbout:
+    def write(self, out: Path, *, overwrite: bool = False) -> package.ModelAbout:
         """Write the package as a folder, or as a ZIP file where `out` ends in .zip.
 
         Raises:
             ConfigError: something is there already.
             ResourceError: it cannot be written.
         """
-        return package.write(out, self.folder, self.about, replace=replace)
+        return package.write(out, self.folder, self.about, replace=overwrite)
 
 
 @contextmanager
@@ -105,14 +110,19 @@ def model_content(
         public = without_private(metadata)
         write_weights(folder / package.WEIGHTS, tensors, public)
         (folder / package.SETTINGS).write_text(_settings_toml(public), "utf-8")
+        # What a package that is shared again says of itself stays, unless its author says otherwise now.
+        earlier = package.described(model)
+        if earlier is not None:
+            description = description.over(earlier)
         name = description.name or _plain_name(model)
         about = {
             "name": name,
             "affmae": _version(),
-            "scores": _scores(model, metadata.step),
+            "scores": earlier.scores if earlier is not None else _scores(RunDir(model), metadata.step),
             "license": description.license,
             "data_license": description.data_license,
             "cite": description.cite,
+            "source": earlier.source if earlier is not None else "",
         }
         pictures = _examples(folder, description.examples)
         differences = {}
@@ -248,11 +258,8 @@ def _settings_toml(metadata: WeightsMetadata) -> str:
     return tomli_w.dumps(known(metadata.config or {"model": metadata.model}))
 
 
-def _scores(model: Path, step: int) -> dict[str, Any]:
-    """Held-out scores of the checkpoint, where the run recorded them; of a package, the ones it states."""
-    if model.is_dir() and (model / package.ABOUT).is_file():
-        return package.read_about(model).scores
-    run = RunDir(model)
+def _scores(run: RunDir, step: int) -> dict[str, Any]:
+    """Held-out scores of the checkpoint, where the run recorded them."""
     best = best_evaluation(run.metrics) if run.metrics.is_file() else None
     if best is None or best.step != step:
         return {}

@@ -64,7 +64,7 @@ def import_(
         atomic.commit_file(out, lambda partial: write_weights(partial, converted.weights, metadata))
     else:
         with converted_content(file.stem, converted.weights, metadata, f"published checkpoint {file.name}") as content:
-            content.write(out, replace=overwrite)
+            content.write(out, overwrite=overwrite)
     parameters = sum(tensor.numel() for tensor in converted.weights.values())
     if json:
         model = converted.config.model.model_dump(mode="json")

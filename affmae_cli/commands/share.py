@@ -71,7 +71,7 @@ def share(
     with model_content(model, description, which=which, export=export, bioimageio=bioimageio) as content:
         done["differences"] = content.differences
         if out is not None:
-            about = content.write(out, replace=overwrite)
+            about = content.write(out, overwrite=overwrite)
             done |= {"package": out, "model": about.model_dump()}
         if push is not None:
             done["url"] = _publish(content, push, private=private)

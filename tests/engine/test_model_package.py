@@ -76,9 +76,11 @@ def test_examples_are_made_of_named_images_only(run: Path, tmp_path: Path) -> No
         shared(pretrained, tmp_path / "other", Description(examples=(tmp_path / "own.tif",)))
 
 
-def test_a_package_can_be_shared_again_and_keeps_its_scores(run: Path, tmp_path: Path) -> None:
-    again = shared(shared(run, tmp_path / "first"), tmp_path / "second")
-    assert model_package.read_about(again).scores["metrics"]["iou"] == 0.5
+def test_a_package_that_is_shared_again_keeps_what_it_says(run: Path, tmp_path: Path) -> None:
+    first = shared(run, tmp_path / "first.zip")
+    again = model_package.read_about(shared(first, tmp_path / "second", Description(cite="Eve")))
+    assert again.scores["metrics"]["iou"] == 0.5
+    assert (again.name, again.license, again.cite) == ("Membranes", "CC-BY-4.0", "Eve")
 
 
 def test_existing_paths_are_kept(run: Path, tmp_path: Path) -> None:
@@ -86,12 +88,12 @@ def test_existing_paths_are_kept(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists already"):
         shared(run, package)
     with model_content(run, Description("New")) as content:
-        content.write(package, replace=True)
+        content.write(package, overwrite=True)
     assert model_package.read_about(package).name == "New"
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text").write_text("years of work")
     with model_content(run, DESCRIPTION) as content, pytest.raises(ConfigError, match="not a model package"):
-        content.write(tmp_path / "thesis", replace=True)
+        content.write(tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "text").exists()
 
 

@@ -74,6 +74,12 @@ def test_settings_have_published_defaults(autoencoder: MaskedAutoencoder) -> Non
     assert (model.dims, model.decoder_heads, model.mlp_ratio) == (SIZE["dims"], 2, 2.5)
 
 
+def test_segmenters_need_no_mask_ratio() -> None:
+    model = model_config()
+    settings = {**SETTINGS, "mask_ratio": 0.0}
+    assert convert(published(Segmenter(model, 2), model, settings)).task == "finetune"
+
+
 def test_a_named_size_is_recognized() -> None:
     model = ModelConfig(size="tiny")
     network = MaskedAutoencoder(model, LossConfig())
