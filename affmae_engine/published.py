@@ -316,10 +316,10 @@ def _model(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
         return shape[axis]
 
     def count(pattern: str) -> int:
-        """One more than the largest number that names have in this place."""
-        found = (re.match(pattern, name) for name in tensors)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        """How many numbers names have in this place; one beyond a gap is an unknown name later."""
+        return len({match[1] for match in (re.match(pattern, name) for name in tensors) if match})
 
+    # The encoder.
     stages = count(r"encoder\.layers\.(\d+)\.")
     if stages != STAGES:
         raise InputError(
@@ -332,8 +332,11 @@ def _model(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
     heads = tuple(rows(f"{encoder}.{stage}.blocks.0.attn.pos_embed.bias") for stage in range(STAGES))
     hidden = [rows(f"{encoder}.{stage}.blocks.0.mlp.fc1.bias") for stage in range(STAGES)]
     mlp_ratio = _mlp_ratio(dims, hidden, _constant("mlp_ratio", settings.get("mlp_ratio")))
+    merging = "l2norm" if any("token_selection_embedding" in name for name in tensors) else "cluster"
     channels = rows("encoder.patch_embed.projs.0.weight", 1)
     patch = 2 ** count(r"encoder\.patch_embed\.projs\.(\d+)\.")
+
+    # The decoder: attention weights have a row per head and sampled point, offsets two.
     block = "cross_attention_decoder.decoder_blocks.0.0"
     decoder_dim = rows(f"{block}.norm1.weight")
     points = rows(f"{block}.cross_attn.attention_weights.bias")
@@ -343,9 +346,8 @@ def _model(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
             f"has {points} rows"
         )
     decoder_heads = points // SAMPLES
-    marked = any("token_selection_embedding" in name for name in tensors)
-    merging = "l2norm" if marked else "cluster"
 
+    # The heads, which have other names in a segmenter.
     is_segmenter = any(name.startswith(("aux_head_res5_", "aux_head_res4_")) for name in tensors)
     last = "decoder_pred_head" if "decoder_pred_head.bias" in tensors else "decoder_pred.1"
     values = rows(f"{last}.bias")
@@ -368,6 +370,7 @@ def _model(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[
         if stated != value:
             raise InputError(f"the checkpoint states {name} = {stated}, but its tensors have {value}")
 
+    # The rest is in the settings alone.
     setting = {name: _constant(name, settings.get(name, default)) for name, default in _DEFAULTS.items()}
     size = {
         "dims": dims, "depths": depths, "heads": heads, "mlp_ratio": mlp_ratio, "decoder_dim": decoder_dim,

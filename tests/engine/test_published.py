@@ -111,6 +111,7 @@ def test_metadata_records_normalization_and_classes() -> None:
             {},
             r"unknown names: cross_attention_decoder\.decoder_blocks\.1\.1",
         ),
+        ({"encoder.layers.0.blocks.4000000000.norm1.weight": torch.zeros(16)}, {}, r"blocks\.4000000000"),
         ({"encoder.layers.1.blocks.0.attn.q.weight": None}, {}, r"lacks .*layers\.1\.blocks\.0\.attn\.q\.weight"),
         ({"masked_token": None}, {}, "lacks parameters: masked_token"),
         ({"encoder.patch_embed.projs.0.weight": None}, {}, r"lacks .*projs\.0\.weight"),
