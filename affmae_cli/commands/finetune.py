@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json as json_module
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
 
     from affmae_cli.settings import Resolved
     from affmae_engine.config import RunConfig
+    from affmae_engine.data.labels.checks import UnlabeledSections
     from affmae_engine.data.labels.gather import LabelledSet
+    from affmae_engine.data.split import Split
     from affmae_engine.data.store import Store
     from affmae_engine.events import Evaluated
     from affmae_engine.run_dir import RunDir
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
     from affmae_engine.train.task import Task
     from affmae_engine.train.transfer import TransferReport
 
+_UNLABELED_HELP = "Sections without any label among labeled ones: `ignore` or `background`."
+_COLORS_HELP = "Colors of classes 0, 1, ... in labels drawn in colors: 000000,ff0000."
 _LABELS_HELP = "Label maps named like their images, one stack, or a folder with a folder of binary masks per class."
 
 
@@ -64,6 +69,13 @@ def finetune(
     val_labels: Annotated[
         list[str] | None, typer.Option("--val-labels", metavar="PATH", help="Labels of --val-images.")
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", metavar="A,B,C", help="Names of the label values 0, 1, 2, ...")
+    ] = None,
+    unlabeled_sections: Annotated[
+        str | None, typer.Option("--unlabeled-sections", metavar="WHAT", help=_UNLABELED_HELP)
+    ] = None,
+    label_colors: Annotated[str | None, typer.Option("--label-colors", metavar="A,B,C", help=_COLORS_HELP)] = None,
     init_from: InitFromOption = None,
     pixel_size: PixelSizeOption = None,
     trust_sizes: TrustSizesOption = False,
@@ -97,11 +109,15 @@ def finetune(
 
         check_installed()
     flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
-    sources = _Sources(images or [], labels or [], val_images or [], val_labels or [], pixel_size)
+    sources = _Sources(
+        images or [], labels or [], val_images or [], val_labels or [], pixel_size, unlabeled_sections, label_colors
+    )
+    set_ = [*(set_ or []), *_named_classes(classes)]
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
 
         given: dict[str, object] = {"images": images, "labels": labels, "pixel_size": pixel_size}
+        given |= {"classes": classes, "unlabeled_sections": unlabeled_sections, "label_colors": label_colors}
         given |= {"val_images": val_images, "val_labels": val_labels}
         given |= {"preset": preset != "auto", "config": config, "out": out}
         refuse_with_resume(**given, init_from=init_from, overwrite=overwrite, dry_run=dry_run)
@@ -132,9 +148,15 @@ class _Sources:
         val_images: Sequence[str],
         val_labels: Sequence[str],
         pixel_size: str | None,
+        unlabeled_sections: str | None,
+        label_colors: str | None,
     ) -> None:
         self.images, self.labels, self.val_images, self.val_labels = images, labels, val_images, val_labels
         self.pixel_nm = parse_pixel_size(pixel_size)
+        if unlabeled_sections not in (None, "ignore", "background"):
+            raise ConfigError(f"--unlabeled-sections {unlabeled_sections!r}", "choose ignore or background")
+        self.unlabeled_sections = cast("UnlabeledSections | None", unlabeled_sections)
+        self.colors = label_colors.split(",") if label_colors else []
 
     def files(self) -> list[Path]:
         """What was named, and every image that is found there; what is wrong with it is for `gather` to say."""
@@ -164,7 +186,22 @@ class _Sources:
             val_labels=self.val_labels,
             class_names=config.finetune.class_names,
             ignore_label=config.finetune.ignore_label,
+            unlabeled_sections=self.unlabeled_sections,
+            colors=self.colors,
         )
+
+
+def _named_classes(classes: str | None) -> list[str]:
+    """`--classes a,b` as the setting that it stands for."""
+    if classes is None:
+        return []
+    names = [name.strip() for name in classes.split(",")]
+    if len(names) < 2 or not all(names):
+        raise ConfigError(
+            f"--classes {classes!r} does not name two classes or more",
+            "give all names from value 0 on, for example --classes background,membrane,mitochondria",
+        )
+    return [f"finetune.class_names={json_module.dumps(names)}"]
 
 
 def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
@@ -205,11 +242,13 @@ def _begin(
         RunDir(out).refuse_to_replace([*sources.files(), *([init_from] if init_from else [])])
     labelled = sources.gather(resolved.config)
     if not quiet:
-        for line in (labelled.summary, *labelled.checked.notes):
+        for line in (labelled.summary, *labelled.notes):
             output.say(line)
+    for line in labelled.checked.warnings:
+        output.say(line, label="warning", style="bold yellow")
     run = create(out or free_name(Path("runs"), f"finetune-{Path(sources.images[0]).stem}"), overwrite=overwrite)
     try:
-        config, task, report, store = _prepare(run, resolved.config, labelled, sources, init_from)
+        config, task, report, store, parts = _prepare(run, resolved.config, labelled, sources, init_from)
     except BaseException:
         shutil.rmtree(run.data, ignore_errors=True)  # it is not a run yet, and the next attempt starts afresh
         raise
@@ -223,27 +262,31 @@ def _begin(
         "transfer": [vars(group) for group in report.groups()] if report is not None else None,
     }
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
-    write_environment(run, "finetune", choice, store=store, command=command, backend=config.kernels.backend)
+    write_environment(
+        run, "finetune", choice, store=store, command=command, backend=config.kernels.backend, split=parts
+    )
     run.write_config(config, "finetune")
     return run, watched_fit(run, config, task, data=run.data, quiet=quiet, tensorboard=tensorboard), report
 
 
 def _prepare(
     run: RunDir, config: RunConfig, labelled: LabelledSet, sources: _Sources, init_from: Path | None
-) -> tuple[RunConfig, Task, TransferReport | None, Store]:
-    """Collect the labelled images into the run, and make the task of it."""
+) -> tuple[RunConfig, Task, TransferReport | None, Store, Split]:
+    """Collect the labelled images into the run, divide them, and make the task of it."""
     from affmae_engine.data.labels.gather import write_labelled_store
     from affmae_engine.runtime.signals import StopRequest
-    from affmae_engine.train.finetuning import finetune_task
+    from affmae_engine.train.finetuning import finetune_task, split_labelled
 
     with StopRequest().installed() as stop:
         store, val_names = write_labelled_store(
             labelled, run.data, pixel_nm=sources.pixel_nm, should_stop=lambda: stop.requested
         )
-    if val_names:
-        config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"val_images": val_names})})
-    config, task, report = finetune_task(config, store, init_from=init_from)
-    return config, task, report, store
+    found: dict[str, object] = {"ignore_label": labelled.checked.ignore_label}
+    found |= {"val_images": val_names} if val_names else {}
+    config = config.model_copy(update={"finetune": config.finetune.model_copy(update=found)})
+    parts = split_labelled(config, store)
+    config, task, report = finetune_task(config, store, init_from=init_from, parts=parts)
+    return config, task, report, store, parts
 
 
 def _continue(
@@ -253,8 +296,8 @@ def _continue(
     from affmae_cli.resume import resolve_continuation
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import open_run
-    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_task
-    from affmae_engine.train.finetuning import finetune_task
+    from affmae_engine.train.environment import check_same_data, recorded_split, recorded_task
+    from affmae_engine.train.finetuning import finetune_task, split_labelled
     from affmae_engine.train.resume import check_length
 
     run = open_run(root)
@@ -262,8 +305,9 @@ def _continue(
         raise ConfigError(f"{root} is not a finetune run", f"continue it with: affmae pretrain --resume {root}")
     asked = resolve_continuation(run, "finetune", overrides=set_, flags=flags)
     store = Store.open(run.data)
-    check_same_data(recorded_data(run), store)
-    config, task, _ = finetune_task(asked, store)
+    check_same_data(run, store)
+    parts = recorded_split(run) or split_labelled(asked, store, by_class=False)
+    config, task, _ = finetune_task(asked, store, parts=parts)
     check_length(run, config.train.steps)
     return run, watched_fit(run, config, task, data=run.data, resume=True, quiet=quiet, tensorboard=tensorboard)
 

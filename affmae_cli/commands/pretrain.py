@@ -149,8 +149,14 @@ def _continue(
         raise ConfigError(f"{root} is not a pretraining run", f"continue it with: affmae finetune --resume {root}")
     recorded = recorded_data(run)
     asked = resolve_continuation(run, "pretrain", overrides=set_, flags=flags)
-    store = _open_store(data or [Path(recorded["path"])])
-    check_same_data(recorded, store)
+    before = Path(recorded["path"])
+    if not data and not before.exists():
+        raise InputError(
+            f"the data of {root} is not at {before} any more",
+            f"if it was moved: affmae pretrain NEW_PATH --resume {shlex.quote(str(root))}",
+        )
+    store = _open_store(data or [before])
+    check_same_data(run, store)
     config, task = pretrain_task(asked, store, init_from=None)
     check_length(run, config.train.steps)
     return run, watched_fit(run, config, task, data=store.path, resume=True, quiet=quiet, tensorboard=tensorboard)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
 from affmae_engine.data.ingest_job import absolute
-from affmae_engine.data.labels.checks import CheckedLabels, check_labels
+from affmae_engine.data.labels.checks import CheckedLabels, UnlabeledSections, check_labels
 from affmae_engine.data.labels.pairing import joined, pair_labels
 from affmae_engine.data.labels.problems import listed, refusal
 from affmae_engine.data.readers import PixelSize
@@ -24,10 +24,12 @@ Paths = Sequence[str | Path]
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Checked labels, and how many of the last pairs are for validation (0: to be split off automatically)."""
+    """Checked labels, how many of the last pairs are for validation (0: to be split off automatically), and images
+    that have no labels."""
 
     checked: CheckedLabels
     validation: int = 0
+    left_out: tuple[Path, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -41,6 +43,16 @@ class LabelledSet:
         count = len(checked.pairs)
         return f"{count} labelled image{'s' if count > 1 else ''}: {', '.join([*shares, *unlabelled])}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each."""
+        if not self.left_out:
+            return self.checked.notes
+        count, total = len(self.left_out), len(self.left_out) + len(self.checked.pairs)
+        names = listed([path.name for path in self.left_out], 3)
+        left = f"{count} of {total} images have no labels and are left out ({names}); `affmae pretrain` can use them"
+        return (left, *self.checked.notes)
+
 
 def gather_labels(
     images: Paths,
@@ -50,6 +62,8 @@ def gather_labels(
     val_labels: Paths = (),
     class_names: Sequence[str] = (),
     ignore_label: int | None = None,
+    unlabeled_sections: UnlabeledSections | None = None,
+    colors: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LabelledSet:
     """Pair and check images and labels; nothing is written.
@@ -57,7 +71,7 @@ def gather_labels(
     Args:
         images, labels: see `pair_labels`.
         val_images, val_labels: a validation set of the same kind; both or none.
-        class_names, ignore_label, on_progress: see `check_labels`.
+        class_names, ignore_label, unlabeled_sections, colors, on_progress: see `check_labels`.
 
     Raises:
         ConfigError: only one of `val_images` and `val_labels`, or names that do not fit.
@@ -78,8 +92,15 @@ def gather_labels(
             )
         held_out = len(validation.pairs)
         pairing = joined(pairing, validation)
-    checked = check_labels(pairing, class_names=class_names, ignore_label=ignore_label, on_progress=on_progress)
-    return LabelledSet(checked, held_out)
+    checked = check_labels(
+        pairing,
+        class_names=class_names,
+        ignore_label=ignore_label,
+        unlabeled_sections=unlabeled_sections,
+        colors=colors,
+        on_progress=on_progress,
+    )
+    return LabelledSet(checked, held_out, pairing.left_out)
 
 
 def write_labelled_store(
