@@ -56,6 +56,8 @@ class SplitImage(Protocol):
     def source_mtime_ns(self) -> int: ...
     @property
     def sha256(self) -> str: ...
+    @property
+    def pixels_sha256(self) -> str: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -297,8 +299,14 @@ def _families(images: Iterable[SplitImage]) -> list[_Family]:
     return [_family(members) for members in {id(members): members for members in found.values()}.values()]
 
 
-def _relations(image: SplitImage) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
-    return ("place", image.source_path, image.source_series), ("content", image.sha256, image.source_series)
+def _relations(image: SplitImage) -> list[tuple[str, str, str]]:
+    """What images that may show the same have in common: place, content of the file, pixels; the place comes first."""
+    pixels = [("pixels", image.pixels_sha256, "")] if image.pixels_sha256 else []
+    return [
+        ("place", image.source_path, image.source_series),
+        ("content", image.sha256, image.source_series),
+        *pixels,
+    ]
 
 
 def _family(members: Iterable[SplitImage]) -> _Family:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
-from affmae_engine.data.ingest_job import absolute
 from affmae_engine.data.labels.checks import CheckedLabels, UnlabeledSections, check_labels
 from affmae_engine.data.labels.pairing import joined, pair_labels
 from affmae_engine.data.labels.problems import listed, refusal
 from affmae_engine.data.readers import PixelSize
 from affmae_engine.data.store import Store
+from affmae_engine.data.volumes import absolute
 from affmae_engine.errors import ConfigError, InputError, Interrupted
 
 Paths = Sequence[str | Path]

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from affmae_engine.data.labels.problems import listed, refusal
-from affmae_engine.data.labels.sources import ClassMasks, ColorMap, EmptyMasks, LabeledSections, Section, Stacked
+from affmae_engine.data.labels.sources import ClassMasks, ColorMap, EmptyMasks, LabeledSections, Section
 from affmae_engine.data.names import is_word, last_number, parse, stem, without_padding
 from affmae_engine.data.readers import Source, find_files, open_sources
 from affmae_engine.data.readers.files import natural_key
+from affmae_engine.data.volumes import Stacked
 from affmae_engine.errors import InputError
 
 _MOST_CHANNELS = 64

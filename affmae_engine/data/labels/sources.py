@@ -63,21 +63,6 @@ class EmptyMasks(ClassMasks):
         return self.parts[0]
 
 
-class Stacked(_Composed):
-    """Single sections of equal size as one stack, in the order given."""
-
-    def __init__(self, sections: Sequence[Source]) -> None:
-        first = sections[0].info
-        shape = (len(sections), *first.shape_ZYX[1:])
-        super().__init__(replace(first, shape_ZYX=shape, dtype=max(s.info.dtype for s in sections)), sections)
-
-    def _read(self, handle: Any, z: Range, y: Range, x: Range) -> np.ndarray:
-        block = np.empty((z[1] - z[0], y[1] - y[0], x[1] - x[0]), self.info.dtype)
-        for row, section in enumerate(handle[slice(*z)]):
-            block[row] = section.read(slice(0, 1), slice(*y), slice(*x))[0]
-        return block
-
-
 class Section(_Composed):
     """One section of a stack as a picture."""
 
