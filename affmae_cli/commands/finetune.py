@@ -78,6 +78,13 @@ def finetune(
     label_colors: Annotated[str | None, typer.Option("--label-colors", metavar="A,B,C", help=_COLORS_HELP)] = None,
     init_from: InitFromOption = None,
     pixel_size: PixelSizeOption = None,
+    rescale: Annotated[
+        bool,
+        typer.Option(
+            "--rescale/--no-rescale",
+            help="Bring images whose pixel size differs by more than 15 % to that of the weights, or to the median.",
+        ),
+    ] = False,
     trust_sizes: TrustSizesOption = False,
     preset: PresetOption = "auto",
     config: ConfigOption = None,
@@ -110,7 +117,14 @@ def finetune(
         check_installed()
     flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
     sources = _Sources(
-        images or [], labels or [], val_images or [], val_labels or [], pixel_size, unlabeled_sections, label_colors
+        images or [],
+        labels or [],
+        val_images or [],
+        val_labels or [],
+        pixel_size,
+        unlabeled_sections,
+        label_colors,
+        rescale,
     )
     set_ = [*(set_ or []), *_named_classes(classes)]
     if resume is not None:
@@ -118,6 +132,7 @@ def finetune(
 
         given: dict[str, object] = {"images": images, "labels": labels, "pixel_size": pixel_size}
         given |= {"classes": classes, "unlabeled_sections": unlabeled_sections, "label_colors": label_colors}
+        given |= {"rescale": rescale}
         given |= {"val_images": val_images, "val_labels": val_labels}
         given |= {"preset": preset != "auto", "config": config, "out": out}
         refuse_with_resume(**given, init_from=init_from, overwrite=overwrite, dry_run=dry_run)
@@ -150,6 +165,7 @@ class _Sources:
         pixel_size: str | None,
         unlabeled_sections: str | None,
         label_colors: str | None,
+        rescale: bool,
     ) -> None:
         self.images, self.labels, self.val_images, self.val_labels = images, labels, val_images, val_labels
         self.pixel_nm = parse_pixel_size(pixel_size)
@@ -157,6 +173,7 @@ class _Sources:
             raise ConfigError(f"--unlabeled-sections {unlabeled_sections!r}", "choose ignore or background")
         self.unlabeled_sections = cast("UnlabeledSections | None", unlabeled_sections)
         self.colors = label_colors.split(",") if label_colors else []
+        self.rescale = rescale
 
     def files(self) -> list[Path]:
         """What was named, and every image that is found there; what is wrong with it is for `gather` to say."""
@@ -189,6 +206,28 @@ class _Sources:
             unlabeled_sections=self.unlabeled_sections,
             colors=self.colors,
         )
+
+
+def _to_scale(labelled: LabelledSet, sources: _Sources, init_from: Path | None) -> tuple[LabelledSet, list[str]]:
+    """The images at one pixel size where --rescale is given, and what to warn of."""
+    from affmae_engine.data.labels.gather import at_scale
+    from affmae_engine.data.scale import common_edge_nm, scale_warnings
+    from affmae_engine.train.transfer import read_origin
+
+    origin_nm = read_origin(init_from).pixel_nm if init_from is not None else None
+    sizes = [sources.pixel_nm or pair.image.info.pixel_nm for pair in labelled.checked.pairs]
+    target_nm = common_edge_nm(sizes, origin_nm)
+    unknown = sum(size[2] is None for size in sizes)
+    warnings = []
+    if unknown and origin_nm is not None:
+        warnings.append(
+            f"the weights were trained at {origin_nm:.4g} nm per pixel, and the pixel size of {unknown} of "
+            f"{len(sizes)} images is unknown: give it with --pixel-size Z,Y,X"
+        )
+    found = scale_warnings(sizes, origin_nm)
+    if sources.rescale and target_nm is not None:
+        return at_scale(labelled, target_nm, sources.pixel_nm), [*warnings, *(f"{t}: resampled" for t in found)]
+    return labelled, [*warnings, *(f"{text}: --rescale brings all to {target_nm:.4g} nm" for text in found)]
 
 
 def _named_classes(classes: str | None) -> list[str]:
@@ -244,7 +283,8 @@ def _begin(
     if not quiet:
         for line in (labelled.summary, *labelled.notes):
             output.say(line)
-    for line in labelled.checked.warnings:
+    labelled, scale_warnings = _to_scale(labelled, sources, init_from)
+    for line in (*labelled.checked.warnings, *scale_warnings):
         output.say(line, label="warning", style="bold yellow")
     run = create(out or free_name(Path("runs"), f"finetune-{Path(sources.images[0]).stem}"), overwrite=overwrite)
     try:
@@ -279,7 +319,10 @@ def _prepare(
 
     with StopRequest().installed() as stop:
         store, val_names = write_labelled_store(
-            labelled, run.data, pixel_nm=sources.pixel_nm, should_stop=lambda: stop.requested
+            labelled,
+            run.data,
+            pixel_nm=None if sources.rescale else sources.pixel_nm,
+            should_stop=lambda: stop.requested,
         )
     found: dict[str, object] = {"ignore_label": labelled.checked.ignore_label}
     found |= {"val_images": val_names} if val_names else {}

@@ -16,6 +16,7 @@ from affmae_engine.checkpoint import load_weights
 from affmae_engine.config import ModelConfig, RunConfig
 from affmae_engine.data.dataset import PretrainDataset, croppable_planes
 from affmae_engine.data.normalise import Normalisation
+from affmae_engine.data.scale import scale_warnings
 from affmae_engine.data.split import Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
@@ -52,7 +53,7 @@ def pretrain_task(
     if config.train.epochs is not None:
         steps = max(1, math.ceil(config.train.epochs * dataset.samples_per_epoch / config.train.batch_size))
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    notes = list(dataset.notes)
+    notes = [*dataset.notes, *scale_warnings([image.pixel_nm for image in store.images])]
     normalisation = Normalisation.from_store(config.data, store)
     held_out, _ = croppable_planes(store, parts.val, normalisation, config.image_size)
     if not held_out:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from affmae_cli.main import app
 from affmae_engine import checkpoint
 from affmae_engine.config import LossConfig, ModelConfig
+from affmae_engine.data.store import Store
 from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.run_dir import RunDir
 from affmae_engine.weights import WeightsMetadata, write_weights
@@ -177,6 +178,21 @@ def test_a_class_of_one_image_stays_in_training_and_resuming_keeps_the_split(dat
     (tmp_path / "a/environment.json").write_text(json.dumps(environment))
     result = run("--resume", "a", "--steps", 2)
     assert result.exit_code == 0 and "held out for validation: s5" in result.stderr
+
+
+def test_mixed_pixel_sizes_are_said_and_rescaled(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, "d")
+    for number, path in enumerate(sorted((tmp_path / "d/images").iterdir())):
+        image, nm = tifffile.imread(path), 4 if number % 3 else 8
+        resolution = (1000 / nm, 1000 / nm)
+        tifffile.imwrite(path, image, imagej=True, resolution=resolution, metadata={"axes": "YX", "unit": "um"})
+    result = run(*on(Path("d"), "-o", "a"))
+    assert result.exit_code == 0, result.output
+    assert "4 nm (4 images), 8 nm (2 images): --rescale brings all to 4 nm" in result.stderr
+    result = run(*on(Path("d"), "-o", "b", "--rescale", "-q"))
+    assert result.exit_code == 0, result.output
+    shapes = {image.shape_ZYX for image in Store.open(RunDir(tmp_path / "b").data).images}
+    assert shapes == {(1, 80, 96), (1, 160, 192)} and checkpoint.load_weights(tmp_path / "b")[0].pixel_nm == 4
 
 
 def test_sections_nobody_labeled_are_ignored_and_said_so(tmp_path: Path) -> None:

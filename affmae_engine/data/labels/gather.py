@@ -6,15 +6,17 @@ that training and resuming need neither the original files nor the form they wer
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
 from affmae_engine.data.labels.checks import CheckedLabels, UnlabeledSections, check_labels
-from affmae_engine.data.labels.pairing import joined, pair_labels
+from affmae_engine.data.labels.pairing import LabelledImage, joined, pair_labels
 from affmae_engine.data.labels.problems import listed, refusal
-from affmae_engine.data.readers import PixelSize
+from affmae_engine.data.readers import PixelSize, Source
+from affmae_engine.data.scale import Rescaled, differ, edge_nm
 from affmae_engine.data.store import Store
 from affmae_engine.data.volumes import absolute
 from affmae_engine.errors import ConfigError, InputError, Interrupted
@@ -101,6 +103,31 @@ def gather_labels(
         on_progress=on_progress,
     )
     return LabelledSet(checked, held_out, pairing.left_out)
+
+
+def at_scale(labelled: LabelledSet, target_nm: float, pixel_nm: PixelSize | None = None) -> LabelledSet:
+    """Bring images whose pixel size differs from `target_nm` to it, with their labels; the counts stay as they were.
+
+    Args:
+        target_nm: edge of a pixel in the plane, in nanometers.
+        pixel_nm: voxel size of all images, in place of what their files say.
+    """
+
+    def rescaled(pair: LabelledImage) -> LabelledImage:
+        image = pair.image if pixel_nm is None else _with_size(pair.image, pixel_nm)
+        if not differ(edge_nm(image.info.pixel_nm), target_nm):
+            return replace(pair, image=image)
+        labels = Rescaled(pair.labels, target_nm, like=image, labels=True)
+        return replace(pair, image=Rescaled(image, target_nm, like=image), labels=labels)
+
+    checked = replace(labelled.checked, pairs=tuple(rescaled(pair) for pair in labelled.checked.pairs))
+    return replace(labelled, checked=checked)
+
+
+def _with_size(image: Source, pixel_nm: PixelSize) -> Source:
+    sized = copy.copy(image)
+    sized.info = replace(image.info, pixel_nm=pixel_nm)
+    return sized
 
 
 def write_labelled_store(
