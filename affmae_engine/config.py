@@ -126,7 +126,7 @@ class DataConfig(Section):
     holdout: Fraction = 0.05
     """Share of the data kept for the held-out loss: whole images, or contiguous sections of a stack."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Data-loading processes; `auto` takes up to 8, leaving one core free."""
+    """Data-loading processes; `auto` takes up to 15, leaving one core free."""
 
     @model_validator(mode="after")
     def _ordered_scale(self) -> DataConfig:

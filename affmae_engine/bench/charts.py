@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from affmae_engine import atomic
 from affmae_engine.bench.quality import INIT_TITLES
-from affmae_engine.bench.report import TITLES
+from affmae_engine.bench.report import TITLES, figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ def _bars(axes: Axes, records: list[dict[str, Any]], name: str, unit: str, *, of
             label = TITLES[family] if place == 0 else None
             hatch = "" if family == "affmae" else "//"
             axes.bar(at, height, _BAR, color=COLORS[family], label=label, hatch=hatch, edgecolor="white")
-            text = f"{found[family]:.3g}" if family in found else "none"
+            text = figure(found[family]) if family in found else "none"
             axes.annotate(text, (at, height), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=9)
         if len(found) == len(TITLES):
             (other,) = (family for family in TITLES if family != of)

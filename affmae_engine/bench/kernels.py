@@ -67,6 +67,8 @@ def time_case(
         return CallTimes(forward, None, forward_bytes, forward_bytes)
 
     upstream = [torch.randn_like(output) for output in outputs]
+    # Autograd remembers the stream of a graph that is alive, and a capture on another stream must not wait for that.
+    del results, outputs
 
     def both_of(arguments: dict[str, Any], wanted: Sequence[Tensor]) -> Call:
         def both() -> None:

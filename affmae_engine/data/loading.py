@@ -50,7 +50,11 @@ _log = logging.getLogger(__name__)
 
 
 class Samples(Protocol):
-    """Samples by index; picklable. May have `describe(index) -> str`, which names the image for error messages."""
+    """Samples by index; picklable.
+
+    May have `describe(index) -> str`, which names the image for error messages, and the two parts of `sample`:
+    `raw(index)`, which reads, and `finish(batch)`, which computes samples from a batch of raw ones on any device.
+    """
 
     def sample(self, index: int, /) -> dict[str, Tensor]:
         """Sample `index`, the same whenever it is asked for."""
@@ -66,6 +70,7 @@ def batches(
     world: int = 1,
     workers: int | Literal["auto"] = "auto",
     timeout: float = TIMEOUT_S,
+    raw: bool = False,
 ) -> Generator[dict[str, Tensor], None, None]:
     """Micro-batches of this rank from step `first` on, without end. Close the generator to end its workers.
 
@@ -77,6 +82,7 @@ def batches(
         rank, world: this process and the number of processes.
         workers: data-loading processes; 0 loads in this process, `auto` see `worker_count`.
         timeout: seconds to wait for a worker before giving up.
+        raw: leave `finish` to the caller, where the dataset has it; see `Samples`.
 
     Yields:
         dicts of stacked tensors [micro_batch, ...], in pinned memory where there is CUDA.
@@ -92,16 +98,21 @@ def batches(
             "choose train.batch_size as a multiple of both",
         )
     plan = _Plan(batch_size, micro_batch, rank, world)
-    return _stream(_MicroBatches(dataset, plan), first * plan.per_step, worker_count(workers), timeout)
+    return _stream(
+        _MicroBatches(dataset, plan, raw=raw and hasattr(dataset, "raw")),
+        first * plan.per_step,
+        worker_count(workers),
+        timeout,
+    )
 
 
 def worker_count(setting: int | Literal["auto"]) -> int:
-    """Data-loading processes: as set, or up to 8 with one core left free, shared among the ranks of this machine."""
+    """Data-loading processes: as set, or up to 15 with one core left free, shared among the ranks of this machine."""
     if setting != "auto":
         return setting
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(0, min(8, cores // ranks - 1))
+    return max(0, min(15, cores // ranks - 1))
 
 
 def sample_error(error: Exception, what: str) -> AffmaeError:
@@ -151,14 +162,15 @@ class _Failure:
 class _MicroBatches(Dataset):
     """Item k is a whole micro-batch, or the failure that stood in its way."""
 
-    def __init__(self, samples: Samples, plan: _Plan) -> None:
-        self.samples, self.plan = samples, plan
+    def __init__(self, samples: Samples, plan: _Plan, *, raw: bool) -> None:
+        self.samples, self.plan, self.raw = samples, plan, raw
 
     def __getitem__(self, item: int) -> dict[str, Tensor] | _Failure:
         records = []
+        read = getattr(self.samples, "raw") if self.raw else self.samples.sample  # noqa: B009
         try:
             for index in self.plan.indices(item):
-                records.append(self.samples.sample(index))
+                records.append(read(index))
             return {name: torch.stack([record[name] for record in records]) for name in records[0]}
         except Exception as error:
             what = self.describe(self.plan.indices(item)[min(len(records), self.plan.micro_batch - 1)])

@@ -44,6 +44,9 @@ from affmae_engine.train.state import TrainState, restore_state
 from affmae_engine.train.step import TrainStep, seed_forward
 from affmae_engine.train.task import Task
 
+KEPT_SHARE = 1 / 16
+"""Share of a GPU's memory that may hold a labeled training set."""
+
 _engine_log = logging.getLogger("affmae_engine")
 
 
@@ -119,6 +122,10 @@ def _train(session: Session) -> None:
     state, stop, ranks, train = session.state, session.stop, session.ranks, session.config.train
     share = ranks.share(train.batch_size)
     state.model.train()
+    keep_on = getattr(session.task.dataset, "keep_on", None)
+    if keep_on is not None and session.choice.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(session.choice.device)
+        keep_on(session.choice.device, int(KEPT_SHARE * total))
     if _runs_triton(session):
         _compile(session, share)
     state.micro_batch = _micro_batch(session, share)
@@ -187,14 +194,16 @@ def _steps(session: Session, micro: int) -> bool:
     """Take steps in micro-batches of that size, to the end or a request to stop; False when memory ran out."""
     config, state, ranks = session.config, session.state, session.ranks
     train, optim, total = config.train, config.optim, config.train.steps
+    dataset, on_gpu = session.task.dataset, session.choice.device.type == "cuda"
     stream = batches(
-        session.task.dataset,
+        dataset,
         first=state.step,
         batch_size=train.batch_size,
         micro_batch=micro,
         rank=ranks.rank,
         world=ranks.world,
         workers=config.data.workers,
+        raw=on_gpu,
     )
     take_step = TrainStep(
         state.model,
@@ -207,6 +216,7 @@ def _steps(session: Session, micro: int) -> bool:
         record=_uses_cuda_graphs(session),
         ranks=ranks,
         agree=session.agree,
+        finish=getattr(dataset, "finish", None) if on_gpu else None,
     )
     with contextlib.closing(stream):
         while state.step < total:

@@ -34,6 +34,7 @@ from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import GpuAdamW
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+Finish = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 EAGER_STEPS = 3
 """Steps before the capture: they compile kernels, find the largest workspaces and move constants to the device."""
@@ -76,6 +77,7 @@ class TrainStep:
         record: replay CUDA graphs after `EAGER_STEPS` steps; every batch must then have the same shapes.
         ranks: the processes that share a step; graphs are for one alone.
         agree: called once per step with whether this process ran out of memory; returns whether any did.
+        finish: makes training samples of a batch once it is on the device; None: the loader gives samples.
     """
 
     def __init__(
@@ -91,12 +93,13 @@ class TrainStep:
         record: bool = False,
         ranks: Ranks = Ranks(),
         agree: Callable[[bool], bool] = bool,
+        finish: Finish | None = None,
     ) -> None:
         self._losses, self._optimizer, self._scaler = losses, optimizer, scaler
         self._choice, self._accumulate, self._clip_norm = choice, accumulate, clip_norm
         self._ranks, self._agree, self._agreed = ranks, agree, False
         self._model = ranks.averaging(model, choice.device)
-        self._to_device = DevicePrefetcher(choice.device)
+        self._to_device = DevicePrefetcher(choice.device, finish)
         self._eager_steps = EAGER_STEPS if record else None
         # Not the functions themselves until then: a step that refers to itself would keep the optimizer alive.
         self._graphed_backward: CudaGraphedFunction | None = None
@@ -251,19 +254,22 @@ def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watc
 
 
 class DevicePrefetcher:
-    """Copies batches to the device; to a GPU on a stream of its own, while the steps before are still computed."""
+    """Copies batches to the device and finishes them; on a GPU beside the steps before, on a stream of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, finish: Finish | None = None) -> None:
+        self._device, self._finish = device, finish
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._stream is None:
-            return {name: tensor.to(self._device) for name, tensor in batch.items()}
+            return self._finished({name: tensor.to(self._device) for name, tensor in batch.items()})
         compute = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+            moved = self._finished({name: t.to(self._device, non_blocking=True) for name, t in batch.items()})
         compute.wait_stream(self._stream)
         for tensor in moved.values():
             tensor.record_stream(compute)  # its memory is not given to the next batch while it is still read
         return moved
+
+    def _finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch if self._finish is None else self._finish(batch)

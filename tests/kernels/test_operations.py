@@ -47,15 +47,25 @@ def test_two_runs_give_the_same_bits(operation: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_network_shapes_agree_with_the_reference(operation: str) -> None:
-    """bf16 kernels against the reference in bf16 on the same GPU: a float64 reference of these shapes is too large."""
+    """bf16 kernels are as far from the fp32 reference as the bf16 reference is: both by 3 % where ReLUs flip.
+
+    Everything on the same GPU: a float64 reference of these shapes is too large.
+    """
     for case in cases(operation, network=True):
-        found, plain = (solve(case, DEVICE, torch.bfloat16, backend) for backend in ("triton", "reference"))
-        for name, tensor in plain.items():
-            if tensor.is_floating_point():
-                difference = float((found[name].double() - tensor.double()).norm() / tensor.double().norm())
-                assert difference <= 2 * LIMITS[torch.bfloat16], (case.title, name, difference)
-            else:
-                assert torch.equal(found[name], tensor), (case.title, name)
+        exact = solve(case, DEVICE, torch.float32, "reference")
+        plain, found = (solve(case, DEVICE, torch.bfloat16, backend) for backend in ("reference", "triton"))
+        for name, tensor in exact.items():
+            if not tensor.is_floating_point():
+                assert torch.equal(found[name], plain[name]), (case.title, name)
+                continue
+            of_plain, of_found = (_relative_rms(other[name], tensor) for other in (plain, found))
+            # A handful of numbers that each sum over all pairs, which nearly cancel, is mostly noise.
+            limit = 0.2 if tensor.numel() <= 16 else LIMITS[torch.bfloat16] + 1.5 * of_plain
+            assert of_found <= limit, (case.title, name, of_found, of_plain)
+
+
+def _relative_rms(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.double() - truth.double()).norm() / truth.double().norm())
 
 
 def test_every_folder_of_an_operation_is_listed_and_has_both_kinds_of_cases() -> None:
