@@ -3,8 +3,8 @@
 Sample i is a pure function of (seed, i): image, section, place, size, turn and mask all come from it, so nothing
 depends on workers, ranks or on where a run was resumed. Only the chunks under the crop are read. Unusual: images are
 chosen in proportion to their pixels, not once per file; blank images are left out, and crops that are (nearly) uniform,
-such as empty resin, or padding for more than a quarter, are drawn again a few times. A sample is made in two parts: `raw` reads in a data-loading
-process, `finish` computes for a whole batch, on the GPU where there is one.
+such as empty resin, or padding for more than a quarter, are drawn again a few times. A sample is made in two parts:
+`raw` reads in a data-loading process, `finish` computes for a whole batch, on the GPU where there is one.
 
 Axes: Z Y X image, C H W sample, V visible and Q masked tokens.
 """
