@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +22,7 @@ from affmae_cli.options import JsonOption, QuietOption, TrustSizesOption
 from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
+    from affmae_engine.data.cleaning import Cleaned, Decision
     from affmae_engine.data.ingest import IngestProgress, IngestReport
     from affmae_engine.data.store_layout import StoredImage
     from affmae_engine.errors import InputError
@@ -47,6 +50,13 @@ def ingest(
     take_all: Annotated[
         bool, typer.Option("--all", help="Take label maps, predictions, overlays and run folders as images too.")
     ] = False,
+    clean: Annotated[
+        bool | None,
+        typer.Option(
+            "--clean/--no-clean",
+            help="Leave out near-duplicates, blank and saturated images, crop info bars; --no-clean reverses it.",
+        ),
+    ] = None,
     trust_sizes: TrustSizesOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -70,6 +80,8 @@ def ingest(
             pixel_nm=pixel_nm,
             channel=channel,
             take_all=take_all,
+            clean=clean,
+            confirm=_confirm if sys.stdin.isatty() and not (json or quiet) else None,
             workers=workers,
             on_progress=on_progress,
             should_stop=lambda: stop.requested,
@@ -90,11 +102,26 @@ def ingest(
         output.say(f"affmae pretrain {shlex.quote(str(out))}", label="next", style="bold cyan")
 
 
+def _confirm(cleaned: Cleaned, sheet: Path) -> bool:
+    output.say(_counted(cleaned.decisions), label="clean", style="bold yellow")
+    return typer.confirm(f"Look at {sheet}. Do this?", default=True, err=True)
+
+
+def _counted(decisions: Sequence[Decision]) -> str:
+    """`2 near-duplicates left out, 3 info bars cropped`."""
+    counts = Counter(decision.what for decision in decisions)
+    words = {"near-duplicate": "near-duplicate{s} left out", "blank": "blank left out"}
+    words |= {"saturated": "saturated left out", "info bar": "info bar{s} cropped"}
+    return ", ".join(f"{n} {words[what].format(s='s' if n > 1 else '')}" for what, n in counts.items())
+
+
 def _nothing_taken(report: IngestReport) -> InputError:
     from affmae_engine.data.find import summary
     from affmae_engine.errors import InputError
 
     refused = len(report.skipped)
+    if not refused and not report.left_out:
+        return InputError(f"nothing was taken: {_counted(report.decisions)}", "--no-clean takes everything")
     if not refused:
         return InputError(f"nothing was taken: left out {summary(report.left_out)}", "--all takes them as images")
     return InputError(
@@ -207,6 +234,8 @@ def _show_totals(report: IngestReport) -> None:
     output.show(f"{', '.join(parts)}; {_duration(report.seconds)}")
     if report.left_out:
         output.show(output.printable(f"left out  {summary(report.left_out)}; --all takes them as images too"))
+    if report.decisions:
+        output.show(f"clean     {_counted(report.decisions)}: see affmae/clean.png in it; --no-clean reverses it")
     padded = [image.statistics for image in report.taken if image.statistics.foreground < 0.995]  # as in the notes
     if padded:
         share = 1 - sum(s.foreground for s in padded) / len(padded)
@@ -264,6 +293,7 @@ def _as_json(report: IngestReport) -> dict[str, Any]:
         "present": [vars(entry) for entry in report.present],
         "skipped": [vars(entry) for entry in report.skipped],
         "left_out": [vars(entry) for entry in report.left_out],
+        "clean": [decision.to_dict() for decision in report.decisions],
     }
 
 

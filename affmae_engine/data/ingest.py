@@ -22,7 +22,7 @@ import queue
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 
 from affmae_engine import atomic
+from affmae_engine.data import cleaning
+from affmae_engine.data.cleaning import Cleaned, Decision, apply
 from affmae_engine.data.contact_sheet import write_contact_sheet
 from affmae_engine.data.find import Found, LeftOut, find_images, kind_of_array, looks_like_labels
 from affmae_engine.data.readers import PixelSize, Source
@@ -99,6 +101,8 @@ class IngestReport:
     skipped: list[Skipped] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     """Files that are no images: label maps, predictions, overlays, run folders."""
+    decisions: list[Decision] = field(default_factory=list)
+    """What `clean` left out or cropped, of these sources."""
     corrected: int = 0
     """Images among `present` that got another pixel size."""
     statistics: Statistics | None = None
@@ -125,6 +129,8 @@ def ingest(
     pixel_nm: PixelSize | None = None,
     channel: int | None = None,
     take_all: bool = False,
+    clean: bool | None = None,
+    confirm: Callable[[Cleaned, Path], bool] | None = None,
     workers: int | None = None,
     on_progress: Callable[[IngestProgress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -140,6 +146,9 @@ def ingest(
         pixel_nm: voxel size in nanometres (z, y, x) for all these images, in place of what their files say.
         channel: see `readers.open_sources`.
         take_all: take label maps, predictions, overlays and the like as images too.
+        clean: leave out near-duplicates, blank and saturated images and crop info bars (`cleaning.clean`); False
+            reverses that for these sources, and None keeps to what was decided about them before.
+        confirm: asked once with the decisions and the sheet that shows them; False takes everything as it is.
         workers: threads; None takes up to 8, one per core.
         on_progress: called from this thread, after every file scanned and every band written.
         should_stop: asked between bands; True ends the ingestion cleanly, to be continued by the same call.
@@ -164,17 +173,52 @@ def ingest(
             should_stop or (lambda: False),
         )
         volumes = run.open(found, take_all=take_all) if found else []
+        earlier = _earlier_decisions(writer.paths.manifest)
+        volumes, decisions = _cleaned(volumes, writer, earlier, clean, confirm)
+        run.report.decisions = decisions
         wanted = labels or {}
         volumes += [Volume(source, wanted.get(source_key(source))) for source in sources if isinstance(source, Source)]
-        seen = {volume.path for volume in volumes}
+        seen = {volume.path for volume in volumes} | {decision.path for decision in decisions}
         while volumes and not run.report.interrupted:
             volumes = run.take(volumes)
         if not run.report.interrupted:
             _drop_leftovers(writer, seen, run.kept)
-        _write_manifest(writer, run.report)
+        _write_manifest(writer, run.report, earlier, seen)
     _finish_report(run.report, keep=existed or run.report.interrupted or bool(run.kept))
     run.report.seconds = time.monotonic() - started
     return run.report
+
+
+def _cleaned(
+    volumes: list[Volume],
+    writer: StoreWriter,
+    earlier: Sequence[Decision],
+    clean: bool | None,
+    confirm: Callable[[Cleaned, Path], bool] | None,
+) -> tuple[list[Volume], list[Decision]]:
+    """The volumes to take, and what was decided about them. Images of the store that were decided otherwise go."""
+    keys = {(volume.path, volume.image.info.series) for volume in volumes}
+    about = [decision for decision in earlier if decision.key in keys]
+    if clean is None:
+        return apply(about, volumes), about
+    changed = about
+    if clean:
+        cleaned = cleaning.clean(volumes)
+        if cleaned.decisions:
+            cleaning.write_sheet(cleaned, writer.paths.clean_sheet)
+        if not cleaned.decisions or (confirm is not None and not confirm(cleaned, writer.paths.clean_sheet)):
+            return apply(about, volumes), about
+        volumes, about = cleaned.volumes, cleaned.decisions
+        changed = [*changed, *about]
+    else:
+        about = []
+    rows = {decision.key: decision.rows for decision in about}
+    stale = {decision.key for decision in changed}
+    for image in list(writer.images.values()):
+        key = image.source_path, image.source_series
+        if key in stale and (key not in rows or rows[key] != image.shape_ZYX[1]):
+            writer.drop(image.name)
+    return volumes, about
 
 
 @dataclass
@@ -553,8 +597,10 @@ def _is_gone(path: str) -> bool:
     return os.path.isdir(os.path.dirname(path)) and not os.path.lexists(path)  # noqa: PTH112, PTH120 (as recorded)
 
 
-def _write_manifest(writer: StoreWriter, report: IngestReport) -> None:
-    """Write what was taken, skipped and left out, keeping earlier refusals of files that were not part of this run."""
+def _write_manifest(
+    writer: StoreWriter, report: IngestReport, decisions: Sequence[Decision], seen: Collection[str]
+) -> None:
+    """Write what was taken, skipped and left out, keeping what is known of files that were not part of this run."""
     images = sorted(writer.images.values(), key=lambda image: natural_key(image.name))
     again = {s.path for s in report.skipped} | {p.path for p in report.present}
     again |= {image.source_path for image in images}
@@ -566,9 +612,19 @@ def _write_manifest(writer: StoreWriter, report: IngestReport) -> None:
         "taken": [{k: v for k, v in image.to_dict().items() if v not in ("", None, ())} for image in images],
         "skipped": earlier
         + [{"path": s.path, "reason": s.reason, "hint": s.hint, "time": now} for s in report.skipped],
+        "clean": [
+            decision.to_dict() for decision in (*(d for d in decisions if d.path not in seen), *report.decisions)
+        ],
         "left_out": [{"path": absolute(item.path), "what": item.what} for item in report.left_out],
     }
     atomic.commit_text(writer.paths.manifest, json.dumps(content, indent=1) + "\n")
+
+
+def _earlier_decisions(manifest: Path) -> list[Decision]:
+    try:
+        return [Decision.from_dict(entry) for entry in json.loads(manifest.read_text("utf-8"))["clean"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []  # there is no manifest, or none with decisions
 
 
 def _earlier_skipped(manifest: Path) -> list[dict[str, Any]]:

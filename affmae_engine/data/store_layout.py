@@ -8,6 +8,7 @@ A store is one Zarr v3 group:
     em.zarr/affmae/ledger.jsonl   what is finished, chunk by chunk and image by image (see `ledger.py`)
     em.zarr/affmae/manifest.json  what was taken, skipped and why, for people and scripts
     em.zarr/affmae/overview.png   the contact sheet
+    em.zarr/affmae/clean.png      what `ingest --clean` left out or cropped
 
 Chunks are one section thick and at most 256 x 256, because training cuts random two-dimensional crops. A shard, one
 file, holds whole rows of chunks and up to 32 MiB, and is the unit in which a store is written, so that the ledger can
@@ -64,6 +65,11 @@ class StorePaths:
     def overview(self) -> Path:
         """The contact sheet."""
         return self.private / "overview.png"
+
+    @property
+    def clean_sheet(self) -> Path:
+        """The images that `ingest --clean` decided about."""
+        return self.private / "clean.png"
 
     @property
     def lock(self) -> Path:

@@ -38,11 +38,15 @@ class DamagedSection(InputError):
 
 
 class Stacked(Source):
-    """Single sections of equal size as one stack, in the order given; they open and close their own files."""
+    """Single sections of equal size as one stack, in the order given; they open and close their own files.
+
+    Args:
+        info: of the stack, apart from its shape; None takes that of the first section.
+    """
 
     def __init__(self, sections: Sequence[Source], info: SourceInfo | None = None) -> None:
         first = info or sections[0].info
-        shape = (len(sections), *first.shape_ZYX[1:])
+        shape = (len(sections), *sections[0].info.shape_ZYX[1:])
         super().__init__(replace(first, shape_ZYX=shape, dtype=max(s.info.dtype for s in sections)))
         self.sections = tuple(sections)
 
