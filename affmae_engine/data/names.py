@@ -23,7 +23,8 @@ _ROLES: tuple[tuple[str, Role], ...] = (
 _IMAGE_WORDS = r"images?|img|raw|em"
 _ANY_WORD = "|".join([*(words for words, _ in _ROLES), _IMAGE_WORDS])
 _SUFFIX = re.compile(rf"[ _.-]+(?:{_ANY_WORD})$", re.IGNORECASE)
-_PREFIX = re.compile(rf"^(?:{_ANY_WORD})[ _.-]*(?=[^ _.-])", re.IGNORECASE)
+_PREFIX = re.compile(rf"^(?:{_ANY_WORD})(?:[ _.-]+(?=[^ _.-])|(?=[0-9]))", re.IGNORECASE)
+_INNER = re.compile(rf"[ _.-]+(?:{_ANY_WORD})(?=[ _.-]+[0-9]+$)", re.IGNORECASE)  # train_mask_0
 _FOLDER = re.compile(rf"^(?:{_ANY_WORD})$", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]+")
 
@@ -45,10 +46,10 @@ def stem(path: Path) -> str:
 
 
 def parse(path: Path) -> Parsed:
-    """Take words such as `_label`, `mask-` or `_cp_masks` from both ends of a name."""
+    """Take words such as `_label`, `mask-` or `_cp_masks` from both ends of a name, and from before a last number."""
     name, role = stem(path), ""
     while True:
-        found = _SUFFIX.search(name) or _PREFIX.search(name)
+        found = _SUFFIX.search(name) or _PREFIX.search(name) or _INNER.search(name)
         if found is None:
             return Parsed(name.casefold(), role)  # type: ignore[arg-type]
         role = role or _role_of(found.group().strip(" _.-"))

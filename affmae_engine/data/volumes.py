@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from affmae_engine.data.names import stem
+from affmae_engine.data.names import is_word, stem
 from affmae_engine.data.readers import Source, SourceInfo, scan_sources
 from affmae_engine.data.readers.files import size_and_mtime
 from affmae_engine.data.readers.source import Refused, reading
@@ -197,7 +197,7 @@ def wished_names(infos: Sequence[SourceInfo]) -> list[str]:
     for number, info in enumerate(infos):
         groups.setdefault(f"{info.name}\0{info.series}".lower(), []).append(number)
     for members in groups.values():
-        parts = [[*_parents(infos[i].path), infos[i].name] for i in members]
+        parts = [[*_parents(infos[i]), infos[i].name] for i in members]
         depth = 1
         while depth < 6 and len({tuple(p[-depth:]) for p in parts}) < len(parts):
             depth += 1
@@ -256,7 +256,8 @@ def _stack(part: list[tuple[list[int], Source]]) -> Stacked:
     notes = (*first.notes, f"{len(part)} files are its sections")
     if missing > 0:
         notes = (*notes, f"{missing} section number{'s are' if missing > 1 else ' is'} missing between them")
-    name = common if len(common) > 1 else first.path.parent.name or common
+    folders = [folder.name for folder in Path(absolute(first.path)).parents if folder.name and not is_word(folder.name)]
+    name = common if len(common) > 1 and not is_word(common) else next(iter(folders), common)
     return Stacked([source for _, source in part], replace(first, name=name, notes=notes))
 
 
@@ -266,5 +267,9 @@ def _feed(digest: hashlib._Hash, path: Path) -> None:
             digest.update(chunk)
 
 
-def _parents(path: Path) -> list[str]:
-    return [part for part in Path(absolute(path)).parent.parts if part != os.sep]
+def _parents(info: SourceInfo) -> list[str]:
+    """Folders above an image; of a stack that is called like one of them, those above that one."""
+    folders = [part for part in Path(absolute(info.path)).parent.parts if part != os.sep]
+    if info.name in folders and info.shape_ZYX[0] > 1:
+        folders = folders[: len(folders) - 1 - folders[::-1].index(info.name)]
+    return folders

@@ -148,6 +148,14 @@ def test_a_folder_of_numbered_sections_is_one_stack(tmp_path: Path, small_shards
     assert (len(again.taken), len(again.present)) == (0, 3)
 
 
+def test_stacks_have_short_names_that_say_where_they_come_from(tmp_path: Path) -> None:
+    for number, folder in enumerate(("fly/image", "mouse/image", "mouse/more")):
+        for z in range(3):
+            write(tmp_path / "in" / folder, **{f"{z:02}": picture((20, 30), 10 * number + z)})
+    ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert names(tmp_path / "em.zarr") == ["fly", "more", "mouse"]
+
+
 def test_a_stack_of_files_loses_only_what_is_damaged(tmp_path: Path, small_shards: None) -> None:
     stack = picture((8, 40, 50))
     for z, section in enumerate(stack):
