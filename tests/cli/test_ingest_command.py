@@ -72,6 +72,24 @@ def test_what_is_no_image_is_said_in_one_line(scans: Path, tmp_path: Path) -> No
     assert not (tmp_path / "none.zarr").exists()
 
 
+def test_cleaning_is_said_and_reversed(tmp_path: Path) -> None:
+    (tmp_path / "lab").mkdir()
+    y, x = np.mgrid[:128, :160]
+    for seed, name in enumerate(("one", "two", "three")):
+        waves = 120 + 60 * np.sin(y / (7 + seed)) * np.cos(x / (11 - seed)) + picture((128, 160), seed) / 20
+        Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "lab" / f"{name}.png")
+        if name == "one":
+            Image.fromarray((waves * 0.9).astype(np.uint8)).save(tmp_path / "lab" / "paler.png")
+    Image.fromarray(np.full((128, 160), 90, np.uint8)).save(tmp_path / "lab" / "empty.png")
+    result = RUN.invoke(app, ["ingest", str(tmp_path / "lab"), "-o", str(tmp_path / "em.zarr"), "--clean"])
+    assert result.exit_code == 0, result.output
+    assert "1 blank left out, 1 near-duplicate left out" in result.stdout and "--no-clean reverses it" in result.stdout
+    assert len(Store.open(tmp_path / "em.zarr").images) == 3
+    result = RUN.invoke(app, ["ingest", str(tmp_path / "lab"), "-o", str(tmp_path / "em.zarr"), "--no-clean", "--json"])
+    report = json.loads(result.stdout)
+    assert (report["images"], report["clean"]) == (5, [])
+
+
 def test_json(scans: Path, tmp_path: Path) -> None:
     result = RUN.invoke(app, ["ingest", str(scans), "-o", str(tmp_path / "em.zarr"), "--json", "-q"])
     assert result.exit_code == 0

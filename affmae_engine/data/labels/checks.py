@@ -1,9 +1,9 @@
 """Checking labels before training: every value in every file, and what the values mean.
 
 One pass over all labels counts their values, without padding of the image (`data.padding`). Without names the values
-must be 0, 1, 2, ... without a gap; a binary mask stored as 0 and 255 is renumbered, colors are numbered as the user
-says, -1 is ignored, and everything else that is not a class is refused with its cause in one sentence (`diagnosis`), or
-with the values, their counts and the files that hold them.
+must be 0, 1, 2, ... without a gap; a binary mask stored as 0 and 255 is renumbered, and so are as many values as there
+are names; colors are numbered as the user says, and -1 is ignored. Everything else that is not a class is refused with
+its cause in one sentence (`diagnosis`), or with the values, their counts and the files that hold them.
 
 Sections without any foreground among labeled ones are ambiguous: empty, or not labeled? Where they are most of a stack
 (or of the single images) they are taken as not labeled and ignored, otherwise as background; the user can say which.
@@ -266,14 +266,16 @@ def _numbering(
         raise explain([(found.pair, found.cause) for found in suspects], [list(found.counts) for found in suspects])
     present = {value for found in scanned for value in found.counts}
     values = sorted(value for value in present if value not in (ignore_label, UNLABELED))
-    if len(class_names) not in (0, 2) or len(values) != 2 or values[0] != 0 or values[1] == 1:
+    named = len(values) == len(class_names)
+    if values == list(range(len(values))) or not (named or (values[:1] == [0] and len(values) == 2 > len(class_names))):
         return {}, 0
-    table = {0: 0, values[1]: 1}
+    table = {value: number for number, value in enumerate(values)}
     if ignore_label is not None and ignore_label in present:
-        if ignore_label <= 1 or ignore_label > 255:
+        if ignore_label < len(values):
             return {}, 0
         table[ignore_label] = ignore_label
-    notes.append(f"label values {listed(sorted(table))} are taken as classes 0 and 1")
+    numbers = listed([f"{value} as {number}" for value, number in sorted(table.items())])
+    notes.append(f"label values are taken as classes: {numbers}")
     return table, 0
 
 
@@ -424,8 +426,8 @@ def _class_count(scanned: Sequence[_Scanned], values: dict[int, int], ignore_lab
         return present[-1] + 1
     raise InputError(
         "the label values are not 0, 1, 2, ... without a gap:\n  " + "\n  ".join(_described(scanned, present)),
-        f"renumber them, name all classes from 0 to {present[-1]} with --classes, or declare one value as "
-        f"unlabelled: --set finetune.ignore_label={present[-1]}",
+        f"name these {len(present)} classes in this order with --classes, or all from 0 to {present[-1]}, or declare "
+        f"one value as unlabelled: --set finetune.ignore_label={present[-1]}",
     )
 
 

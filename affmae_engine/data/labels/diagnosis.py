@@ -81,8 +81,8 @@ def explain(causes: Sequence[tuple[LabelledImage, Cause]], examples: Sequence[Se
     """
     kinds = [cause for _, cause in causes]
     cause = max(dict.fromkeys(kinds), key=kinds.count)
-    files = [pair.labels.info.path for pair, found in causes if found == cause]
-    values = next(values for (_, found), values in zip(causes, examples, strict=True) if found == cause)
+    files = list(dict.fromkeys(pair.labels.info.path for pair, found in causes if found == cause))
+    values = max((v for (_, found), v in zip(causes, examples, strict=True) if found == cause), key=len)
     where = listed(files, 3)
     if cause == "image" and all(_is_label_map(pair.image) for pair, _ in causes):
         return InputError(
@@ -99,7 +99,7 @@ def explain(causes: Sequence[tuple[LabelledImage, Cause]], examples: Sequence[Se
             "resize or export the original labels without interpolation (nearest neighbor)",
         ),
         "instances": (
-            f"these labels are instance ids, not classes: each of the {len(values)} values is a single object: {where}",
+            f"these labels are instance ids, not classes: each of {len(values)} values is a single object: {where}",
             "to tell objects from background, name these two: --classes background,cell; if the values are classes "
             "after all, name all of them with --classes",
         ),

@@ -163,6 +163,16 @@ def test_a_label_map_in_a_zarr_labels_a_folder_of_pictures(tmp_path: Path):
     np.testing.assert_array_equal(np.concatenate([read(pair) for pair in pairing.pairs]), stack)
 
 
+def test_image_and_labels_in_one_zarr(tmp_path: Path):
+    group = zarr.create_group(tmp_path / "cells.zarr")
+    image, truth = grey(0, (3, *SHAPE)), classes(0, (3, *SHAPE))
+    group.create_array("raw", data=image)
+    group.create_array("labels", data=truth)
+    (pair,) = pair_labels([tmp_path / "cells.zarr/raw"], [tmp_path / "cells.zarr/labels"]).pairs
+    np.testing.assert_array_equal(read(pair), truth)
+    np.testing.assert_array_equal(pair.image.read(ALL, ALL, ALL), image)
+
+
 def test_a_folder_of_masks_for_each_class(tmp_path: Path):
     truth = {k: classes(k) for k in range(2)}
     for k, labels in truth.items():
@@ -286,6 +296,18 @@ def test_binary_masks_become_classes_0_and_1(tmp_path: Path, value: int):
     assert any("taken as classes" in note for note in checked.notes) == (value != 1)
 
 
+def test_as_many_names_as_values_number_them(tmp_path: Path):
+    truth = classes(0)
+    save(tmp_path / "a.tif", grey(0))
+    save(tmp_path / "l.png", np.array([0, 128, 255], np.uint8)[truth])
+    with pytest.raises(InputError, match="without a gap") as error:
+        check(tmp_path / "a.tif", tmp_path / "l.png")
+    assert "name these 3 classes in this order with --classes" in error.value.hint
+    checked = check(tmp_path / "a.tif", tmp_path / "l.png", class_names=("rest", "myelin", "axon"))
+    np.testing.assert_array_equal(read(checked.pairs[0])[0], truth)
+    assert any("128 as 1, 255 as 2" in note for note in checked.notes)
+
+
 def test_the_ignore_label_is_no_class(tmp_path: Path):
     labels = classes(0)
     labels[:3] = 255
@@ -363,7 +385,7 @@ def blurred(mask: np.ndarray) -> np.ndarray:
     [
         ("copy", "the labels equal their images", "--labels"),
         ("image", "look like gray images", "--labels"),
-        ("instances", "instance ids, not classes: each of the 37 values", "--classes background,cell"),
+        ("instances", "instance ids, not classes: each of 37 values", "--classes background,cell"),
         ("blurred", "interpolated: between their classes they have values in", "nearest neighbor"),
         ("jpeg", "these labels are JPEG, which smears their values (", "PNG or TIFF"),
     ],
