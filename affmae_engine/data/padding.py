@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 TOLERANCE = 3
 """Largest gray value of black padding, and distance of white padding from 255, of uint8."""
@@ -88,6 +87,8 @@ def _candidates(section_YX: NDArray[Any], border: NDArray[Any]) -> list[tuple[fl
 
 def _touching(candidates_YX: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     """The connected regions of the candidates that touch the border and are large enough; None when there is none."""
+    from scipy import ndimage  # only now: most sections need it not, and it takes 15 MiB
+
     smallest = SMALLEST_SHARE * candidates_YX.size
     if np.count_nonzero(candidates_YX) < smallest:
         return None

@@ -57,7 +57,7 @@ class SplitImage(Protocol):
     @property
     def sha256(self) -> str: ...
     @property
-    def pixels_sha256(self) -> str: ...
+    def pixels_hash(self) -> str: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -301,7 +301,7 @@ def _families(images: Iterable[SplitImage]) -> list[_Family]:
 
 def _relations(image: SplitImage) -> list[tuple[str, str, str]]:
     """What images that may show the same have in common: place, content of the file, pixels; the place comes first."""
-    pixels = [("pixels", image.pixels_sha256, "")] if image.pixels_sha256 else []
+    pixels = [("pixels", image.pixels_hash, "")] if image.pixels_hash else []
     return [
         ("place", image.source_path, image.source_series),
         ("content", image.sha256, image.source_series),

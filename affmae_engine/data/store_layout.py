@@ -111,8 +111,8 @@ class StoredImage:
     """Files that the image was made of; more than one for a stack of sections in files of their own."""
     labels_dtype: str = ""
     labels_sha256: str = ""
-    pixels_sha256: str = ""
-    """Of the pixels as they are stored; empty in datasets of version 0.1.0."""
+    pixels_hash: str = ""
+    """Equal for equal pixels: SHA-256 of shape, type, the CRC-32 of the pixels of every shard, and the statistics."""
     copies: tuple[str, ...] = ()
     """`content_key` of other files that have the same pixels."""
 
@@ -138,8 +138,8 @@ class StoredImage:
 
     def same_pixels(self, other: StoredImage) -> bool:
         """Whether two images have the same pixels and labels."""
-        mine, theirs = ((i.pixels_sha256, i.labels_sha256) for i in (self, other))
-        return mine == theirs and bool(self.pixels_sha256)
+        mine, theirs = ((i.pixels_hash, i.labels_sha256) for i in (self, other))
+        return mine == theirs and bool(self.pixels_hash)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Stacked(Source):
         shape = (len(sections), *sections[0].info.shape_ZYX[1:])
         super().__init__(replace(first, shape_ZYX=shape, dtype=max(s.info.dtype for s in sections)))
         self.sections = tuple(sections)
+        self._last = 0  # the section that was read last
 
     def _open(self) -> tuple[Source, ...]:
         return self.sections
@@ -60,11 +61,13 @@ class Stacked(Source):
     def _read(self, handle: Any, z: tuple[int, int], y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
         block = np.empty((z[1] - z[0], y[1] - y[0], x[1] - x[0]), self.info.dtype)
         for number in range(*z):
+            if self._last != number:  # a stack of ten thousand files must not hold them all open
+                handle[self._last].close()
+                self._last = number
             try:
                 block[number - z[0]] = handle[number].read(slice(0, 1), slice(*y), slice(*x))[0]
             except InputError as error:
                 raise DamagedSection(error, number) from error
-            handle[number].close()  # a stack of ten thousand files must not hold them all open
         return block
 
 

@@ -27,7 +27,7 @@ class Image:
     source_series: str = ""
     source_mtime_ns: int = 0
     sha256: str = ""
-    pixels_sha256: str = ""
+    pixels_hash: str = ""
 
     def __post_init__(self) -> None:
         for field, value in (("source_path", f"/data/{self.name}.tif"), ("sha256", self.name)):
