@@ -50,6 +50,9 @@ def ingest(
     take_all: Annotated[
         bool, typer.Option("--all", help="Take label maps, predictions, overlays and run folders as images too.")
     ] = False,
+    stacks: Annotated[
+        bool, typer.Option("--stacks/--no-stacks", help="Join numbered section files of a folder to one stack.")
+    ] = True,
     clean: Annotated[
         bool | None,
         typer.Option(
@@ -80,6 +83,7 @@ def ingest(
             pixel_nm=pixel_nm,
             channel=channel,
             take_all=take_all,
+            stacks=stacks,
             clean=clean,
             confirm=_confirm if sys.stdin.isatty() and not (json or quiet) else None,
             workers=workers,

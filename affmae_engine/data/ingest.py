@@ -130,6 +130,7 @@ def ingest(
     pixel_nm: PixelSize | None = None,
     channel: int | None = None,
     take_all: bool = False,
+    stacks: bool = True,
     clean: bool | None = None,
     confirm: Callable[[Cleaned, Path], bool] | None = None,
     workers: int | None = None,
@@ -147,6 +148,7 @@ def ingest(
         pixel_nm: voxel size in nanometres (z, y, x) for all these images, in place of what their files say.
         channel: see `readers.open_sources`.
         take_all: take label maps, predictions, overlays and the like as images too.
+        stacks: join numbered section files to stacks.
         clean: leave out near-duplicates, blank and saturated images and crop info bars (`cleaning.clean`); False
             reverses that for these sources, and None keeps to what was decided about them before.
         confirm: asked once with the decisions and the sheet that shows them; False takes everything as it is.
@@ -173,7 +175,7 @@ def ingest(
             on_progress or (lambda progress: None),
             should_stop or (lambda: False),
         )
-        volumes = run.open(found, take_all=take_all) if found else []
+        volumes = run.open(found, take_all=take_all, stacks=stacks) if found else []
         earlier = _earlier_decisions(writer.paths.manifest)
         volumes, decisions = _cleaned(volumes, writer, earlier, clean, confirm)
         run.report.decisions = decisions
@@ -276,8 +278,8 @@ class _Run:
         """Halves of images to be continued when their files may be read again."""
         self._done_bytes = self._total_bytes = self._finished = self._images = 0
 
-    def open(self, found: Found, *, take_all: bool) -> list[Volume]:
-        """Open every file by its header, and join sections to stacks."""
+    def open(self, found: Found, *, take_all: bool, stacks: bool) -> list[Volume]:
+        """Open every file by its header."""
         sources: list[Source] = []
         opened = open_volumes(found.files, channel=self.channel, workers=self.workers)
         for number, (path, contents) in enumerate(zip(found.files, opened, strict=True), 1):
@@ -293,15 +295,16 @@ class _Run:
                     sources.append(one)
             self.on_progress(IngestProgress("scan", number, len(found.files), path.name))
         single = {image.source_path for image in self.writer.images.values() if image.shape_ZYX[0] == 1}
-        return [Volume(source, questioned=found.questioned) for source in join_sections(sources, apart=single)]
+        joined = join_sections(sources, apart=single) if stacks else sources
+        return [Volume(source, questioned=found.questioned) for source in joined]
 
     def take(self, volumes: Sequence[Volume]) -> list[Volume]:
         """Write what is new; returns what is to be tried again: stacks without a section that is damaged."""
         self._images, self._finished = len(volumes), 0
         self._done_bytes, self._total_bytes = 0, sum(volume.image.info.nbytes for volume in volumes)
         again: list[Volume] = []
-        for (job, band), future in _in_order(_process, self._bands(volumes), self.workers):
-            again += self._after_band(job, band, future)
+        for job, future in _in_order(self._bands(volumes), self.workers):
+            again += self._after_band(job, future)
         return again
 
     def _bands(self, volumes: Sequence[Volume]) -> Iterator[tuple[_Job, Band]]:
@@ -344,7 +347,7 @@ class _Run:
         digest = hashlib.sha256(f"{plan.shape_ZYX} {plan.dtype.name}".encode())
         return _Job(volume, writer, originals, readers, StatisticsBuilder(plan.dtype), digest, len(writer.bands))
 
-    def _after_band(self, job: _Job, band: Band, future: Future[_Done]) -> list[Volume]:
+    def _after_band(self, job: _Job, future: Future[_Done]) -> list[Volume]:
         """Take a band's figures; after the last one, finish the image, or undo it."""
         job.waiting -= 1
         job.running -= 1
@@ -418,15 +421,13 @@ class _Run:
         )
 
 
-def _in_order(
-    function: Callable[[_Job, Band], _Done], items: Iterator[tuple[_Job, Band]], workers: int
-) -> Iterator[tuple[tuple[_Job, Band], Future[_Done]]]:
-    """Call a function in threads, a bounded number of items ahead; yields items with their results in order."""
-    waiting: deque[tuple[tuple[_Job, Band], Future[_Done]]] = deque()
+def _in_order(bands: Iterator[tuple[_Job, Band]], workers: int) -> Iterator[tuple[_Job, Future[_Done]]]:
+    """Process bands in threads, a bounded number ahead; yields their finished futures in the order of the bands."""
+    waiting: deque[tuple[_Job, Future[_Done]]] = deque()
     with ThreadPoolExecutor(workers) as threads:
         try:
-            for item in items:
-                waiting.append((item, threads.submit(function, *item)))
+            for job, band in bands:
+                waiting.append((job, threads.submit(_process, job, band)))
                 while waiting and (len(waiting) > workers or waiting[0][1].done()):
                     waiting[0][1].exception()  # waits
                     yield waiting.popleft()

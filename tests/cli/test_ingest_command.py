@@ -51,6 +51,13 @@ def test_table_and_totals(scans: Path, tmp_path: Path) -> None:
     assert "0 images taken, 2 there already, 1 skipped" in again.stdout
 
 
+def test_numbered_files_can_stay_apart(scans: Path, tmp_path: Path) -> None:
+    result = RUN.invoke(app, ["ingest", str(scans), "-o", str(tmp_path / "em.zarr"), "--no-stacks"])
+    assert "slice_00 .." in result.stdout and "(6)" in result.stdout and "7 images taken" in result.stdout
+    again = RUN.invoke(app, ["ingest", str(scans), "-o", str(tmp_path / "em.zarr")])
+    assert "0 images taken, 7 there already" in again.stdout
+
+
 def test_unknown_pixel_size_is_said(scans: Path, tmp_path: Path) -> None:
     result = RUN.invoke(app, ["ingest", str(scans / "stack.tif"), "-o", str(tmp_path / "em.zarr")])
     assert result.stdout.count("--pixel-size") == 1

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from affmae_engine.data.find import Found, find_images, summary
 from affmae_engine.data.labels.problems import listed, refusal
 from affmae_engine.data.labels.sources import ClassMasks, ColorMap, EmptyMasks, LabeledSections, Section
 from affmae_engine.data.names import is_word, last_number, parse, stem, without_padding
@@ -81,16 +82,18 @@ def pair_labels(
     """Find the labels of every image.
 
     Args:
-        images: files, folders and patterns, as `readers.find_files` takes them. Files that are also among the labels
+        images: files, folders and patterns, as `find.find_images` takes them. Files that are also among the labels
             are no images, so both may lie in one folder.
-        labels: likewise; or one folder that holds nothing but a folder of binary masks for each class.
+        labels: files, folders and patterns, as `readers.find_files` takes them; or one folder that holds nothing but a
+            folder of binary masks for each class.
         image_files: what was found in `images`, where not all of it is to be labelled; None searches them.
 
     Raises:
         InputError: no image has labels, a label has no image, labels have another size than their image, or a file
             cannot be read.
     """
-    found = list(image_files) if image_files is not None else find_files(images)
+    searched = find_images(images) if image_files is None else Found(list(image_files), [])
+    found = searched.files
     folders = _class_folders(images, labels)
     groups: list[tuple[list[Path], list[str | Path]]] = [(find_files([folder]), [folder]) for folder in folders]
     groups = groups or [(find_files(labels), list(labels))]
@@ -118,6 +121,7 @@ def pair_labels(
     notes = [f"binary masks of {len(names)} classes: {', '.join(names)}"] if names else []
     references = [reference for match in matches for reference in match.labels.values()]
     notes += _notes_on_numbers(references)
+    notes += [f"no images: {summary(searched.left_out)}"] if searched.left_out else []
     return Pairing(tuple(pairs), names, tuple(notes), tuple(left_out))
 
 
@@ -136,12 +140,12 @@ def joined(train: Pairing, val: Pairing) -> Pairing:
 def _apart(
     image_files: Sequence[Path], label_files: Sequence[Path], roots: list[str | Path]
 ) -> tuple[list[Path], tuple[list[Path], list[str | Path]]]:
-    """Images and labels that lie in one folder, told apart: by the patterns that were given, or by their names."""
-    both = {os.path.realpath(path) for path in image_files} & {os.path.realpath(path) for path in label_files}
-    if len(both) == len(image_files) == len(label_files) > 1:
-        labels = [path for path in label_files if parse(path).role]
-        return [path for path in image_files if not parse(path).role], (labels, roots)
-    images = [path for path in image_files if len(image_files) == 1 or os.path.realpath(path) not in both]
+    """Images and labels that lie in one folder, told apart: by their names, or by the pattern given for the labels."""
+    of_images, of_labels = ({os.path.realpath(path) for path in files} for files in (image_files, label_files))
+    if of_images <= of_labels:  # one folder for both: its images were told by their names
+        labels = [path for path in label_files if os.path.realpath(path) not in of_images]
+        return list(image_files), (labels or list(label_files), roots)
+    images = [path for path in image_files if os.path.realpath(path) not in of_labels]
     return images, (list(label_files), roots)
 
 

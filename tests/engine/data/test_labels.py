@@ -139,6 +139,16 @@ def test_images_and_labels_may_lie_in_one_folder(tmp_path: Path, labels: str):
     np.testing.assert_array_equal(read(pairs[2])[0], classes(2))
 
 
+def test_what_is_no_image_is_no_image_without_labels(tmp_path: Path):
+    for k in range(2):
+        save(tmp_path / f"a{k}.tif", grey(k))
+        save(tmp_path / f"a{k}_overlay.png", grey(9))
+        save(tmp_path / "labels" / f"a{k}.png", classes(k))
+    found = gather_labels([tmp_path], [tmp_path / "labels"])
+    assert len(found.checked.pairs) == 2 and not found.left_out
+    assert any("2 overlays, 2 label maps" in note for note in found.notes)
+
+
 def test_images_without_labels_are_left_out_and_named(tmp_path: Path):
     for k in range(5):
         save(tmp_path / "I" / f"a{k}.tif", grey(k))
