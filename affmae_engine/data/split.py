@@ -13,11 +13,15 @@ Everything is decided by the seed and by the images' records, not by the order t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
+
+from affmae_engine.data.names import last_number
 
 GAP_NM = 150.0
 """Thickness of the material dropped between the parts: FIB-SEM correlates at .24 over it, ssTEM at less."""
@@ -33,6 +37,8 @@ LEAST_STRIP = 0.2
 
 _PLACES = 16
 """Places inside a stack or image that are tried for the held-out block, besides its ends."""
+
+_MOST_SPACE = 100  # numbers per section up to which the numbers of a series count sections
 
 _FEWEST_WHOLE = 3  # with fewer images that stand alone, holding one out whole would cost too much
 
@@ -162,13 +168,14 @@ def split(
             whole sections, and data that stands alone is held out as whole images.
         seed: decides which images, and which end of a stack.
         usable: the sections, by image name, that are worth anything to either part (those with labels); None: all.
-        classes: which classes the labels of a region have; None does not look at classes.
+        classes: which classes the labels of a region have; None does not look at classes, nor at the numbers in file
+            names, which say how far apart the sections of a series are.
 
     Returns:
         the split; `val` is empty when `fraction` is 0 or the data is too small to be divided (one tiny image). No class
         is in `val` alone, unless all data there is had to be cut in two.
     """
-    units = _units(images, usable)
+    units = _units(images, usable, numbered=classes is not None)
     balance = _Balance(units, classes)
     train, val = [], []
     alone = []
@@ -255,7 +262,7 @@ def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts if part)
 
 
-def _units(images: Iterable[SplitImage], usable: _Usable) -> list[_Unit]:
+def _units(images: Iterable[SplitImage], usable: _Usable, *, numbered: bool) -> list[_Unit]:
     """Everything that has a usable section, in natural order."""
     series: dict[tuple[str, tuple[int, int]], list[_Family]] = {}
     units = []
@@ -267,8 +274,25 @@ def _units(images: Iterable[SplitImage], usable: _Usable) -> list[_Unit]:
             units.append(_unit([family], usable))
     for members in series.values():
         # Not by the store's names, from which long ones lost their end, and with it their number.
-        units.append(_unit(sorted(members, key=lambda family: _physical_order(family.lead)), usable))
+        ordered = sorted(members, key=lambda family: _physical_order(family.lead))
+        unit = _unit(ordered, usable)
+        units.append(_spaced(unit, ordered) if numbered else unit)
     return sorted((unit for unit in units if unit.usable), key=lambda unit: natural_key(unit.key))
+
+
+def _spaced(unit: _Unit, members: Sequence[_Family]) -> _Unit:
+    """A series with an empty section for every number that its file names skip; as it is where they do not count.
+
+    members: in the order of the unit's sections.
+    """
+    numbers = [last_number(Path(family.lead.source_path)) for family in members]
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers) or any(a >= b for a, b in itertools.pairwise(known)):
+        return unit
+    if known[-1] - known[0] >= _MOST_SPACE * len(known):
+        return unit
+    places = dict(zip(known, unit.sections, strict=True))
+    return replace(unit, sections=tuple(places.get(number, ()) for number in range(known[0], known[-1] + 1)))
 
 
 def _unit(families: Sequence[_Family], usable: _Usable) -> _Unit:

@@ -262,6 +262,15 @@ def test_a_strip_of_one_image_is_placed_where_the_classes_are() -> None:
         assert classes(result.val[0]) == {0, 1} and any(classes(region) == {0, 1} for region in result.train)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_labeled_sections_far_apart_need_no_gap(seed: int) -> None:
+    images = [Image(f"vol_z{z:03}", (1, 64, 64), series_group="vol") for z in (3, 10, 17, 24)]
+    result = split(images, 0.2, seed=seed, classes=classes_of({}))
+    assert (len(result.train), len(result.val)) == (3, 1)
+    near = [Image(f"vol_z{z:03}", (1, 64, 64), series_group="vol") for z in (3, 4, 5, 6)]
+    assert len(split(near, 0.2, seed=seed, classes=classes_of({})).train) == 2
+
+
 def test_a_split_is_kept_as_json() -> None:
     result = split([single("a", 1000)], 0.2, seed=0)
     assert Split.from_dict(json.loads(json.dumps(result.to_dict()))) == result
