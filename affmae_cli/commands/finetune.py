@@ -143,7 +143,11 @@ def finetune(
         resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         resolved, note = _follow(resolved, init_from)
         if dry_run:
-            output.show_dry_run(resolved, as_json=json)
+            from affmae_cli.dry_run import show_dry_run
+            from affmae_engine.train.plan import plan_finetuning
+
+            labelled = sources.gather(resolved.config) if sources.images or sources.labels else None
+            show_dry_run(resolved, plan_finetuning(resolved.config, labelled), as_json=json)
             return
         if note and not quiet:
             output.say(note)
@@ -249,7 +253,7 @@ def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
         return resolved, ""
     from affmae_engine.train.transfer import follow_origin, read_origin
 
-    chosen = [path for path, source in resolved.sources.items() if not source.startswith("preset")]
+    chosen = [path for path, source in resolved.sources.items() if not source.startswith("preset ")]
     config, note = follow_origin(resolved.config, read_origin(init_from), init_from, chosen=chosen)
     changed = {
         f"model.{name}": f"{init_from}"

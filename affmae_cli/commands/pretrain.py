@@ -89,7 +89,12 @@ def pretrain(
 
         resolved = resolve("pretrain", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         if dry_run:
-            output.show_dry_run(resolved, as_json=json)
+            store = _open_store(data)
+            # Only now, for loading torch takes seconds.
+            from affmae_cli.dry_run import show_dry_run
+            from affmae_engine.train.plan import plan_pretraining
+
+            show_dry_run(resolved, plan_pretraining(resolved.config, store, init_from=init_from), as_json=json)
             return
         run, summary = _begin(resolved, data, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard)
     _show(run, summary, as_json=json, quiet=quiet)

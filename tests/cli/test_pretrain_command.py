@@ -88,12 +88,6 @@ def test_the_default_place_is_a_new_name_each_time(dataset: Path, tmp_path: Path
     assert "step 1/1" in results[0].stderr
 
 
-def test_dry_run_touches_nothing(tmp_path: Path) -> None:
-    result = run("missing.zarr", *small(), "--steps", 7, "--dry-run")
-    assert result.exit_code == 0 and "steps = 7" in result.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_run_is_not_overwritten_without_being_told(finished: Path, dataset: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     result = run(dataset, *small(), "--steps", 1, "-o", finished)
