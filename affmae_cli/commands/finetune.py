@@ -317,9 +317,10 @@ def _prepare(
     run: RunDir, config: RunConfig, labelled: LabelledSet, sources: _Sources, init_from: Path | None
 ) -> tuple[RunConfig, Task, TransferReport | None, Store, Split]:
     """Collect the labelled images into the run, divide them, and make the task of it."""
+    from affmae_engine.data.holdout import split_labelled
     from affmae_engine.data.labels.gather import write_labelled_store
     from affmae_engine.runtime.signals import StopRequest
-    from affmae_engine.train.finetuning import finetune_task, split_labelled
+    from affmae_engine.train.finetuning import finetune_task
 
     with StopRequest().installed() as stop:
         store, val_names = write_labelled_store(
@@ -341,10 +342,11 @@ def _continue(
 ) -> tuple[RunDir, Summary]:
     from affmae_cli.progress import watched_fit
     from affmae_cli.resume import resolve_continuation
+    from affmae_engine.data.holdout import split_labelled
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import open_run
     from affmae_engine.train.environment import check_same_data, recorded_split, recorded_task
-    from affmae_engine.train.finetuning import finetune_task, split_labelled
+    from affmae_engine.train.finetuning import finetune_task
     from affmae_engine.train.resume import check_length
 
     run = open_run(root)
