@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +21,8 @@ from affmae_cli.dashboard.status import Kind
 from affmae_cli.dashboard.verdicts import Level
 from affmae_cli.dashboard.worst import worst
 from affmae_cli.progress import sparks
-from affmae_engine.runtime.formatting import duration, line, number, rate
+from affmae_engine.events import line
+from affmae_engine.runtime.formatting import duration, number, rate
 
 if TYPE_CHECKING:
     from affmae_cli.dashboard.reader import RunReader
@@ -67,7 +69,8 @@ def summary(reader: RunReader, *, width: int = 80) -> RenderableType:
 def summary_json(reader: RunReader) -> dict[str, Any]:
     """The same for scripts."""
     state = reader.state
-    latest, system = state.latest, state.system
+    latest = state.latest
+    figures = msgspec.structs.asdict(state.system) if state.system else {}
     return {
         "run": state.root,
         "task": state.task,
@@ -83,7 +86,7 @@ def summary_json(reader: RunReader) -> dict[str, Any]:
         "images_per_s": latest.images_per_s if latest else math.nan,
         "megapixels_per_s": state.megapixels_per_s,
         "data_wait": state.data_wait,
-        "system": {name: value for name, value in vars(system).items() if name != "time"} if system else {},
+        "system": {name: value for name, value in figures.items() if name != "time"},
         "verdicts": [verdict.text for verdict in state.verdicts()],
         "preview": state.preview,
     }

@@ -21,7 +21,8 @@ from affmae_cli.dashboard.state import RunState
 from affmae_cli.dashboard.status import Life, Status, status_of
 from affmae_cli.dashboard.tail import LineTail, last_lines
 from affmae_engine.errors import AffmaeError
-from affmae_engine.run_dir import Holder, RunDir
+from affmae_engine.run_dir import RunDir
+from affmae_engine.runtime.locks import Holder
 
 LOCK_EVERY_S = 2.0
 """Seconds between two looks at the lock."""

@@ -23,9 +23,9 @@ from affmae_engine.data.segmentation import SegmentationDataset
 from affmae_engine.data.split import Region, split
 from affmae_engine.data.store import Store
 from affmae_engine.runtime.device import DeviceChoice
-from affmae_engine.train.loop import KEPT_SHARE
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.step import EAGER_STEPS, seed_forward
+from affmae_engine.train.trainer import KEPT_SHARE
 
 FEWEST_STEPS = 10
 """Timed steps; more where the loader prepares more than half as many ahead."""
@@ -85,9 +85,9 @@ def with_loading(
             next(stream)
         if ahead:
             steps(ahead)
-        watch.lap(case.batch, 0)
+        watch.lap(case.batch)
         steps(max(FEWEST_STEPS, 2 * ahead))
-        pace = watch.lap(case.batch, 0)
+        pace = watch.lap(case.batch)
     return pace.images_per_s, pace.data_wait
 
 

@@ -22,8 +22,7 @@ import time
 import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from types import FrameType
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from affmae_engine.errors import AffmaeError, ConfigError, InputError, ResourceError
+from affmae_engine.runtime.signals import signals_blocked
 
 TIMEOUT_S = 300.0
 """Seconds to wait for one micro-batch before the data source counts as hung."""
@@ -41,7 +41,6 @@ MAX_RESTARTS = 2
 PREFETCH = 2
 """Micro-batches that each worker prepares ahead."""
 
-_GRACE_S = 20
 _POLL_S = 1.0
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
@@ -243,7 +242,9 @@ def _loader(items: _MicroBatches, first: int, workers: int) -> DataLoader:
     context = multiprocessing.get_context("forkserver")
     # Imported once by the server, so that a worker starts in milliseconds and shares that memory.
     context.set_forkserver_preload(["affmae_engine.data.dataset", "affmae_engine.data.segmentation"])
-    with _one_thread_each():
+    resource_tracker.ensure_running()  # else the fork server starts it, which unblocks signals
+    # A signal for the whole process group must not end the fork server, or its workers end before the step does.
+    with _one_thread_each(), signals_blocked():
         forkserver.ensure_running()
     return DataLoader(
         items,
@@ -290,16 +291,12 @@ def _start_worker(_worker: int) -> None:
         threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_with(trainer: Any) -> None:
     trainer.join()
     os._exit(1)
-
-
-def _end_later(_number: int, _frame: FrameType | None) -> None:
-    signal.alarm(_GRACE_S)
 
 
 def _end(loader: Any) -> None:

@@ -1,8 +1,8 @@
-"""A thread beside the training loop: takes requests in control/ at once and samples the machine every few seconds.
+"""A thread beside the trainer: takes requests in control/ at once and samples the machine every few seconds.
 
-It exists because the loop may be busy for long: with a slow step, an evaluation, or the wait for a hung data source. So
-a request is acknowledged within a second, and a viewer can tell a busy trainer from a dead one. It never waits for the
-device, and a failure of its own ends it, not the training. The loop meets a request after the step under way.
+It exists because the trainer may be busy for long: with a slow step, an evaluation, or the wait for a hung data source.
+So a request is acknowledged within a second, and a viewer can tell a busy trainer from a dead one. It never waits for
+the device, and a failure of its own ends it, not the training. The trainer meets a request after the step under way.
 """
 
 from __future__ import annotations

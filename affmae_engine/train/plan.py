@@ -119,7 +119,7 @@ def _plan(
 
     # Images at a time, as the trainer decides, and what they take.
     ranks = current_ranks()
-    share = ranks.share(train.batch_size)
+    share = ranks.local_batch_size(train.batch_size)
     gradients = 4 * step.parameters
 
     def memory(images: int) -> int:

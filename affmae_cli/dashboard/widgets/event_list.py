@@ -11,8 +11,7 @@ from textual.widget import Widget
 
 from affmae_cli.dashboard.one_line import one_line
 from affmae_cli.dashboard.widgets.title import retitle
-from affmae_engine.events import CheckpointSaved, Evaluated, Event, RequestTaken, RunEnded, Warned
-from affmae_engine.runtime.formatting import line
+from affmae_engine.events import CheckpointSaved, Evaluated, Event, RequestTaken, RunEnded, Warned, line
 
 
 class EventList(Widget):

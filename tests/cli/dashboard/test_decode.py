@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from affmae_cli.dashboard.decode import Segment, decode
 from affmae_engine import events
@@ -98,7 +99,7 @@ def test_fields_of_a_newer_version_are_passed_over() -> None:
 
 
 def test_losses_that_come_and_go() -> None:
-    one, two = step(1), events.StepLogged(**{**step(2).__dict__, "losses": {"loss": 1.0, "step1": 2.0}})
+    one, two = step(1), replace(step(2), losses={"loss": 1.0, "step1": 2.0})
     (segment,) = decode(text(one, two))
     assert segment.steps is not None
     assert np.isnan(segment.steps.columns["losses.step1"][0]) and segment.steps.columns["losses.step1"][1] == 2.0

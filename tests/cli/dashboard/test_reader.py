@@ -5,11 +5,11 @@ import math
 import os
 import threading
 import time
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from affmae_cli.dashboard.control import pending_requests, request_checkpoint, request_stop
 from affmae_cli.dashboard.reader import RunReader
