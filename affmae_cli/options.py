@@ -76,7 +76,10 @@ OutOption = Annotated[
 ModelOption = Annotated[
     Path | None,
     typer.Option(
-        "-m", "--model", metavar="RUN", help="Run, checkpoint or weights file; by default the newest finished run."
+        "-m",
+        "--model",
+        metavar="RUN",
+        help="Run, checkpoint, weights file, model package or hf:ORG/NAME; by default the newest finished run.",
     ),
 ]
 
@@ -99,7 +102,8 @@ ResumeOption = Annotated[
     typer.Option("--resume", metavar="RUN", help="Resume RUN from its last checkpoint, with its settings."),
 ]
 InitFromOption = Annotated[
-    Path | None, typer.Option("--init-from", metavar="RUN", help="Start a new run from the weights of another.")
+    Path | None,
+    typer.Option("--init-from", metavar="RUN", help="Start from these weights: run, model package, hf:ORG/NAME."),
 ]
 DryRunOption = Annotated[
     bool,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from affmae_engine import atomic
+from affmae_engine import atomic, model_package
 from affmae_engine.errors import CorruptError, InputError, ResourceError, human_bytes, one_line
 from affmae_engine.run_dir import RunDir
 from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors, write_tensors, write_weights
@@ -191,7 +191,8 @@ def load_weights(path: Path, *, which: Literal["best", "last"] = "best") -> tupl
     """Weights to predict with or to start from, after checking their hashes where a manifest lies beside them.
 
     Args:
-        path: a run directory, a checkpoint folder, or a .safetensors file.
+        path: a run directory, a checkpoint folder, a .safetensors file, or a model package (a folder, a ZIP file, or
+            `hf:ORG/NAME`; see `model_package`).
         which: of a run directory, the checkpoint with the best held-out score, or the newest. A run that was never
             evaluated has no best one; its newest is taken.
 
@@ -208,6 +209,9 @@ def load_weights(path: Path, *, which: Literal["best", "last"] = "best") -> tupl
 
 def weights_file(path: Path, *, which: Literal["best", "last"] = "best") -> Path:
     """The verified weights file that `load_weights` reads; same arguments and errors."""
+    packaged = model_package.located(path)
+    if packaged is not None:
+        return packaged
     if not path.exists():
         raise InputError(f"no such run, checkpoint or weights file: {path}")
     if path.is_file():

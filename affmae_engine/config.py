@@ -57,7 +57,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-_SIZE_FIELDS = ("dims", "depths", "heads", "mlp_ratio", "decoder_dim", "decoder_heads")
+SIZE_FIELDS = ("dims", "depths", "heads", "mlp_ratio", "decoder_dim", "decoder_heads")
+"""Fields of `ModelConfig` that override parts of its size."""
 
 
 class ModelConfig(Section):
@@ -113,7 +114,7 @@ class ModelConfig(Section):
     @property
     def size_overrides(self) -> list[str]:
         """The fields of a size that this configuration sets itself."""
-        return [name for name in _SIZE_FIELDS if getattr(self, name) is not None]
+        return [name for name in SIZE_FIELDS if getattr(self, name) is not None]
 
     @model_validator(mode="after")
     def _custom_size(self) -> ModelConfig:
