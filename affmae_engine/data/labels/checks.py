@@ -266,7 +266,8 @@ def _numbering(
         raise explain([(found.pair, found.cause) for found in suspects], [list(found.counts) for found in suspects])
     present = {value for found in scanned for value in found.counts}
     values = sorted(value for value in present if value not in (ignore_label, UNLABELED))
-    named = len(values) == len(class_names)
+    # Numbers that begin 0, 1 are class numbers already: in 0, 1, 255 the last one rather means "not labeled".
+    named = len(values) == len(class_names) and values[1:2] != [1]
     if values == list(range(len(values))) or not (named or (values[:1] == [0] and len(values) == 2 > len(class_names))):
         return {}, 0
     table = {value: number for number, value in enumerate(values)}

@@ -316,6 +316,9 @@ def test_as_many_names_as_values_number_them(tmp_path: Path):
     checked = check(tmp_path / "a.tif", tmp_path / "l.png", class_names=("rest", "myelin", "axon"))
     np.testing.assert_array_equal(read(checked.pairs[0])[0], truth)
     assert any("128 as 1, 255 as 2" in note for note in checked.notes)
+    save(tmp_path / "l.png", np.array([0, 1, 255], np.uint8)[truth])
+    with pytest.raises(InputError, match="value 255: "):
+        check(tmp_path / "a.tif", tmp_path / "l.png", class_names=("rest", "myelin", "axon"))
 
 
 def test_the_ignore_label_is_no_class(tmp_path: Path):
