@@ -85,5 +85,11 @@ def mean(values: NDArray[np.float64] | Sequence[float]) -> float:
         return float(np.nanmean(np.asarray(values, dtype=np.float64))) if len(values) else float("nan")
 
 
+def class_mean(values: NDArray[np.float64]) -> float:
+    """Mean over the classes that have a score; nan unless at least two have: what holds nothing but background says
+    nothing about a segmenter, however well it is predicted."""
+    return mean(values) if np.count_nonzero(~np.isnan(values)) > 1 else float("nan")
+
+
 def _ratio(part: NDArray, whole: NDArray, true: NDArray) -> NDArray[np.float64]:
     return np.where(true > 0, part / np.maximum(whole, 1), np.nan)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json as json_module
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from affmae_cli.settings import Resolved
     from affmae_engine.config import RunConfig
+    from affmae_engine.data.labels.checks import UnlabeledSections
     from affmae_engine.data.labels.gather import LabelledSet
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import RunDir
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from affmae_engine.train.trainer import Summary
     from affmae_engine.train.transfer import TransferReport
 
+_UNLABELED_HELP = "Sections without any label among labeled ones: `ignore` or `background`."
+_COLORS_HELP = "Colors of classes 0, 1, ... in labels drawn in colors: 000000,ff0000."
 _LABELS_HELP = "Label maps named like their images, one stack, or a folder with a folder of binary masks per class."
 
 
@@ -65,10 +69,24 @@ def finetune(
     val_labels: Annotated[
         list[str] | None, typer.Option("--val-labels", metavar="PATH", help="Labels of --val-images.")
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", metavar="A,B,C", help="Names of the label values 0, 1, 2, ...")
+    ] = None,
+    unlabeled_sections: Annotated[
+        str | None, typer.Option("--unlabeled-sections", metavar="WHAT", help=_UNLABELED_HELP)
+    ] = None,
+    label_colors: Annotated[str | None, typer.Option("--label-colors", metavar="A,B,C", help=_COLORS_HELP)] = None,
     init_from: InitFromOption = None,
     pixel_size: PixelSizeOption = None,
     channel: ChannelOption = None,
     axes: AxesOption = None,
+    rescale: Annotated[
+        bool,
+        typer.Option(
+            "--rescale/--no-rescale",
+            help="Bring images whose pixel size differs by more than 15 % to that of the weights, or to the median.",
+        ),
+    ] = False,
     trust_sizes: TrustSizesOption = False,
     preset: PresetOption = "auto",
     config: ConfigOption = None,
@@ -100,11 +118,23 @@ def finetune(
 
         check_installed()
     flags = {"steps": steps, "epochs": epochs, "batch": batch, "seed": seed, "device": device}
-    sources = _Sources(images or [], labels or [], val_images or [], val_labels or [], pixel_size)
+    sources = _Sources(
+        images or [],
+        labels or [],
+        val_images or [],
+        val_labels or [],
+        pixel_size,
+        unlabeled_sections,
+        label_colors,
+        rescale,
+    )
+    set_ = [*(set_ or []), *_named_classes(classes)]
     if resume is not None:
         from affmae_cli.resume import refuse_with_resume
 
         given: dict[str, object] = {"images": images, "labels": labels, "pixel_size": pixel_size}
+        given |= {"classes": classes, "unlabeled_sections": unlabeled_sections, "label_colors": label_colors}
+        given |= {"rescale": rescale}
         given |= {"val_images": val_images, "val_labels": val_labels}
         given |= {"preset": preset != "auto", "config": config, "out": out}
         refuse_with_resume(**given, init_from=init_from, overwrite=overwrite, dry_run=dry_run)
@@ -144,9 +174,17 @@ class _Sources:
         val_images: Sequence[str],
         val_labels: Sequence[str],
         pixel_size: str | None,
+        unlabeled_sections: str | None,
+        label_colors: str | None,
+        rescale: bool,
     ) -> None:
         self.images, self.labels, self.val_images, self.val_labels = images, labels, val_images, val_labels
         self.pixel_nm = parse_pixel_size(pixel_size)
+        if unlabeled_sections not in (None, "ignore", "background"):
+            raise ConfigError(f"--unlabeled-sections {unlabeled_sections!r}", "choose ignore or background")
+        self.unlabeled_sections = cast("UnlabeledSections | None", unlabeled_sections)
+        self.colors = label_colors.split(",") if label_colors else []
+        self.rescale = rescale
 
     def files(self) -> list[Path]:
         """What was named, and every image that is found there; what is wrong with it is for `gather` to say."""
@@ -176,7 +214,44 @@ class _Sources:
             val_labels=self.val_labels,
             class_names=config.finetune.class_names,
             ignore_label=config.finetune.ignore_label,
+            unlabeled_sections=self.unlabeled_sections,
+            colors=self.colors,
         )
+
+
+def _to_scale(labelled: LabelledSet, sources: _Sources, init_from: Path | None) -> tuple[LabelledSet, list[str]]:
+    """The images at one pixel size where --rescale is given, and what to warn of."""
+    from affmae_engine.data.labels.gather import at_scale
+    from affmae_engine.data.scale import common_edge_nm, scale_warnings
+    from affmae_engine.train.transfer import read_origin
+
+    origin_nm = read_origin(init_from).pixel_nm if init_from is not None else None
+    sizes = [sources.pixel_nm or pair.image.info.pixel_nm for pair in labelled.checked.pairs]
+    target_nm = common_edge_nm(sizes, origin_nm)
+    unknown = sum(size[2] is None for size in sizes)
+    warnings = []
+    if unknown and origin_nm is not None:
+        warnings.append(
+            f"the weights were trained at {origin_nm:.4g} nm per pixel, and the pixel size of {unknown} of "
+            f"{len(sizes)} images is unknown: give it with --pixel-size Z,Y,X"
+        )
+    found = scale_warnings(sizes, origin_nm)
+    if sources.rescale and target_nm is not None:
+        return at_scale(labelled, target_nm, sources.pixel_nm), [*warnings, *(f"{t}: resampled" for t in found)]
+    return labelled, [*warnings, *(f"{text}: --rescale brings all to {target_nm:.4g} nm" for text in found)]
+
+
+def _named_classes(classes: str | None) -> list[str]:
+    """`--classes a,b` as the setting that it stands for."""
+    if classes is None:
+        return []
+    names = [name.strip() for name in classes.split(",")]
+    if len(names) < 2 or not all(names):
+        raise ConfigError(
+            f"--classes {classes!r} does not name two classes or more",
+            "give all names from value 0 on, for example --classes background,membrane,mitochondria",
+        )
+    return [f"finetune.class_names={json_module.dumps(names)}"]
 
 
 def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
@@ -216,11 +291,14 @@ def _new(
         RunDir(out).refuse_to_replace([*sources.files(), *([init_from] if init_from else [])])
     labelled = sources.gather(resolved.config)
     if not quiet:
-        for line in (labelled.summary, *labelled.checked.notes):
+        for line in (labelled.summary, *labelled.notes):
             output.say(line)
     for pair in labelled.checked.pairs:
         for question in pair.image.info.questions:
             output.say(f"{pair.name}: {question}", label="warning", style="bold yellow")
+    labelled, scale_warnings = _to_scale(labelled, sources, init_from)
+    for line in (*labelled.checked.warnings, *scale_warnings):
+        output.say(line, label="warning", style="bold yellow")
     run = create(out or free_name(Path("runs"), f"finetune-{Path(sources.images[0]).stem}"), overwrite=overwrite)
     try:
         task, store = _prepare(run, resolved.config, labelled, sources, init_from)
@@ -238,7 +316,8 @@ def _new(
         "transfer": [vars(group) for group in report.groups()] if report is not None else None,
     }
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
-    write_environment(run, "finetune", choice, store=store, command=command, backend=task.config.kernels.backend)
+    backend = task.config.kernels.backend
+    write_environment(run, "finetune", choice, store=store, command=command, backend=backend, split=task.parts)
     run.write_config(task.config, "finetune")
     return run, task
 
@@ -253,19 +332,24 @@ def _prepare(
 
     with StopRequest().installed() as stop:
         store, val_names = write_labelled_store(
-            labelled, run.data, pixel_nm=sources.pixel_nm, should_stop=lambda: stop.requested
+            labelled,
+            run.data,
+            pixel_nm=None if sources.rescale else sources.pixel_nm,
+            should_stop=lambda: stop.requested,
         )
-    if val_names:
-        config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"val_images": val_names})})
+    found: dict[str, object] = {"ignore_label": labelled.checked.ignore_label}
+    found |= {"val_images": val_names} if val_names else {}
+    config = config.model_copy(update={"finetune": config.finetune.model_copy(update=found)})
     return FinetuneTask(config, store, init_from=init_from), store
 
 
 def _continued(root: Path, set_: list[str] | None, flags: dict[str, Any]) -> tuple[RunDir, FinetuneTask]:
     """The run to resume, and what is trained in it."""
     from affmae_cli.resume import resolve_continuation
+    from affmae_engine.data.holdout import split_labelled
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import open_run
-    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_origin, recorded_task
+    from affmae_engine.train.environment import check_same_data, recorded_origin, recorded_split, recorded_task
     from affmae_engine.train.finetuning import FinetuneTask
     from affmae_engine.train.resume import check_length
 
@@ -274,8 +358,9 @@ def _continued(root: Path, set_: list[str] | None, flags: dict[str, Any]) -> tup
         raise ConfigError(f"{root} is not a finetune run", f"continue it with: affmae pretrain --resume {root}")
     asked = resolve_continuation(run, "finetune", overrides=set_, flags=flags)
     store = Store.open(run.data)
-    check_same_data(recorded_data(run), store)
-    task = FinetuneTask(asked, store, init_from=recorded_origin(run))
+    check_same_data(run, store)
+    parts = recorded_split(run) or split_labelled(asked, store, by_class=False)
+    task = FinetuneTask(asked, store, init_from=recorded_origin(run), parts=parts)
     check_length(run, task.config.train.steps)
     return run, task
 

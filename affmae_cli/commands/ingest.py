@@ -7,7 +7,10 @@ and do not fail the command unless nothing at all could be taken.
 from __future__ import annotations
 
 import contextlib
+import shlex
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +22,10 @@ from affmae_cli.options import AxesOption, ChannelOption, JsonOption, QuietOptio
 from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
+    from affmae_engine.data.cleaning import Cleaned, Decision
     from affmae_engine.data.ingest import IngestProgress, IngestReport
     from affmae_engine.data.store_layout import StoredImage
+    from affmae_engine.errors import InputError
 
 _SECONDS_BETWEEN_LINES = 10.0
 _MOST_ROWS = 40
@@ -41,16 +46,31 @@ def ingest(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads; by default up to 8, one per core.")
     ] = None,
+    take_all: Annotated[
+        bool, typer.Option("--all", help="Take label maps, predictions, overlays and run folders as images too.")
+    ] = False,
+    stacks: Annotated[
+        bool, typer.Option("--stacks/--no-stacks", help="Join numbered section files of a folder to one stack.")
+    ] = True,
+    clean: Annotated[
+        bool | None,
+        typer.Option(
+            "--clean/--no-clean",
+            help="Leave out near-duplicates, blank and saturated images, crop info bars; --no-clean reverses it.",
+        ),
+    ] = None,
     trust_sizes: TrustSizesOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Collect images and stacks in one dataset, with statistics and a contact sheet.
 
-    A second run adds only what is new; an interrupted one is continued by the same command.
+    A folder of numbered sections becomes one stack. Label maps, predictions and the like are left out, and the same
+    pixels in two files count once. A second run adds only what is new; an interrupted one is continued by the same
+    command.
     """
     from affmae_engine.data import ingest as engine
-    from affmae_engine.errors import InputError, Interrupted
+    from affmae_engine.errors import Interrupted
     from affmae_engine.runtime.signals import StopRequest
 
     pixel_nm = parse_pixel_size(pixel_size)
@@ -61,6 +81,10 @@ def ingest(
             out,
             pixel_nm=pixel_nm,
             channel=channel,
+            take_all=take_all,
+            stacks=stacks,
+            clean=clean,
+            confirm=_confirm if sys.stdin.isatty() and not (json or quiet) else None,
             workers=workers,
             on_progress=on_progress,
             should_stop=lambda: stop.requested,
@@ -76,11 +100,37 @@ def ingest(
             signal_number=stop.signal_number or 2,
         )
     if not report.taken and not report.present:
-        refused = len(report.skipped)
-        raise InputError(
-            f"nothing could be taken: {'the only file was' if refused == 1 else f'all {refused} files were'} refused",
-            "the reasons are listed above",
-        )
+        raise _nothing_taken(report)
+    if not (json or quiet):
+        output.say(f"affmae pretrain {shlex.quote(str(out))}", label="next", style="bold cyan")
+
+
+def _confirm(cleaned: Cleaned, sheet: Path) -> bool:
+    output.say(_counted(cleaned.decisions), label="clean", style="bold yellow")
+    return typer.confirm(f"Look at {sheet}. Do this?", default=True, err=True)
+
+
+def _counted(decisions: Sequence[Decision]) -> str:
+    """`2 near-duplicates left out, 3 info bars cropped`."""
+    counts = Counter(decision.what for decision in decisions)
+    words = {"near-duplicate": "near-duplicate{s} left out", "blank": "blank left out"}
+    words |= {"saturated": "saturated left out", "info bar": "info bar{s} cropped"}
+    return ", ".join(f"{n} {words[what].format(s='s' if n > 1 else '')}" for what, n in counts.items())
+
+
+def _nothing_taken(report: IngestReport) -> InputError:
+    from affmae_engine.data.find import summary
+    from affmae_engine.errors import InputError
+
+    refused = len(report.skipped)
+    if not refused and not report.left_out:
+        return InputError(f"nothing was taken: {_counted(report.decisions)}", "--no-clean takes everything")
+    if not refused:
+        return InputError(f"nothing was taken: left out {summary(report.left_out)}", "--all takes them as images")
+    return InputError(
+        f"nothing could be taken: {'the only file was' if refused == 1 else f'all {refused} files were'} refused",
+        "the reasons are listed above",
+    )
 
 
 @contextlib.contextmanager
@@ -164,7 +214,8 @@ def _show(report: IngestReport) -> None:
     if report.skipped:
         output.show(f"skipped {len(report.skipped)}:")
         for entry in report.skipped[:_MOST_SKIPPED]:
-            output.show(output.printable(f"  {entry.reason}"))
+            hint = f" ({entry.hint})" if entry.hint else ""
+            output.show(output.printable(f"  {entry.reason}{hint}"))
         if len(report.skipped) > _MOST_SKIPPED:
             output.show(f"  ... and {len(report.skipped) - _MOST_SKIPPED} more, all in the manifest")
         output.show("")
@@ -172,13 +223,30 @@ def _show(report: IngestReport) -> None:
 
 
 def _show_totals(report: IngestReport) -> None:
+    from affmae_engine.data.find import summary
+
     blank = sum(image.statistics.blank for image in report.taken)
     parts = [f"{_count(len(report.taken), 'image')} taken"]
-    parts += [f"{len(report.present)} there already"] if report.present else []
+    copies = sum(present.same_pixels for present in report.present)
+    there = len(report.present) - copies
+    parts += [f"{there} there already"] if there else []
+    parts += [f"{copies} with the pixels of another left out"] if copies else []
     parts += [f"pixel size of {report.corrected} corrected"] if report.corrected else []
     parts += [f"{len(report.skipped)} skipped"] if report.skipped else []
     parts += [f"{blank} blank"] if blank else []
     output.show(f"{', '.join(parts)}; {_duration(report.seconds)}")
+    if report.left_out:
+        output.show(output.printable(f"left out  {summary(report.left_out)}; --all takes them as images too"))
+    if report.decisions:
+        output.show(f"clean     {_counted(report.decisions)}: see affmae/clean.png in it; --no-clean reverses it")
+    padded = [image.statistics for image in report.taken if image.statistics.foreground < 0.995]  # as in the notes
+    if padded:
+        share = 1 - sum(s.foreground for s in padded) / len(padded)
+        output.show(f"padding   {share:.1%} of {_count(len(padded), 'image')}, not counted and not trained on")
+    unknown = sum(image.pixel_nm[2] is None for image in report.taken)
+    if unknown:
+        which = "all images" if unknown == len(report.taken) else _count(unknown, "image")
+        output.show(f"scale     pixel size of {which} unknown: give it with --pixel-size Z,Y,X in nm")
     if report.statistics is None:
         return
     total = report.statistics
@@ -227,6 +295,8 @@ def _as_json(report: IngestReport) -> dict[str, Any]:
         "taken": [image.to_dict() for image in report.taken],
         "present": [vars(entry) for entry in report.present],
         "skipped": [vars(entry) for entry in report.skipped],
+        "left_out": [vars(entry) for entry in report.left_out],
+        "clean": [decision.to_dict() for decision in report.decisions],
     }
 
 

@@ -149,8 +149,14 @@ def _continued(
         raise ConfigError(f"{root} is not a pretraining run", f"continue it with: affmae finetune --resume {root}")
     recorded = recorded_data(run)
     asked = resolve_continuation(run, "pretrain", overrides=set_, flags=flags)
-    store = _open_store(data or [Path(recorded["path"])])
-    check_same_data(recorded, store)
+    before = Path(recorded["path"])
+    if not data and not before.exists():
+        raise InputError(
+            f"the data of {root} is not at {before} any more",
+            f"if it was moved: affmae pretrain NEW_PATH --resume {shlex.quote(str(root))}",
+        )
+    store = _open_store(data or [before])
+    check_same_data(run, store)
     task = PretrainTask(asked, store, init_from=recorded_origin(run))
     check_length(run, task.config.train.steps)
     return run, task, store

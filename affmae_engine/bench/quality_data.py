@@ -71,7 +71,10 @@ def collect(
     store, _ = write_labelled_store(labelled, path, should_stop=should_stop)
     if not sources.unlabelled:
         return store
-    report = ingest(list(sources.unlabelled), path, class_names=store.class_names, should_stop=should_stop)
+    # One by one: copies of labeled sections are found by their files.
+    report = ingest(
+        list(sources.unlabelled), path, class_names=store.class_names, stacks=False, should_stop=should_stop
+    )
     if report.interrupted:
         raise Interrupted("stopped while the images were collected", "the same command continues")
     if report.skipped:

@@ -2,9 +2,9 @@
 
 Sample i is a pure function of (seed, i): image, section, place, size, turn and mask all come from it, so nothing
 depends on workers, ranks or on where a run was resumed. Only the chunks under the crop are read. Unusual: images are
-chosen in proportion to their pixels, not once per file; blank images are left out and (nearly) uniform crops, such as
-empty resin or padding, are drawn again a few times. A sample is made in two parts: `raw` reads in a data-loading
-process, `finish` computes for a whole batch, on the GPU where there is one.
+chosen in proportion to their pixels, not once per file; blank images are left out, and crops that are (nearly) uniform,
+such as empty resin, or padding for more than a quarter, are drawn again a few times. A sample is made in two parts:
+`raw` reads in a data-loading process, `finish` computes for a whole batch, on the GPU where there is one.
 
 Axes: Z Y X image, C H W sample, V visible and Q masked tokens.
 """
@@ -25,6 +25,7 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.augment import Crop, draw_crop, draw_turn
 from affmae_engine.data.loading import sample_error
 from affmae_engine.data.normalise import IntensityMap, Normalisation
+from affmae_engine.data.padding import padding_mask
 from affmae_engine.data.split import Region
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError
@@ -37,6 +38,9 @@ MAX_DRAWS = 6
 
 UNIFORM_STD = 0.05
 """A crop whose deviation is below this share of its image's shows nothing."""
+
+MOST_PADDING = 0.25
+"""Largest share of a crop that may be padding."""
 
 LARGEST_ENLARGEMENT = 8
 """Images with a side shorter than this fraction of the crop are left out: enlarged further they are only blur."""
@@ -53,6 +57,8 @@ class Plane:
     y1: int
     width: int
     intensity: IntensityMap
+    padded: bool = False
+    """Whether the image has padding."""
 
     @property
     def shape_YX(self) -> tuple[int, int]:
@@ -88,6 +94,7 @@ def croppable_planes(
             height if region.y1 is None else region.y1,
             width,
             normalisation.for_image(image.statistics),
+            padded=image.statistics.foreground < 1,
         )
         shorter = min(plane.shape_YX)
         if image.statistics.blank or not plane.intensity.std > 0:
@@ -185,7 +192,8 @@ class PretrainDataset:
             plane, z = self._draw_section(rng)
             crop = draw_crop(rng, plane.shape_YX, self.size, self.config.data.crop_scale)
             gray_YX = read_crop(self.store, plane, z, crop)
-            if gray_YX.std(dtype=np.float32) >= UNIFORM_STD * plane.intensity.std:
+            padded = plane.padded and padding_mask(gray_YX).mean() > MOST_PADDING
+            if not padded and gray_YX.std(dtype=np.float32) >= UNIFORM_STD * plane.intensity.std:
                 break
         turn = draw_turn(rng) if self.config.data.flips else 0
         record = _record(gray_YX, plane.intensity, self._largest, turn=turn, as_uint8=self._as_uint8)

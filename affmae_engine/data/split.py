@@ -5,17 +5,23 @@ gives one contiguous block at one of its ends, and the sections beside the block
 stand alone are held out whole. Unusual: an image without companions (or just one) gives a strip of rows. And what may
 show the same, images of equal content (labelled twice) and former versions of a file that was ingested again, stays on
 one side: section by section where the shapes agree; otherwise former versions belong to neither part of what is cut.
+Where the classes of labels are known, the held-out part takes what costs training no class and brings it most classes:
+the other end of a stack or a block inside it, a strip at another height, other whole images.
 Everything is decided by the seed and by the images' records, not by the order they come in.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from affmae_engine.data.names import last_number
 
 GAP_NM = 150.0
 """Thickness of the material dropped between the parts: FIB-SEM correlates at .24 over it, ssTEM at less."""
@@ -28,6 +34,11 @@ GAP_ROWS = 32
 
 LEAST_STRIP = 0.2
 """Smallest height of a held-out strip as a share of the image: a thinner one cannot hold a useful crop."""
+
+_PLACES = 16
+"""Places inside a stack or image that are tried for the held-out block, besides its ends."""
+
+_MOST_SPACE = 100  # numbers per section up to which the numbers of a series count sections
 
 _FEWEST_WHOLE = 3  # with fewer images that stand alone, holding one out whole would cost too much
 
@@ -51,6 +62,8 @@ class SplitImage(Protocol):
     def source_mtime_ns(self) -> int: ...
     @property
     def sha256(self) -> str: ...
+    @property
+    def pixels_hash(self) -> str: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -63,6 +76,13 @@ class Region:
     y0: int | None = None
     y1: int | None = None
 
+    @property
+    def text(self) -> str:
+        """In words, sections and rows counted from 0."""
+        sections = f" section {self.z0}" if self.z1 == self.z0 + 1 else f" sections {self.z0} to {self.z1 - 1}"
+        rows = "" if self.y0 is None or self.y1 is None else f" rows {self.y0} to {self.y1 - 1}"
+        return f"{self.name}{'' if (self.z0, self.z1) == (0, 1) else sections}{rows}"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -70,6 +90,20 @@ class Split:
 
     train: list[Region]
     val: list[Region]
+
+    @property
+    def held_out(self) -> list[str]:
+        """The held-out regions in words: `image`, `stack sections 32 to 39`, `image rows 0 to 199`."""
+        return [region.text for region in self.val]
+
+    def to_dict(self) -> dict[str, list[list[str | int | None]]]:
+        """Plain JSON values: [name, z0, z1, y0, y1] of every region."""
+        return {part: [list(astuple(region)) for region in getattr(self, part)] for part in ("train", "val")}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Sequence[Sequence[Any]]]) -> Split:
+        """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError on anything else."""
+        return cls(*([Region(*region) for region in values[part]] for part in ("train", "val")))
 
 
 _Place = tuple[str, int]
@@ -118,7 +152,14 @@ class _Family:
     others: tuple[SplitImage, ...]
 
 
-def split(images: Sequence[SplitImage], fraction: float, *, seed: int, usable: _Usable = None) -> Split:
+def split(
+    images: Sequence[SplitImage],
+    fraction: float,
+    *,
+    seed: int,
+    usable: _Usable = None,
+    classes: Callable[[Region], Collection[int]] | None = None,
+) -> Split:
     """Divide images into a training and a held-out part.
 
     Args:
@@ -127,25 +168,30 @@ def split(images: Sequence[SplitImage], fraction: float, *, seed: int, usable: _
             whole sections, and data that stands alone is held out as whole images.
         seed: decides which images, and which end of a stack.
         usable: the sections, by image name, that are worth anything to either part (those with labels); None: all.
+        classes: which classes the labels of a region have; None does not look at classes, nor at the numbers in file
+            names, which say how far apart the sections of a series are.
 
     Returns:
-        the split; `val` is empty when `fraction` is 0 or the data is too small to be divided (one tiny image).
+        the split; `val` is empty when `fraction` is 0 or the data is too small to be divided (one tiny image). No class
+        is in `val` alone, unless all data there is had to be cut in two.
     """
+    units = _units(images, usable, numbered=classes is not None)
+    balance = _Balance(units, classes)
     train, val = [], []
     alone = []
-    for unit in _units(images, usable):
+    for unit in units:
         count = round(fraction * len(unit.usable))
-        kept, held = _cut_sections(unit, count, _gap_sections(unit), seed)
+        kept, held = balance.best(unit, _section_cuts(unit, count, _gap_sections(unit), seed))
         if kept and held:
             train += kept
             val += held
         else:
             alone.append(unit)
-    held_whole = _choose_whole(alone, fraction, seed, needed=not val) if fraction > 0 else []
+    held_whole = _choose_whole(alone, fraction, seed, balance, needed=not val) if fraction > 0 else []
     cut: _Unit | None = None
     if fraction > 0 and not val and not held_whole and alone:
         cut = max(alone, key=lambda unit: (unit.weight, unit.key))
-        kept, held = _cut_anyhow(cut, fraction, seed)
+        kept, held = balance.best(cut, _any_cuts(cut, fraction, seed), whatever=True)
         train += kept
         val += held
     for unit in alone:
@@ -154,13 +200,69 @@ def split(images: Sequence[SplitImage], fraction: float, *, seed: int, usable: _
     return Split(sorted(train, key=_region_order), sorted(val, key=_region_order))
 
 
+_Cut = tuple[list[Region], list[Region]]
+"""Regions kept for training, and held out."""
+
+
+class _Balance:
+    """Which classes the two parts have while units are divided one by one; undecided units count as trained on.
+
+    Without `classes` every cut is as good as another, and the first is taken.
+    """
+
+    def __init__(self, units: Sequence[_Unit], classes: Callable[[Region], Collection[int]] | None) -> None:
+        self._of_region = classes
+        self._trained = {unit.key: self.classes(unit.whole()) for unit in units} if classes is not None else {}
+        self._held: set[int] = set()
+
+    def classes(self, regions: Iterable[Region]) -> set[int]:
+        """Classes of some regions."""
+        if self._of_region is None:
+            return set()
+        return {found for region in regions for found in self._of_region(region)}
+
+    @property
+    def missing(self) -> list[int]:
+        """Classes that the held-out part lacks, those in fewest units first."""
+        every = [number for classes in self._trained.values() for number in classes]
+        return sorted(set(every) - self._held, key=lambda number: (every.count(number), number))
+
+    def loses(self, unit: _Unit, kept: Iterable[Region]) -> int:
+        """Number of classes that are trained on no more when only `kept` stays of a unit."""
+        rest = set().union(*(classes for key, classes in self._trained.items() if key != unit.key))
+        return len(self._trained.get(unit.key, set()) - rest - self.classes(kept))
+
+    def take(self, unit: _Unit, kept: Iterable[Region], held: Iterable[Region]) -> None:
+        """Decide about a unit."""
+        if self._of_region is not None:
+            self._trained[unit.key] = self.classes(kept)
+            self._held |= self.classes(held)
+
+    def best(self, unit: _Unit, cuts: Iterable[_Cut], *, whatever: bool = False) -> _Cut:
+        """The cut that costs training fewest classes and brings most to the held-out part, and earlier ones if equal.
+
+        A cut that costs a class is not made, unless `whatever`.
+        """
+        best: tuple[tuple[int, int], _Cut] | None = None
+        for kept, held in cuts:
+            found = (self.loses(unit, kept), -len(self.classes(held) - self._held)), (kept, held)
+            if best is None or found[0] < best[0]:
+                best = found
+            if self._of_region is None:
+                break
+        if best is None or not best[1][1] or (best[0][0] and not whatever):
+            return unit.whole(), []
+        self.take(unit, *best[1])
+        return best[1]
+
+
 def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that orders `a2` before `a10`."""
     parts = re.split(r"(\d+)", text)
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts if part)
 
 
-def _units(images: Iterable[SplitImage], usable: _Usable) -> list[_Unit]:
+def _units(images: Iterable[SplitImage], usable: _Usable, *, numbered: bool) -> list[_Unit]:
     """Everything that has a usable section, in natural order."""
     series: dict[tuple[str, tuple[int, int]], list[_Family]] = {}
     units = []
@@ -172,8 +274,25 @@ def _units(images: Iterable[SplitImage], usable: _Usable) -> list[_Unit]:
             units.append(_unit([family], usable))
     for members in series.values():
         # Not by the store's names, from which long ones lost their end, and with it their number.
-        units.append(_unit(sorted(members, key=lambda family: _physical_order(family.lead)), usable))
+        ordered = sorted(members, key=lambda family: _physical_order(family.lead))
+        unit = _unit(ordered, usable)
+        units.append(_spaced(unit, ordered) if numbered else unit)
     return sorted((unit for unit in units if unit.usable), key=lambda unit: natural_key(unit.key))
+
+
+def _spaced(unit: _Unit, members: Sequence[_Family]) -> _Unit:
+    """A series with an empty section for every number that its file names skip; as it is where they do not count.
+
+    members: in the order of the unit's sections.
+    """
+    numbers = [last_number(Path(family.lead.source_path)) for family in members]
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers) or any(a >= b for a, b in itertools.pairwise(known)):
+        return unit
+    if known[-1] - known[0] >= _MOST_SPACE * len(known):
+        return unit
+    places = dict(zip(known, unit.sections, strict=True))
+    return replace(unit, sections=tuple(places.get(number, ()) for number in range(known[0], known[-1] + 1)))
 
 
 def _unit(families: Sequence[_Family], usable: _Usable) -> _Unit:
@@ -204,8 +323,14 @@ def _families(images: Iterable[SplitImage]) -> list[_Family]:
     return [_family(members) for members in {id(members): members for members in found.values()}.values()]
 
 
-def _relations(image: SplitImage) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
-    return ("place", image.source_path, image.source_series), ("content", image.sha256, image.source_series)
+def _relations(image: SplitImage) -> list[tuple[str, str, str]]:
+    """What images that may show the same have in common: place, content of the file, pixels; the place comes first."""
+    pixels = [("pixels", image.pixels_hash, "")] if image.pixels_hash else []
+    return [
+        ("place", image.source_path, image.source_series),
+        ("content", image.sha256, image.source_series),
+        *pixels,
+    ]
 
 
 def _family(members: Iterable[SplitImage]) -> _Family:
@@ -227,52 +352,76 @@ def _gap_sections(unit: _Unit) -> int:
     return max(1, min(wanted, len(unit.usable) // 10))
 
 
-def _cut_sections(unit: _Unit, count: int, gap: int, seed: int) -> tuple[list[Region], list[Region]]:
-    """Hold out `count` usable sections at the end that the seed chooses; either part may turn out empty."""
+def _section_cuts(unit: _Unit, count: int, gap: int, seed: int) -> Iterator[_Cut]:
+    """Ways to hold out `count` usable sections: at the end that the seed chooses, at the other one, and inside.
+
+    Either part of a cut may turn out empty.
+    """
     numbers = unit.usable
     if not 1 <= count < len(numbers):
-        return unit.regions(numbers), []
-    if _draw(seed, unit.key) < 0.5:
-        held = numbers[:count]
-        kept = [number for number in numbers if number > held[-1] + gap]
-    else:
-        held = numbers[-count:]
-        kept = [number for number in numbers if number < held[0] - gap]
-    return unit.regions(kept), unit.regions(held)
+        return
+    last = len(numbers) - count
+    ends = [0, last] if _draw(seed, unit.key) < 0.5 else [last, 0]
+    inside = [round((k + 0.5) * last / _PLACES) for k in range(_PLACES)]
+    for first in dict.fromkeys([*ends, *inside]):
+        held = numbers[first : first + count]
+        kept = [number for number in numbers if number > held[-1] + gap or number < held[0] - gap]
+        yield unit.regions(kept), unit.regions(held)
 
 
-def _cut_anyhow(unit: _Unit, fraction: float, seed: int) -> tuple[list[Region], list[Region]]:
-    """Divide the only data there is: sections when there are at least three, else rows; not at all when tiny."""
+def _any_cuts(unit: _Unit, fraction: float, seed: int) -> Iterator[_Cut]:
+    """Ways to divide the only data there is: sections when there are at least three, else rows; none when tiny."""
     count = len(unit.usable)
     if count >= 3:
-        return _cut_sections(unit, max(1, min(round(fraction * count), count - 2)), 1, seed)
+        yield from _section_cuts(unit, max(1, min(round(fraction * count), count - 2)), 1, seed)
+        return
     height = unit.shape_YX[0]
     rows = round(max(fraction, LEAST_STRIP) * height)
     gap = min(GAP_ROWS, max(1, height // 10))
     if rows < 1 or height - rows - gap < 1:
-        return unit.whole(), []
-    if _draw(seed, unit.key) < 0.5:
-        kept, held = (rows + gap, height), (0, rows)
-    else:
-        kept, held = (0, height - rows - gap), (height - rows, height)
+        return
+    last = height - rows
+    ends = [0, last] if _draw(seed, unit.key) < 0.5 else [last, 0]
+    inside = [round((k + 0.5) * last / _PLACES) for k in range(_PLACES)]
     regions = unit.regions(unit.usable)
-    return [Region(r.name, r.z0, r.z1, *kept) for r in regions], [Region(r.name, r.z0, r.z1, *held) for r in regions]
+    for first in dict.fromkeys([*ends, *inside]):
+        strips = [(0, first - gap), (first + rows + gap, height)]
+        kept = [Region(r.name, r.z0, r.z1, y0, y1) for r in regions for y0, y1 in strips if y1 > y0]
+        yield kept, [Region(r.name, r.z0, r.z1, first, first + rows) for r in regions]
 
 
-def _choose_whole(units: list[_Unit], fraction: float, seed: int, *, needed: bool) -> list[_Unit]:
-    """Whole units in the order that the seed gives, as close to the share as they come; at least one if `needed`."""
+def _choose_whole(units: list[_Unit], fraction: float, seed: int, balance: _Balance, *, needed: bool) -> list[_Unit]:
+    """Whole units in the order that the seed gives, as close to the share as they come; at least one if `needed`.
+
+    Units that bring a missing class come first, up to half of the data; no unit is taken that has the last of a class.
+    """
     if len(units) < _FEWEST_WHOLE:
         return []
-    target = fraction * sum(unit.weight for unit in units)
+    total = sum(unit.weight for unit in units)
+    target = fraction * total
     chosen: list[_Unit] = []
-    taken = 0
     shuffled = sorted(units, key=lambda unit: _draw(seed, unit.key))
+
+    def free(unit: _Unit) -> bool:
+        return unit not in chosen and len(chosen) < len(units) - 1 and not balance.loses(unit, [])
+
+    def choose(unit: _Unit) -> None:
+        balance.take(unit, [], unit.whole())
+        chosen.append(unit)
+
+    for number in balance.missing:
+        taken = sum(unit.weight for unit in chosen)
+        bringing = [unit for unit in shuffled if free(unit) and number in balance.classes(unit.whole())]
+        if number in balance.missing and bringing and taken + bringing[0].weight <= total / 2:
+            choose(bringing[0])
     for unit in shuffled:
-        if abs(target - taken - unit.weight) < abs(target - taken) and len(chosen) < len(units) - 1:
-            chosen.append(unit)
-            taken += unit.weight
+        taken = sum(one.weight for one in chosen)
+        if free(unit) and abs(target - taken - unit.weight) < abs(target - taken):
+            choose(unit)
     if not chosen and needed:
-        chosen = [min(shuffled, key=lambda unit: unit.weight)]
+        possible = [unit for unit in shuffled if free(unit)]
+        if possible:
+            choose(min(possible, key=lambda unit: unit.weight))
     return chosen
 
 

@@ -1,10 +1,12 @@
 """Grey-value statistics of an image, gathered block by block and mergeable, without its blank padding.
 
 Foreground rule: padding is the darkest or the brightest value of an image, wherever it fills horizontal runs of at
-least 32 pixels, provided that such runs of that value make up at least 1 % of the image. Padding is left out of mean,
-deviation and percentiles, unless less than 5 % of the image would remain. Values that are not finite are left out and
-counted. An image is blank when its middle 99 % of pixels have one value, or when it hardly varies: by at
-most half a grey level and 0.5 % of its largest value (integers), or one part in a million (floats).
+least 32 pixels, provided that such runs of that value make up at least 1 % of the image. In uint8 images black and
+white padding may be noisy: runs of 0 to 3 or of 252 to 255 that begin at the left or right border count as well
+(`padding.py` finds padding of any shape, where a whole section is at hand). Padding is left out of mean, deviation and
+percentiles, unless less than 5 % of the image would remain. Values that are not finite are left out and counted. An
+image is blank when its middle 99 % of pixels have one value, or when it hardly varies: by at most half a grey level and
+0.5 % of its largest value (integers), or one part in a million (floats).
 
 uint8 and uint16 are exact (a histogram). Floats have exact moments and percentiles from a systematic sample of at most
 2**18 pixels.
@@ -19,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from affmae_engine.data.padding import TOLERANCE
 from affmae_engine.data.readers.source import Source
 
 PERCENTILES = (0.5, 1, 5, 25, 50, 75, 95, 99, 99.5)
@@ -100,15 +103,20 @@ class _Integers:
         self.levels = np.iinfo(dtype).max + 1
         self.histogram = np.zeros(self.levels, np.int64)
         self.in_runs = np.zeros(self.levels, np.int64)
+        self.at_edges = np.zeros(self.levels, np.int64)
 
     def add(self, rows: np.ndarray) -> None:
         self.histogram += np.bincount(rows.ravel(), minlength=self.levels)
         for values, lengths in _long_runs(rows):
             np.add.at(self.in_runs, values, lengths)
+        if self.levels == 256:
+            for values in _noisy_edges(rows):
+                self.at_edges += np.bincount(values, minlength=self.levels)
 
     def merge(self, other: _Integers) -> None:
         self.histogram += other.histogram
         self.in_runs += other.in_runs
+        self.at_edges += other.at_edges
 
     def finish(self) -> Statistics:
         total = int(self.histogram.sum())
@@ -119,6 +127,9 @@ class _Integers:
         for extreme in {int(present[0]), int(present[-1])}:
             if self.in_runs[extreme] >= _PADDING_SHARE * total:
                 kept[extreme] -= self.in_runs[extreme]
+        for noisy in (slice(0, TOLERANCE + 1), slice(255 - TOLERANCE, 256)) if self.levels == 256 else ():
+            if self.at_edges[noisy].sum() >= _PADDING_SHARE * total:
+                kept[noisy] = np.minimum(kept[noisy], self.histogram[noisy] - self.at_edges[noisy])
         if kept.sum() < _SMALLEST_FOREGROUND * total:
             kept = self.histogram
         count = int(kept.sum())
@@ -313,6 +324,23 @@ def _long_runs(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         long = lengths >= _RUN
         if long.any():
             yield row[starts[long]], lengths[long]
+
+
+def _noisy_edges(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Pixels of runs of at least `_RUN` almost black or almost white uint8 pixels that begin at the left or right."""
+    if rows.shape[1] < _RUN:
+        return
+    width = rows.shape[1]
+    for beyond in (lambda pixels: pixels > TOLERANCE, lambda pixels: pixels < 255 - TOLERANCE):
+        whole = np.zeros(len(rows), np.bool_)
+        for side in (rows, rows[:, ::-1]):
+            likely = np.flatnonzero(~beyond(side[:, :_RUN]).any(axis=1) & ~whole)
+            if not likely.size:
+                continue
+            outside = beyond(side[likely])
+            lengths = np.where(outside.any(axis=1), outside.argmax(axis=1), width)
+            whole[likely[lengths == width]] = True
+            yield side[likely][np.arange(width) < lengths[:, None]]
 
 
 def _of_histogram(histogram: np.ndarray, percent: np.ndarray) -> np.ndarray:

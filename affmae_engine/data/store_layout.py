@@ -8,6 +8,7 @@ A store is one Zarr v3 group:
     em.zarr/affmae/ledger.jsonl   what is finished, chunk by chunk and image by image (see `ledger.py`)
     em.zarr/affmae/manifest.json  what was taken, skipped and why, for people and scripts
     em.zarr/affmae/overview.png   the contact sheet
+    em.zarr/affmae/clean.png      what `ingest --clean` left out or cropped
 
 Chunks are one section thick and at most 256 x 256, because training cuts random two-dimensional crops. A shard, one
 file, holds whole rows of chunks and up to 32 MiB, and is the unit in which a store is written, so that the ledger can
@@ -66,6 +67,11 @@ class StorePaths:
         return self.private / "overview.png"
 
     @property
+    def clean_sheet(self) -> Path:
+        """The images that `ingest --clean` decided about."""
+        return self.private / "clean.png"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that writes."""
         return self.private / "lock"
@@ -101,8 +107,14 @@ class StoredImage:
     channel: int | None = None
     source_size: int = 0
     source_mtime_ns: int = 0
+    source_files: int = 1
+    """Files that the image was made of; more than one for a stack of sections in files of their own."""
     labels_dtype: str = ""
     labels_sha256: str = ""
+    pixels_hash: str = ""
+    """Equal for equal pixels: SHA-256 of shape, type, the CRC-32 of the pixels of every shard, and the statistics."""
+    copies: tuple[str, ...] = ()
+    """`content_key` of other files that have the same pixels."""
 
     @property
     def series_group(self) -> str:
@@ -115,16 +127,26 @@ class StoredImage:
         return re.sub(r"[0-9]+", "#", named)
 
     @property
-    def identity_key(self) -> tuple[str, str, int | None, str]:
-        """Equal for images with the same pixels and labels, wherever their files are."""
-        return self.sha256, self.source_series, self.channel, self.labels_sha256
+    def content_key(self) -> str:
+        """Equal for images from files with the same bytes, wherever they are."""
+        return f"{self.sha256} {self.source_series} {self.channel}"
+
+    @property
+    def identity_keys(self) -> tuple[tuple[str, str], ...]:
+        """Equal for images with the same pixels and labels: by its own file first, then by those of its copies."""
+        return tuple((key, self.labels_sha256) for key in (self.content_key, *self.copies))
+
+    def same_pixels(self, other: StoredImage) -> bool:
+        """Whether two images have the same pixels and labels."""
+        mine, theirs = ((i.pixels_hash, i.labels_sha256) for i in (self, other))
+        return mine == theirs and bool(self.pixels_hash)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What half an image must have in common with a source to be continued from it; plain JSON values."""
         return {
             "path": self.source_path,
-            "key": list(self.identity_key),
+            "key": [self.sha256, self.source_series, self.channel, self.labels_sha256],
             "shape": list(self.shape_ZYX),
             "dtype": self.dtype.name,
             "labels_dtype": self.labels_dtype,
@@ -148,6 +170,7 @@ class StoredImage:
             "pixel_nm": (nm[0], nm[1], nm[2]),
             "statistics": Statistics.from_dict(values["statistics"]),
             "notes": tuple(values.get("notes", ())),
+            "copies": tuple(values.get("copies", ())),
         }
         return cls(**known)
 

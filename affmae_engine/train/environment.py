@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from affmae_engine import atomic
 from affmae_engine.config import Task
+from affmae_engine.data.split import Split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.run_dir import RunDir
@@ -33,7 +35,14 @@ def kernel_backends(backend: str, device: torch.device) -> dict[str, str]:
 
 
 def write_environment(
-    run: RunDir, task: Task, choice: DeviceChoice, *, store: Store, command: Mapping[str, Any], backend: str
+    run: RunDir,
+    task: Task,
+    choice: DeviceChoice,
+    *,
+    store: Store,
+    command: Mapping[str, Any],
+    backend: str,
+    split: Split | None = None,
 ) -> None:
     """Write environment.json.
 
@@ -44,6 +53,7 @@ def write_environment(
         store: what it is trained on.
         command: what the command was given and a resumed run may need again.
         backend: `kernels.backend`.
+        split: what finetuning trains on and validates on.
     """
     atomic.commit_json(
         run.environment,
@@ -52,6 +62,7 @@ def write_environment(
             "task": task,
             "data": store_record(store),
             "command": dict(command),
+            **({"split": split.to_dict(), "held_out": split.held_out} if split is not None else {}),
             "device": choice.description,
             "precision": choice.precision,
             "backends": kernel_backends(backend, choice.device),
@@ -102,18 +113,37 @@ def recorded_data(run: RunDir) -> dict[str, Any]:
     return data
 
 
-def check_same_data(recorded: Mapping[str, Any], store: Store) -> None:
-    """Compare the "data" entry of environment.json with a dataset.
+def recorded_split(run: RunDir) -> Split | None:
+    """What a finetuning run trains on and validates on; None for runs of version 0.1.0, which did not record it.
+
+    Raises:
+        CorruptError: the record is damaged.
+    """
+    record = run.read_json(run.environment).get("split")
+    if record is None:
+        return None
+    try:
+        return Split.from_dict(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{run.environment}: the split is damaged", "restore it from a copy") from error
+
+
+def check_same_data(run: RunDir, store: Store) -> None:
+    """Compare the data that a run was trained on with a dataset.
 
     Raises:
         ConfigError: the data is not what the run was trained on; says which images came, went or changed.
     """
+    recorded = recorded_data(run)
     if recorded.get("fingerprint") == store.fingerprint():
         return
+    finetuned = recorded_task(run) == "finetune"
+    data = ["finetune", "--images", "IMAGES", "--labels", "LABELS"] if finetuned else ["pretrain", f"{store.path}"]
     found = store_record(store)
     raise ConfigError(
         f"the data at {store.path} is not what this run was trained on: {_data_changes(recorded, found)}",
-        "put the data back as it was, or begin a new run with --init-from",
+        f"train on the data as it is now, from the weights of this run: affmae {shlex.join(data)} --init-from "
+        f"{shlex.quote(str(run.root))}",
     )
 
 

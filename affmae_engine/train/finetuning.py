@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig, RunConfig
+from affmae_engine.data.holdout import split_labelled, split_notes
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.segmentation import Section, SegmentationDataset, labelled_pixels, sections_of
-from affmae_engine.data.split import Region, Split, split
+from affmae_engine.data.split import Split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.model.build import build_segmenter, encoder_layers
@@ -38,10 +39,11 @@ class FinetuneTask(Task):
         store: made by `labels.gather.write_labelled_store`.
         init_from: run, checkpoint or weights to start from; None starts from random weights. A checkpoint that a run
             is resumed from replaces whatever the model starts with, so nothing is loaded then.
-        parts: labeled regions to train on and to validate on; None: as `finetune.val_images` and `val_fraction` say.
+        parts: labeled regions to train on and to validate on; None: see `holdout.split_labelled`.
 
     Attributes:
         config: the configuration with classes, class weights and steps filled in.
+        parts: what is trained on and what is held out.
         evaluation: the validation sections.
         transfer: what became of the weights of `init_from`; None without it.
 
@@ -57,13 +59,15 @@ class FinetuneTask(Task):
     ) -> None:
         # Training samples and validation sections, and the settings that follow from them.
         names = _class_names(config, store)
-        parts = parts or _split(config, store)
+        parts = parts or split_labelled(config, store)
         validated_on = _validated_on(parts, config, store)
         normalisation = Normalisation.from_store(config.data, store)
         self.dataset = dataset = SegmentationDataset(
             store, parts.train, config, classes=len(names), normalisation=normalisation, seed=config.train.seed
         )
         self.config = config = _filled_in(config, names, dataset)
+        self.parts = parts
+        self.notes = split_notes(parts, store, names, dataset.index.counts, config.finetune.ignore_label)
         self.evaluation = SegmentationEvaluation(store, validated_on, normalisation, names, config)
         pixels = sum(section.height * section.width for section in validated_on)
         self.evaluated_images = pixels / config.image_size**2 / (1 - config.predict.overlap) ** 2
@@ -132,32 +136,6 @@ def _validated_on(parts: Split, config: RunConfig, store: Store) -> list[Section
             "finetune.val_fraction",
         )
     return chosen_sections(sections)
-
-
-def _split(config: RunConfig, store: Store) -> Split:
-    """The given validation images, or a part of the labelled sections that has no neighbours in the training part."""
-    labelled = [image for image in store.images if image.labelled]
-    chosen = config.finetune.val_images
-    unknown = [name for name in chosen if name not in {image.name for image in labelled}]
-    if unknown:
-        raise ConfigError(f"finetune.val_images: not in {store.path}: {', '.join(unknown)}")
-    whole = [Region(image.name, 0, image.shape_ZYX[0]) for image in labelled]
-    if chosen:
-        parts = Split(
-            [region for region in whole if region.name not in chosen],
-            [region for region in whole if region.name in chosen],
-        )
-    else:
-        usable: dict[str, set[int]] = {}
-        for section in _labelled(sections_of(store, whole), config, store):
-            usable.setdefault(section.name, set()).add(section.z)
-        parts = split(labelled, config.finetune.val_fraction, seed=config.train.seed, usable=usable)
-    if not parts.val or not parts.train:
-        raise InputError(
-            "there is too little labelled data to set some aside for validation",
-            "label more, or name a validation set with --val-images and --val-labels",
-        )
-    return parts
 
 
 def _filled_in(config: RunConfig, names: Sequence[str], dataset: SegmentationDataset) -> RunConfig:

@@ -17,6 +17,7 @@ from affmae_engine.checkpoint import load_weights
 from affmae_engine.config import ModelConfig, OptimConfig, RunConfig
 from affmae_engine.data.dataset import PretrainDataset, croppable_planes
 from affmae_engine.data.normalise import Normalisation
+from affmae_engine.data.scale import scale_warnings
 from affmae_engine.data.split import Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
@@ -58,7 +59,7 @@ class PretrainTask(Task):
         parts = parts or split(store.images, config.data.holdout, seed=config.train.seed)
         self.dataset = dataset = PretrainDataset(store, parts.train, config, seed=config.train.seed)
         self.config = config = with_steps(config, dataset.samples_per_epoch)
-        notes = list(dataset.notes)
+        notes = [*dataset.notes, *scale_warnings([image.pixel_nm for image in store.images])]
         # Held-out crops.
         normalisation = Normalisation.from_store(config.data, store)
         held_out, _ = croppable_planes(store, parts.val, normalisation, config.image_size)

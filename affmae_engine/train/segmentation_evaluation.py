@@ -1,7 +1,8 @@
 """Validation of a segmenter on whole sections, by the very tiling that `affmae predict` uses.
 
-The score is the mean IoU over all validation pixels; classes without a true pixel are left out. Very large validation
-sets are scored on sections spread evenly over them, always the same ones, so that scores stay comparable.
+The score is the mean IoU over all validation pixels; classes without a true pixel are left out, and where fewer than
+two classes are left there is no score. Very large validation sets are scored on sections spread evenly over them,
+always the same ones, so that scores stay comparable.
 
 Axes: C classes, R rows of a band, Y X section.
 """
@@ -21,7 +22,7 @@ from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.segmentation import Section
 from affmae_engine.data.store import Store
 from affmae_engine.predict.infer import ArrayPlane, TileRunner, Tiling, blend
-from affmae_engine.segmentation_metrics import Confusion, mean
+from affmae_engine.segmentation_metrics import Confusion, class_mean, mean
 from affmae_engine.train.task import Evaluation
 from affmae_engine.visualize import comparison_picture
 
@@ -58,12 +59,12 @@ class SegmentationEvaluation:
             predicted_YX = self._predict(model, device, section, slice(None), slice(None))
             here.add(predicted_YX, section.labels(self.store, self.config.finetune.ignore_label))
             total += here
-            per_image.append(mean(here.iou()))
-        score = mean(total.iou())
+            per_image.append(class_mean(here.iou()))
+        score = class_mean(total.iou())
         metrics = {
             "score": score,
             "iou": score,
-            "dice": mean(total.dice()),
+            "dice": class_mean(total.dice()),
             "iou_per_image": mean(per_image),
             "accuracy": total.accuracy(),
         }

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from affmae_cli.main import app
 from affmae_engine import checkpoint
 from affmae_engine.config import LossConfig, ModelConfig
+from affmae_engine.data.store import Store
 from affmae_engine.model.affmae import MaskedAutoencoder
 from affmae_engine.run_dir import RunDir
 from affmae_engine.weights import WeightsMetadata, write_weights
@@ -151,9 +152,12 @@ def test_missing_and_wrong_labels_are_all_listed_and_leave_nothing(data: Path, t
     shutil.copytree(data, "d")
     (tmp_path / "d/labels/s1_label.tif").unlink()
     (tmp_path / "d/labels/s4_label.tif").unlink()
+    save(tmp_path / "d/labels/s7_label.tif", np.zeros((80, 96), np.uint8))
     result = run(*on(Path("d"), "-o", "a"))
     assert result.exit_code == 3
     assert "d/images/s1.tif: no labels" in result.stderr and "d/images/s4.tif: no labels" in result.stderr
+    assert "d/labels/s7_label.tif: labels without an image" in result.stderr
+    (tmp_path / "d/labels/s7_label.tif").unlink()
     save(tmp_path / "d/labels/s1_label.tif", np.zeros((3, 3), np.uint8))
     save(tmp_path / "d/labels/s4_label.tif", np.zeros((4, 4), np.uint8))
     result = run(*on(Path("d"), "-o", "a"))
@@ -167,9 +171,63 @@ def test_missing_and_wrong_labels_are_all_listed_and_leave_nothing(data: Path, t
     assert "Traceback" not in result.stderr and not (tmp_path / "a").exists()
 
 
+def test_a_class_of_one_image_stays_in_training_and_resuming_keeps_the_split(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, "d")
+    labels = np.array(tifffile.imread(tmp_path / "d/labels/s5_label.tif"))
+    labels[:40, :40] = 2
+    save(tmp_path / "d/labels/s5_label.tif", labels)
+    (tmp_path / "d/labels/s2_label.tif").unlink()
+    result = run(*on(Path("d"), "-o", "a", "--classes", "gap,cell,rare"))
+    assert result.exit_code == 0, result.output
+    assert "1 of 6 images have no labels and are left out (s2.tif)" in result.stderr
+    assert "held out for validation: s0" in result.stderr and "rare: no pixel of it is held out" in result.stderr
+    assert "held out for validation: s0" in (tmp_path / "a/log.txt").read_text()
+    assert RunDir(tmp_path / "a").read_config().finetune.class_names == ("gap", "cell", "rare")
+    environment = json.loads((tmp_path / "a/environment.json").read_text())
+    assert environment["held_out"] == ["s0"] and environment["split"]["val"] == [["s0", 0, 1, None, None]]
+    environment["split"] = {"train": [["s0", 0, 1, None, None]], "val": [["s5", 0, 1, None, None]]}
+    (tmp_path / "a/environment.json").write_text(json.dumps(environment))
+    result = run("--resume", "a", "--steps", 2)
+    assert result.exit_code == 0 and "held out for validation: s5" in result.stderr
+
+
+def test_mixed_pixel_sizes_are_said_and_rescaled(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, "d")
+    for number, path in enumerate(sorted((tmp_path / "d/images").iterdir())):
+        image, nm = tifffile.imread(path), 4 if number % 3 else 8
+        resolution = (1000 / nm, 1000 / nm)
+        tifffile.imwrite(path, image, imagej=True, resolution=resolution, metadata={"axes": "YX", "unit": "um"})
+    result = run(*on(Path("d"), "-o", "a"))
+    assert result.exit_code == 0, result.output
+    assert "4 nm (4 images), 8 nm (2 images): --rescale brings all to 4 nm" in result.stderr
+    result = run(*on(Path("d"), "-o", "b", "--rescale", "-q"))
+    assert result.exit_code == 0, result.output
+    shapes = {image.shape_ZYX for image in Store.open(RunDir(tmp_path / "b").data).images}
+    assert shapes == {(1, 80, 96), (1, 160, 192)} and checkpoint.load_weights(tmp_path / "b")[0].pixel_nm == 4
+
+
+def test_sections_nobody_labeled_are_ignored_and_said_so(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.zeros((8, 80, 96), np.uint8)
+    labels[[1, 4, 6]] = rng.integers(0, 2, (3, 5, 6)).repeat(16, 1).repeat(16, 2)
+    save(tmp_path / "vol.tif", labels * np.uint8(120) + rng.integers(20, 60, labels.shape, dtype=np.uint8))
+    save(tmp_path / "vol_label.tif", labels)
+    given = ["--images", "vol.tif", "--labels", "vol_label.tif", *small(), "--steps", 1, "--set", "train.eval_every=1"]
+    result = run(*given, "-o", "a")
+    assert result.exit_code == 0, result.output
+    assert "warning: 5 of 8 sections have no label at all" in result.stderr
+    assert "--unlabeled-sections background" in result.stderr
+    assert RunDir(tmp_path / "a").read_config().finetune.ignore_label == 255
+    assert RunDir(tmp_path / "a").read_json(RunDir(tmp_path / "a").best)["value"] < 1
+    result = run(*given, "-o", "b", "--unlabeled-sections", "background", "-q")
+    assert result.exit_code == 0 and RunDir(tmp_path / "b").read_config().finetune.ignore_label is None
+    assert run(*given, "-o", "c", "--unlabeled-sections", "perhaps").exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
+        (["--images", "empty", "--labels", "empty", "--classes", "one"], 2, "--classes 'one'"),
         ([], 2, "needs --images and --labels"),
         (["--images", "empty", "--labels", "empty"], 3, "no images found in empty"),
         (["--images", "nowhere", "--labels", "empty"], 3, "no such file or folder: nowhere"),

@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import shlex
 import shutil
 import signal
 import stat
@@ -186,14 +186,20 @@ def test_resume_of_what_is_no_run_names_near_ones(finished: Path) -> None:
     assert run("--resume", finished.parent).exit_code == 3
 
 
-def test_resume_with_changed_data_says_what_changed(source: Path, tmp_path: Path) -> None:
+def test_resume_after_data_was_added_or_moved_prints_the_command_that_works(source: Path, tmp_path: Path) -> None:
     ingest([source], tmp_path / "em.zarr")
-    assert run("em.zarr", *small(), "--steps", 1, "-o", "a").exit_code == 0
-    extra = tmp_path / "extra.tif"
-    tifffile.imwrite(extra, np.random.default_rng(1).integers(0, 255, (96, 96), dtype=np.uint8))
-    ingest([extra], tmp_path / "em.zarr")
+    assert run(tmp_path / "em.zarr", *small(), "--steps", 1, "-o", "a").exit_code == 0
+    (tmp_path / "em.zarr").rename(tmp_path / "moved data.zarr")
     result = run("--resume", "a", "--steps", 2)
-    assert result.exit_code == 2 and re.search(r"1\s+added\s+\(extra\)", result.stderr)
+    assert result.exit_code == 3 and "affmae pretrain NEW_PATH --resume a" in result.stderr
+    assert run("moved data.zarr", "--resume", "a", "--steps", 2).exit_code == 0
+    tifffile.imwrite(tmp_path / "more.tif", np.random.default_rng(1).integers(0, 255, (96, 96), dtype=np.uint8))
+    ingest([tmp_path / "more.tif"], tmp_path / "moved data.zarr")
+    result = run("moved data.zarr", "--resume", "a", "--steps", 3)
+    assert result.exit_code == 2 and "1 added (more)" in result.stderr
+    command = shlex.split(result.stderr.split("affmae pretrain ")[1].splitlines()[0])
+    result = run(*command, *small(), "--steps", 1)
+    assert result.exit_code == 0, result.output
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, dataset: Path, tmp_path: Path) -> None:

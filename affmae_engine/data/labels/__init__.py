@@ -1,7 +1,7 @@
 """Labels of images: finding which belong together (`pairing`), reading their forms (`sources`), checking (`checks`).
 
-Everything that is wrong with a labelled set is found before training and listed at once, file by file: a missing
-partner, another size, values that are no class. This module itself holds only what everybody else needs.
+Everything that is wrong with a labelled set is found before training and reported at once, one sentence per cause.
+This module itself holds only what everybody else needs.
 """
 
 IGNORE = -1

@@ -6,17 +6,19 @@ that training and resuming need neither the original files nor the form they wer
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
-from affmae_engine.data.ingest_job import absolute
-from affmae_engine.data.labels.checks import CheckedLabels, check_labels
-from affmae_engine.data.labels.pairing import joined, pair_labels
+from affmae_engine.data.labels.checks import CheckedLabels, UnlabeledSections, check_labels
+from affmae_engine.data.labels.pairing import LabelledImage, joined, pair_labels
 from affmae_engine.data.labels.problems import listed, refusal
-from affmae_engine.data.readers import PixelSize
+from affmae_engine.data.readers import PixelSize, Source
+from affmae_engine.data.scale import Rescaled, differ, edge_nm
 from affmae_engine.data.store import Store
+from affmae_engine.data.volumes import absolute
 from affmae_engine.errors import ConfigError, InputError, Interrupted
 
 Paths = Sequence[str | Path]
@@ -24,10 +26,12 @@ Paths = Sequence[str | Path]
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Checked labels, and how many of the last pairs are for validation (0: to be split off automatically)."""
+    """Checked labels, how many of the last pairs are for validation (0: to be split off automatically), and images
+    that have no labels."""
 
     checked: CheckedLabels
     validation: int = 0
+    left_out: tuple[Path, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -41,6 +45,16 @@ class LabelledSet:
         count = len(checked.pairs)
         return f"{count} labelled image{'s' if count > 1 else ''}: {', '.join([*shares, *unlabelled])}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, one sentence each."""
+        if not self.left_out:
+            return self.checked.notes
+        count, total = len(self.left_out), len(self.left_out) + len(self.checked.pairs)
+        names = listed([path.name for path in self.left_out], 3)
+        left = f"{count} of {total} images have no labels and are left out ({names}); `affmae pretrain` can use them"
+        return (left, *self.checked.notes)
+
 
 def gather_labels(
     images: Paths,
@@ -50,6 +64,8 @@ def gather_labels(
     val_labels: Paths = (),
     class_names: Sequence[str] = (),
     ignore_label: int | None = None,
+    unlabeled_sections: UnlabeledSections | None = None,
+    colors: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LabelledSet:
     """Pair and check images and labels; nothing is written.
@@ -57,7 +73,7 @@ def gather_labels(
     Args:
         images, labels: see `pair_labels`.
         val_images, val_labels: a validation set of the same kind; both or none.
-        class_names, ignore_label, on_progress: see `check_labels`.
+        class_names, ignore_label, unlabeled_sections, colors, on_progress: see `check_labels`.
 
     Raises:
         ConfigError: only one of `val_images` and `val_labels`, or names that do not fit.
@@ -78,8 +94,40 @@ def gather_labels(
             )
         held_out = len(validation.pairs)
         pairing = joined(pairing, validation)
-    checked = check_labels(pairing, class_names=class_names, ignore_label=ignore_label, on_progress=on_progress)
-    return LabelledSet(checked, held_out)
+    checked = check_labels(
+        pairing,
+        class_names=class_names,
+        ignore_label=ignore_label,
+        unlabeled_sections=unlabeled_sections,
+        colors=colors,
+        on_progress=on_progress,
+    )
+    return LabelledSet(checked, held_out, pairing.left_out)
+
+
+def at_scale(labelled: LabelledSet, target_nm: float, pixel_nm: PixelSize | None = None) -> LabelledSet:
+    """Bring images whose pixel size differs from `target_nm` to it, with their labels; the counts stay as they were.
+
+    Args:
+        target_nm: edge of a pixel in the plane, in nanometers.
+        pixel_nm: voxel size of all images, in place of what their files say.
+    """
+
+    def rescaled(pair: LabelledImage) -> LabelledImage:
+        image = pair.image if pixel_nm is None else _with_size(pair.image, pixel_nm)
+        if not differ(edge_nm(image.info.pixel_nm), target_nm):
+            return replace(pair, image=image)
+        labels = Rescaled(pair.labels, target_nm, like=image, labels=True)
+        return replace(pair, image=Rescaled(image, target_nm, like=image), labels=labels)
+
+    checked = replace(labelled.checked, pairs=tuple(rescaled(pair) for pair in labelled.checked.pairs))
+    return replace(labelled, checked=checked)
+
+
+def _with_size(image: Source, pixel_nm: PixelSize) -> Source:
+    sized = copy.copy(image)
+    sized.info = replace(image.info, pixel_nm=pixel_nm)
+    return sized
 
 
 def write_labelled_store(

@@ -1,33 +1,36 @@
-"""Which labels belong to which image, by name or by count, and in which form they come.
+"""Which labels belong to which image, by name or by number, and in which form they come.
 
-Names are compared in three steps, the first that fits completely wins: the path below the given folder without its
-extension, the bare file name, and the file name without words such as `_label`, `mask-` or `_image`. One image and one
-label belong together whatever they are called. A stack may be labelled by a folder of single pictures and a folder of
-pictures by a stack, when the counts match. Labels are integer maps, or binary masks per class: a folder for each class,
-or the channels (or, for a single section, the pages) of one file.
+Names are compared in steps, and the first step that pairs everything wins, otherwise the one that pairs most: the path
+below the given folder without its extension, the bare file name, the name without words such as `_label`, `mask-` or
+`_cp_masks`, the same without leading zeros, and nnU-Net's names (`case_0000.png` with `case.png`). Images that have no
+labels are left out and named. One image and one label belong together whatever they are called.
+
+A stack may be labelled by a folder of single pictures and a folder of pictures by a stack, when the counts match; fewer
+pictures than sections label the sections whose numbers they carry. Labels are integer maps, colors, or binary masks per
+class: a folder for each class, or the channels (or, for a single section, the pages) of one file.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from affmae_engine.data.find import Found, find_images, summary
 from affmae_engine.data.labels.problems import listed, refusal
-from affmae_engine.data.labels.sources import ClassMasks, EmptyMasks, Section, Stacked
+from affmae_engine.data.labels.sources import ClassMasks, ColorMap, EmptyMasks, LabeledSections, Section
+from affmae_engine.data.names import is_word, last_number, parse, stem, without_padding
 from affmae_engine.data.readers import Source, find_files, open_sources
 from affmae_engine.data.readers.files import natural_key
+from affmae_engine.data.volumes import Stacked
 from affmae_engine.errors import InputError
 
-_WORDS = r"(?:labels?|masks?|seg(?:mentations?)?|gt|ground[ _-]?truth|annotations?|images?|img|raw|em)"
-_SUFFIX_WORD = re.compile(rf"[ _.-]+{_WORDS}$", re.IGNORECASE)
-_PREFIX_WORD = re.compile(rf"^{_WORDS}[ _.-]*(?=[^ _.-])", re.IGNORECASE)
-_LABEL_FOLDER = re.compile(rf"^{_WORDS}$", re.IGNORECASE)
 _MOST_CHANNELS = 64
 _EITHER = -1
+_TURNED = "EXIF"  # a word of the note that readers attach to a picture they turned
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,32 @@ class Pairing:
     """All labelled images of a set.
 
     mask_names: for binary masks, the names of classes 1, 2, ...; empty for integer maps. notes: what was assumed.
+    left_out: images without labels.
     """
 
     pairs: tuple[LabelledImage, ...]
     mask_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    left_out: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """Where the labels of one image file are: the files (several make a stack), and the section of a stack."""
+    """Where the labels of one image file are: the files (several make a stack), the section of a stack to take, or for
+    pictures of some sections only, the number of the section that each file labels."""
 
     files: tuple[Path, ...]
     section: int | None = None
+    numbers: tuple[int, ...] = ()
+
+
+@dataclass
+class _Matches:
+    """Labels by image file, and what stays alone."""
+
+    labels: dict[Path, _Reference]
+    lone_images: list[Path] = field(default_factory=list)
+    lone_labels: list[Path] = field(default_factory=list)
 
 
 def pair_labels(
@@ -66,29 +82,47 @@ def pair_labels(
     """Find the labels of every image.
 
     Args:
-        images: files, folders and patterns, as `readers.find_files` takes them.
-        labels: likewise; or one folder that holds nothing but a folder of binary masks for each class.
+        images: files, folders and patterns, as `find.find_images` takes them. Files that are also among the labels
+            are no images, so both may lie in one folder.
+        labels: files, folders and patterns, as `readers.find_files` takes them; or one folder that holds nothing but a
+            folder of binary masks for each class.
         image_files: what was found in `images`, where not all of it is to be labelled; None searches them.
 
     Raises:
-        InputError: lists every image without labels and every label without an image, every label of another size,
-            and every file that cannot be read.
+        InputError: no image has labels, a label has no image, labels have another size than their image, or a file
+            cannot be read.
     """
-    image_files = find_files(images) if image_files is None else image_files
+    searched = find_images(images) if image_files is None else Found(list(image_files), [])
+    found = searched.files
     folders = _class_folders(images, labels)
-    groups = [[folder] for folder in folders] if folders else [list(labels)]
-    problems: list[str] = []
-    references = [_match(image_files, images, find_files(group), group, problems) for group in groups]
+    groups: list[tuple[list[Path], list[str | Path]]] = [(find_files([folder]), [folder]) for folder in folders]
+    groups = groups or [(find_files(labels), list(labels))]
+    if image_files is None:
+        found, groups[0] = _apart(found, *groups[0])
+    image_files = found
+    matches = [_match(image_files, images, *group) for group in groups]
+    left_out = [path for path in image_files if all(path in match.lone_images for match in matches)]
+    problems = [f"{path}: labels without an image" for match in matches for path in match.lone_labels]
+    for match, (_, roots) in zip(matches, groups, strict=True):
+        problems += [
+            f"{path}: no labels of that name in {listed(roots, 3)}"
+            for path in match.lone_images
+            if path not in left_out or match.lone_labels
+        ]
+    if len(left_out) == len(image_files) and not problems:
+        problems = [f"{listed(image_files, 3)}: no labels of that name in {listed(list(labels), 3)}"]
     if problems:
         raise refusal(problems, "labels carry the names of their images, such as slice7.tif and slice7_label.png")
-    pairs, channels = _open_pairs(image_files, references, masks=bool(folders), problems=problems)
+    paired = [path for path in image_files if path not in left_out]
+    pairs, channels = _open_pairs(paired, [m.labels for m in matches], masks=bool(folders), problems=problems)
     if problems:
         raise refusal(problems, "every image needs labels of its own size")
     names = tuple(folder.name for folder in folders) or tuple(f"mask{k}" for k in range(1, channels + 1))
     notes = [f"binary masks of {len(names)} classes: {', '.join(names)}"] if names else []
-    if any(len(r.files) > 1 or r.section is not None for group in references for r in group.values()):
-        notes.append("sections of the stack and single pictures were paired in the order of their names")
-    return Pairing(tuple(pairs), names, tuple(notes))
+    references = [reference for match in matches for reference in match.labels.values()]
+    notes += _notes_on_numbers(references)
+    notes += [f"no images: {summary(searched.left_out)}"] if searched.left_out else []
+    return Pairing(tuple(pairs), names, tuple(notes), tuple(left_out))
 
 
 def joined(train: Pairing, val: Pairing) -> Pairing:
@@ -100,7 +134,19 @@ def joined(train: Pairing, val: Pairing) -> Pairing:
     if train.mask_names != val.mask_names:
         have, other = (", ".join(p.mask_names) or "integer maps" for p in (train, val))
         raise InputError(f"training and validation labels differ in form: {have} against {other}")
-    return Pairing(train.pairs + val.pairs, train.mask_names, train.notes)
+    return Pairing(train.pairs + val.pairs, train.mask_names, train.notes, train.left_out + val.left_out)
+
+
+def _apart(
+    image_files: Sequence[Path], label_files: Sequence[Path], roots: list[str | Path]
+) -> tuple[list[Path], tuple[list[Path], list[str | Path]]]:
+    """Images and labels that lie in one folder, told apart: by their names, or by the pattern given for the labels."""
+    of_images, of_labels = ({os.path.realpath(path) for path in files} for files in (image_files, label_files))
+    if of_images <= of_labels:  # one folder for both: its images were told by their names
+        labels = [path for path in label_files if os.path.realpath(path) not in of_images]
+        return list(image_files), (labels or list(label_files), roots)
+    images = [path for path in image_files if os.path.realpath(path) not in of_labels]
+    return images, (list(label_files), roots)
 
 
 def _class_folders(images: Sequence[str | Path], labels: Sequence[str | Path]) -> list[Path]:
@@ -114,7 +160,7 @@ def _class_folders(images: Sequence[str | Path], labels: Sequence[str | Path]) -
     folders = sorted({root / file.relative_to(root).parts[0] for file in files}, key=lambda f: natural_key(f.name))
     image_roots = [Path(image) for image in images]
     mirrored = any((parent / folder.name).is_dir() for folder in folders for parent in image_roots)
-    lone_word = len(folders) == 1 and _LABEL_FOLDER.match(folders[0].name)
+    lone_word = len(folders) == 1 and is_word(folders[0].name)
     return [] if mirrored or lone_word else folders
 
 
@@ -123,46 +169,105 @@ def _match(
     image_roots: Sequence[str | Path],
     label_files: Sequence[Path],
     label_roots: Sequence[str | Path],
-    problems: list[str],
-) -> dict[Path, _Reference]:
-    """Labels of every image file; adds to `problems` what stays alone."""
+) -> _Matches:
+    """Labels of every image file.
+
+    Raises:
+        InputError: names are not unique in any way.
+    """
+    by_number = _match_sections(image_files, label_files)
+    if by_number:
+        return _Matches(by_number)
     if len(image_files) == len(label_files) == 1:
-        return {image_files[0]: _Reference((label_files[0],))}
-    by_count = _match_sections(image_files, label_files)
-    if by_count:
-        return by_count
-    best: tuple[dict[str, Path], dict[str, Path]] | None = None
-    for key in (_path_below, _stem, _bare_stem):
-        by_image = _unique(image_files, image_roots, key)
-        by_label = _unique(label_files, label_roots, key)
+        return _Matches({image_files[0]: _Reference((label_files[0],))})
+    best: _Matches | None = None
+    for image_key, label_key in _KEYS:
+        by_image = _unique(image_files, image_roots, image_key)
+        by_label = _unique(label_files, label_roots, label_key)
         if by_image is None or by_label is None:
             continue
-        if by_image.keys() == by_label.keys():
-            return {by_image[name]: _Reference((by_label[name],)) for name in by_image}
-        if best is None or len(by_image.keys() & by_label.keys()) > len(best[0].keys() & best[1].keys()):
-            best = by_image, by_label
+        found = _Matches(
+            {path: _Reference((by_label[name],)) for name, path in by_image.items() if name in by_label},
+            [path for name, path in by_image.items() if name not in by_label],
+            [path for name, path in by_label.items() if name not in by_image],
+        )
+        if image_key is _nnunet_image and not found.labels:
+            continue
+        if best is None or len(found.labels) > len(best.labels):
+            best = found
+        if not found.lone_images and not found.lone_labels:
+            break
     if best is None:
-        problems += [f"several files are called {name}: {listed(files)}" for name, files in _clashes(image_files)]
+        problems = [f"several files are called {name}: {listed(files)}" for name, files in _clashes(image_files)]
         problems += [f"several labels are called {name}: {listed(files)}" for name, files in _clashes(label_files)]
-        return {}
-    by_image, by_label = best
-    where = f" in {label_roots[0]}" if len(label_roots) == 1 else ""
-    problems += [f"{path}: no labels of that name{where}" for name, path in by_image.items() if name not in by_label]
-    problems += [f"{path}: labels without an image" for name, path in by_label.items() if name not in by_image]
-    return {}
+        raise refusal(problems, "give every image and every label a name of its own")
+    # nnU-Net's further channels of an image that has labels are no images without labels.
+    channels = {_case(path) for path in best.labels if _case(path)}
+    best.lone_images = [path for path in image_files if path not in best.labels and _case(path) not in channels]
+    return best
+
+
+def _path_below(path: Path, roots: Sequence[str | Path]) -> str:
+    for root in roots:
+        if Path(root) in path.parents:
+            return (path.relative_to(root).parent / stem(path)).as_posix()
+    return stem(path)
+
+
+def _case(path: Path) -> str:
+    """The case of an nnU-Net image, `case_0000`; "" for other names."""
+    case, _, channel = stem(path).rpartition("_")
+    return case if len(channel) == 4 and channel.isdecimal() else ""
+
+
+def _nnunet_image(path: Path, _: Sequence[str | Path]) -> str:
+    return _case(path) if stem(path).endswith("_0000") else f"\0{path}"
+
+
+_Key = Callable[[Path, Sequence[str | Path]], str]
+_KEYS: tuple[tuple[_Key, _Key], ...] = (
+    (_path_below, _path_below),
+    (lambda path, _: stem(path), lambda path, _: stem(path)),
+    (lambda path, _: parse(path).bare, lambda path, _: parse(path).bare),
+    (lambda path, _: without_padding(parse(path).bare), lambda path, _: without_padding(parse(path).bare)),
+    (_nnunet_image, lambda path, _: stem(path)),
+)
 
 
 def _match_sections(image_files: Sequence[Path], label_files: Sequence[Path]) -> dict[Path, _Reference]:
     """A stack with a folder of pictures, either way round; empty when that is not what there is."""
     try:
-        if len(image_files) == 1 < len(label_files) == _depth(image_files[0]):
-            return {image_files[0]: _Reference(tuple(sorted(label_files, key=natural_key)))}
+        if len(image_files) == 1:
+            depth = _depth(image_files[0])
+            ordered = tuple(sorted(label_files, key=natural_key))
+            if 1 < len(label_files) == depth:
+                return {image_files[0]: _Reference(ordered)}
+            if len(label_files) < depth and all(_depth(path, labels=True) == 1 for path in label_files):
+                numbers = [last_number(path) for path in ordered]
+                known = tuple(number for number in numbers if number is not None)
+                first = 1 if max(known, default=0) == depth else 0  # counted from 1 where that is the only way to fit
+                if len(set(known)) == len(numbers) and first <= min(known) and max(known) < depth + first:
+                    return {image_files[0]: _Reference(ordered, numbers=tuple(n - first for n in known))}
         if len(label_files) == 1 < len(image_files) == _depth(label_files[0], labels=True):
-            ordered = sorted(image_files, key=natural_key)
-            return {image: _Reference((label_files[0],), z) for z, image in enumerate(ordered)}
+            return {
+                image: _Reference((label_files[0],), z) for z, image in enumerate(sorted(image_files, key=natural_key))
+            }
     except InputError:
         return {}  # a file that cannot be read is reported, with its reason, when the pairs are opened
     return {}
+
+
+def _notes_on_numbers(references: Sequence[_Reference]) -> list[str]:
+    notes = []
+    if any(r.section is not None or (len(r.files) > 1 and not r.numbers) for r in references):
+        notes.append("sections of the stack and single pictures were paired in the order of their names")
+    for reference in references:
+        if reference.numbers:
+            notes.append(
+                f"{reference.files[0].name} labels section {reference.numbers[0]} (counted from 0), and so on: "
+                f"{len(reference.numbers)} sections are labeled, the others are ignored"
+            )
+    return notes
 
 
 def _depth(path: Path, *, labels: bool = False) -> int:
@@ -170,11 +275,8 @@ def _depth(path: Path, *, labels: bool = False) -> int:
     return sources[0].info.shape_ZYX[0] if len(sources) == 1 else 0
 
 
-def _unique(
-    files: Iterable[Path], roots: Sequence[str | Path], key: Callable[[Path, Sequence[str | Path]], str]
-) -> dict[str, Path] | None:
+def _unique(files: Sequence[Path], roots: Sequence[str | Path], key: _Key) -> dict[str, Path] | None:
     """Files by their key; None when two have the same."""
-    files = list(files)
     named = {key(path, roots): path for path in files}
     return named if len(named) == len(files) else None
 
@@ -182,23 +284,8 @@ def _unique(
 def _clashes(files: Sequence[Path]) -> list[tuple[str, list[Path]]]:
     named: dict[str, list[Path]] = {}
     for path in files:
-        named.setdefault(_bare_stem(path, ()), []).append(path)
+        named.setdefault(parse(path).bare, []).append(path)
     return [(name, paths) for name, paths in named.items() if len(paths) > 1]
-
-
-def _path_below(path: Path, roots: Sequence[str | Path]) -> str:
-    for root in roots:
-        if Path(root) in path.parents:
-            return (path.relative_to(root).parent / _stem(path, roots)).as_posix()
-    return _stem(path, roots)
-
-
-def _stem(path: Path, roots: Sequence[str | Path]) -> str:
-    return Path(path.stem).stem if path.stem.lower().endswith(".ome") else path.stem
-
-
-def _bare_stem(path: Path, roots: Sequence[str | Path]) -> str:
-    return _PREFIX_WORD.sub("", _SUFFIX_WORD.sub("", _stem(path, roots))).casefold()
 
 
 def _open_pairs(
@@ -221,8 +308,8 @@ def _open_pairs(
         for index, image in enumerate(images):
             name = str(path) if len(images) == 1 else f"{path} [{image.info.series}]"
             maps = [group[index] for group in labels]
-            wrong = [m for m in maps if m.info.shape_ZYX != image.info.shape_ZYX]
-            problems += [f"{name} is {_size(image)}, its labels {m.info.path} are {_size(m)}" for m in wrong]
+            wrong = [text for m in maps if (text := _mismatch(name, image, m))]
+            problems += wrong
             if not wrong:
                 merged = ClassMasks(maps) if masks else maps[0]
                 counts.setdefault(_form(merged), []).append(name)
@@ -237,37 +324,54 @@ def _open_pairs(
     return [_in_form(pair, count) for pair in pairs], 0 if masks else count
 
 
+def _mismatch(name: str, image: Source, labels: Source) -> str:
+    """Why labels do not lie on their image; "" when they do."""
+    turned = [any(_TURNED in note for note in source.info.notes) for source in (image, labels)]
+    if turned[0] != turned[1]:
+        which, other = ("its labels are", "the image is") if turned[1] else ("the image is", "its labels are")
+        return (
+            f"{name}: {which} turned by an EXIF orientation and {other} not, so they do not lie on each other; "
+            "save the turned picture upright, without the tag"
+        )
+    if image.info.shape_ZYX == labels.info.shape_ZYX:
+        return ""
+    return f"{name} is {_size(image)}, its labels {labels.info.path} are {_size(labels)}"
+
+
 def _open_labels(reference: _Reference, depth: int) -> list[Source]:
+    if reference.numbers:
+        pictures = [_single(path) for path in reference.files]
+        _require_one_size(pictures)
+        return [LabeledSections(dict(zip(reference.numbers, pictures, strict=True)), depth)]
     if len(reference.files) > 1:
-        return [_as_stack([_single(path) for path in reference.files])]
+        sections = [_single(path) for path in reference.files]
+        _require_one_size(sections)
+        return [Stacked(sections)]
     path = reference.files[0]
     if reference.section is not None:
-        return [Section(_single(path), reference.section)]
+        return [Section(_single(path, depth=2), reference.section)]
     return _open_maps(path, depth)
 
 
-def _single(path: Path) -> Source:
-    sources = open_sources(path, labels=True)
+def _single(path: Path, depth: int = 1) -> Source:
+    sources = _open_maps(path, depth)
     if len(sources) != 1:
         raise InputError(f"{path} holds {len(sources)} label maps instead of one")
     return sources[0]
 
 
-def _as_stack(sections: Sequence[Source]) -> Source:
+def _require_one_size(sections: Sequence[Source]) -> None:
     shape = sections[0].info.shape_ZYX
     for section in sections:
         if section.info.shape_ZYX[0] != 1 or section.info.shape_ZYX != shape:
             raise InputError(
                 f"{section.info.path} is {_size(section)}; a label stack takes single pictures of one size"
             )
-    return Stacked(sections)
 
 
 def _open_maps(path: Path, depth: int) -> list[Source]:
     """The label maps in a file; several channels, or the pages of a file for one section, are masks of classes."""
     first = open_sources(path, labels=True)
-    if first[0].info.format in ("PNG", "JPEG", "JPEG 2000"):
-        return first
     if len(first) == 1 and depth == 1 < first[0].info.shape_ZYX[0]:
         return [ClassMasks([Section(first[0], z) for z in range(first[0].info.shape_ZYX[0])])]
     channels = [open_sources(path, channel=0, labels=True)]
@@ -282,19 +386,33 @@ def _open_maps(path: Path, depth: int) -> list[Source]:
 
 
 def _masks_or_map(channels: Sequence[Source]) -> Source:
-    """Channels as masks; a grey map that was saved as colour (equal channels) stays a map.
+    """Channels as masks or as colors; a grey map that was saved as colour (equal channels) stays a map.
 
-    The first section that shows anything decides, from the middle outwards.
+    The first section that shows anything decides, from the middle outwards. Red, green and blue that overlap are
+    colors, and so are those of any picture, since no program writes masks as the channels of one picture.
     """
+    info = channels[0].info
+    picture = info.format in ("PNG", "JPEG", "JPEG 2000")
     depth = channels[0].info.shape_ZYX[0]
     sections = [slice(z, z + 1) for z in sorted(range(depth), key=lambda z: abs(z - depth // 2))]
     for z in sections:
         planes = [channel.read(z, slice(None), slice(None)) for channel in channels[:3]]
-        if any(plane.any() for plane in planes):
-            same = all(np.array_equal(planes[0], plane) for plane in planes[1:])
-            return channels[0] if same else ClassMasks(channels)
+        if not any(plane.any() for plane in planes):
+            continue
+        if all(np.array_equal(planes[0], plane) for plane in planes[1:]) or (picture and len(planes) == 2):
+            return channels[0]
+        overlapping = (sum((plane != 0).astype(np.uint8) for plane in planes) > 1).any()
+        drawn = info.dtype == np.uint8 and len(channels) in (3, 4) and (picture or (overlapping and _is_rgb(info.path)))
+        return ColorMap(channels) if drawn else ClassMasks(channels)
+    if picture:  # its fourth channel is its opacity
+        return channels[0]
     further = any(channel.read(z, slice(None), slice(None)).any() for channel in channels[3:] for z in sections)
     return ClassMasks(channels) if further else EmptyMasks(channels)
+
+
+def _is_rgb(path: Path) -> bool:
+    """Whether the channels of a file are red, green and blue rather than separate images."""
+    return any("luminance" in note for note in open_sources(path)[0].info.notes)
 
 
 def _form(labels: Source) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from affmae_engine.errors import InputError
 
-_MOST_LINES = 200
+_MOST_LINES = 20
 
 
 def refusal(problems: Sequence[str], hint: str = "") -> InputError:

@@ -1,18 +1,19 @@
 """The forms that labels come in, each behind the `Source` contract: class maps as (z, y, x) integers.
 
-A binary mask per class (folders or channels) becomes one class map, single pictures become a stack, a section of a
-stack becomes a picture, and a mask stored as 0 and 255 becomes 0 and 1. Each reads through to its parts, so memory
-stays bounded by the block that is asked for.
+A binary mask per class (folders or channels) becomes one class map, single pictures become a stack or label some
+sections of one, a section of a stack becomes a picture, colors become numbers, and `Relabeled` turns whatever numbers
+there are into classes. Each reads through to its parts, so memory stays bounded by the block that is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from affmae_engine.data.padding import padding_mask
 from affmae_engine.data.readers import Source
 
 Range = tuple[int, int]
@@ -62,21 +63,6 @@ class EmptyMasks(ClassMasks):
         return self.parts[0]
 
 
-class Stacked(_Composed):
-    """Single sections of equal size as one stack, in the order given."""
-
-    def __init__(self, sections: Sequence[Source]) -> None:
-        first = sections[0].info
-        shape = (len(sections), *first.shape_ZYX[1:])
-        super().__init__(replace(first, shape_ZYX=shape, dtype=max(s.info.dtype for s in sections)), sections)
-
-    def _read(self, handle: Any, z: Range, y: Range, x: Range) -> np.ndarray:
-        block = np.empty((z[1] - z[0], y[1] - y[0], x[1] - x[0]), self.info.dtype)
-        for row, section in enumerate(handle[slice(*z)]):
-            block[row] = section.read(slice(0, 1), slice(*y), slice(*x))[0]
-        return block
-
-
 class Section(_Composed):
     """One section of a stack as a picture."""
 
@@ -91,18 +77,76 @@ class Section(_Composed):
         return block[: z[1] - z[0]]
 
 
-class Renumbered(_Composed):
-    """A label map with other numbers.
+class LabeledSections(_Composed):
+    """Label pictures of some sections of a stack; the other sections read as 0.
+
+    Args:
+        pictures: the picture of each labeled section, by its number counted from 0.
+        depth: sections of the stack.
+    """
+
+    def __init__(self, pictures: Mapping[int, Source], depth: int) -> None:
+        first = next(iter(pictures.values())).info
+        dtype = max(picture.info.dtype for picture in pictures.values())
+        super().__init__(replace(first, shape_ZYX=(depth, *first.shape_ZYX[1:]), dtype=dtype), tuple(pictures.values()))
+        self.labeled = tuple(pictures)
+
+    def _read(self, handle: Any, z: Range, y: Range, x: Range) -> np.ndarray:
+        block = np.zeros((z[1] - z[0], y[1] - y[0], x[1] - x[0]), self.info.dtype)
+        for number, picture in zip(self.labeled, handle, strict=True):
+            if z[0] <= number < z[1]:
+                block[number - z[0]] = picture.read(slice(0, 1), slice(*y), slice(*x))[0]
+        return block
+
+
+class ColorMap(_Composed):
+    """Labels drawn in colors: red, green and blue channels as one number, red * 65536 + green * 256 + blue."""
+
+    def __init__(self, channels: Sequence[Source]) -> None:
+        super().__init__(replace(channels[0].info, dtype=np.dtype(np.uint32)), channels[:3])
+
+    def _read(self, handle: Any, z: Range, y: Range, x: Range) -> np.ndarray:
+        red, green, blue = (part.read(slice(*z), slice(*y), slice(*x)).astype(np.uint32) for part in handle)
+        return (red << 16) | (green << 8) | blue
+
+
+class Relabeled(_Composed):
+    """A label map with other numbers, and with regions that are ignored.
 
     Args:
         labels: the map.
-        table: new number (0 to 255) of every number that occurs.
+        table: new number (0 to 65535) of every number that occurs. others: new number of all that are not in it.
+        ignored_sections: sections that become `ignore` as a whole.
+        image: where given, padding of the image (see `data.padding`) becomes `ignore` as well.
+        ignore: number of an ignored pixel; needed with `ignored_sections` and `image`.
     """
 
-    def __init__(self, labels: Source, table: Mapping[int, int]) -> None:
-        super().__init__(replace(labels.info, dtype=np.dtype(np.uint8)), (labels,))
-        self._table = np.zeros(max(table) + 1, np.uint8)
-        self._table[list(table)] = list(table.values())
+    def __init__(
+        self,
+        labels: Source,
+        table: Mapping[int, int],
+        *,
+        others: int = 0,
+        ignored_sections: Collection[int] = (),
+        image: Source | None = None,
+        ignore: int | None = None,
+    ) -> None:
+        largest = max([*table.values(), others, ignore or 0])
+        parts = (labels,) if image is None else (labels, image)
+        super().__init__(replace(labels.info, dtype=np.min_scalar_type(largest)), parts)
+        self._old = np.array(sorted(table), np.int64)
+        self._new = np.array([table[old] for old in sorted(table)], self.info.dtype)
+        self._others, self._ignore = others, ignore
+        self._ignored_sections = frozenset(ignored_sections)
 
     def _read(self, handle: Any, z: Range, y: Range, x: Range) -> np.ndarray:
-        return self._table[handle[0].read(slice(*z), slice(*y), slice(*x))]
+        raw = handle[0].read(slice(*z), slice(*y), slice(*x))
+        place = np.minimum(np.searchsorted(self._old, raw), len(self._old) - 1)
+        classes = np.where(self._old[place] == raw, self._new[place], self.info.dtype.type(self._others))
+        for number in self._ignored_sections.intersection(range(*z)):
+            classes[number - z[0]] = self._ignore
+        if len(handle) > 1:
+            for row, number in enumerate(range(*z)):
+                section = handle[1].read(slice(number, number + 1), slice(None), slice(None))[0]
+                classes[row][padding_mask(section)[slice(*y), slice(*x)]] = self._ignore
+        return classes

@@ -16,6 +16,9 @@ import numpy as np
 
 from affmae_engine.data.readers.source import Refused
 
+UNLABELED = 0xFFFFFFFF
+"""What -1 becomes in a label map, which many tools write for "not labeled"."""
+
 Colour = Literal["grey", "rgb", "cmyk", "cielab"]
 
 
@@ -59,8 +62,10 @@ class ValueRule:
             raw = raw[..., 0]
         if raw.dtype.kind == "f" and not (np.isfinite(raw) & (raw == np.floor(raw))).all():
             raise Refused("a label map has values that are not whole numbers", "was an image given as labels?")
-        if raw.size and (raw.min() < 0 or int(raw.max()) > np.iinfo(self.dtype).max):
-            raise Refused("a label map has negative numbers or numbers above 4294967295", "renumber the labels")
+        if raw.size and (raw.min() < -1 or int(raw.max()) > np.iinfo(self.dtype).max):
+            raise Refused("a label map has numbers below -1 or above 4294967295", "renumber the labels")
+        if raw.dtype.kind in "if":
+            raw = np.where(raw == -1, UNLABELED, raw.astype(np.int64))
         return raw.astype(self.dtype)
 
 
@@ -91,7 +96,7 @@ def grey_rule(
     if raw.kind not in "buif":
         raise Refused(f"its values are of type {raw}, not real numbers", "convert it to an 8- or 16-bit image")
     if labels:
-        kept = raw.kind in "bu" and raw.itemsize <= 4
+        kept = raw.kind in "bu" and raw.itemsize <= 4  # signed numbers may hold -1, see UNLABELED
         dtype = np.dtype(f"u{raw.itemsize}") if kept else np.dtype(np.uint32)
         return ValueRule(dtype, colour, labels=True), ()
     if palette is not None:

@@ -106,6 +106,15 @@ def test_regions_are_respected(make_store: StoreMaker) -> None:
     assert all(dataset.sample(index)["image"].min() > 0.5 for index in range(20))
 
 
+def test_crops_of_padding_are_avoided(make_store: StoreMaker) -> None:
+    image = texture((1, 128, 128))
+    image[:, :, :64] = np.random.default_rng(1).integers(0, 4, (1, 128, 64))
+    store = make_store({"a": image})
+    dataset = PretrainDataset(store, whole(store), config(crop_scale=(1.0, 1.0), flips=False), seed=0)
+    dark = [float((dataset.raw(i)["crop"] <= 3).float().mean()) for i in range(40)]
+    assert np.mean(np.array(dark) > 0.25) < 0.1  # six draws in a row may all be padding
+
+
 def test_blank_images_and_empty_areas_are_avoided(make_store: StoreMaker) -> None:
     half = texture((1, 64, 256))
     half[..., 128:] = 127

@@ -113,6 +113,113 @@ def test_rerun_adds_only_what_is_new(tmp_path: Path) -> None:
     assert (len(again.taken), len(again.present), again.images) == (0, 3, 2)
 
 
+def test_the_same_pixels_in_two_files_count_once(tmp_path: Path, small_shards: None) -> None:
+    stack = picture((9, 64, 64))
+    write(tmp_path / "in", a=stack, b=picture((9, 64, 64), 1))
+    ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    tifffile.imwrite(tmp_path / "in" / "other.tif", stack, compression="zlib", photometric="minisblack")
+    for z, section in enumerate(stack):
+        Image.fromarray(section).save(tmp_path / "in" / f"z{z:02}.png")
+    for known in (False, True):  # the second time by their files, unread
+        report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+        assert not report.taken and report.images == 2
+        assert {(Path(p.path).name, p.name, p.same_pixels) for p in report.present} == {
+            ("a.tif", "a", False), ("b.tif", "b", False), ("other.tif", "a", not known), ("z00.png", "a", not known)
+        }  # fmt: skip
+        assert begun(tmp_path / "em.zarr") == ["a", "b"]
+
+
+def test_a_folder_of_numbered_sections_is_one_stack(tmp_path: Path, small_shards: None) -> None:
+    stacks = {name: picture((12, 40, 50), number) for number, name in enumerate(("left", "right"))}
+    for name, stack in stacks.items():
+        for z, section in enumerate(stack):
+            (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(section).save(tmp_path / "in" / name / f"slice_{z + 7}.png")
+    Image.fromarray(picture((41, 50), 5)).save(tmp_path / "in" / "left" / "slice_99.png")
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr", pixel_nm=(40.0, 4.0, 4.0))
+    assert {image.name: image.shape_ZYX[0] for image in report.taken} == {
+        "left-slice": 12, "right-slice": 12, "slice_99": 1
+    }  # fmt: skip
+    store = Store.open(tmp_path / "em.zarr")
+    for name, stack in stacks.items():
+        np.testing.assert_array_equal(store.read(f"{name}-slice", ALL, ALL, ALL), stack)
+        assert store[f"{name}-slice"].source_files == 12
+    again = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert (len(again.taken), len(again.present)) == (0, 3)
+
+
+def test_stacks_have_short_names_that_say_where_they_come_from(tmp_path: Path) -> None:
+    for number, folder in enumerate(("fly/image", "mouse/image", "mouse/more")):
+        for z in range(3):
+            write(tmp_path / "in" / folder, **{f"{z:02}": picture((20, 30), 10 * number + z)})
+    ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert names(tmp_path / "em.zarr") == ["fly", "more", "mouse"]
+
+
+def test_a_stack_of_files_loses_only_what_is_damaged(tmp_path: Path, small_shards: None) -> None:
+    stack = picture((8, 40, 50))
+    for z, section in enumerate(stack):
+        write(tmp_path / "in", **{f"z{z}": section})
+    (tmp_path / "in" / "z2.tif").write_bytes(b"II*\0garbage")
+    path = tmp_path / "in" / "z5.tif"
+    tifffile.imwrite(path, stack[5], compression="zlib", photometric="minisblack")
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages[0].dataoffsets[0]
+    content[offset : offset + 60] = b"\xff" * 60
+    path.write_bytes(content)
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert sorted(Path(entry.path).name for entry in report.skipped) == ["z2.tif", "z5.tif"]
+    (image,) = report.taken
+    assert "2 section numbers are missing between them" in image.notes
+    block = Store.open(tmp_path / "em.zarr").read(image.name, ALL, ALL, ALL)
+    np.testing.assert_array_equal(block, stack[[0, 1, 3, 4, 6, 7]])
+    assert begun(tmp_path / "em.zarr") == [image.name]
+
+
+def test_sections_that_a_dataset_has_one_by_one_stay_single(tmp_path: Path) -> None:
+    for z in range(5):
+        write(tmp_path / "in", **{f"z{z}": picture((20, 30), z)})
+    ingest(open_sources(tmp_path / "in" / "z0.tif"), tmp_path / "em.zarr")  # as earlier versions took every section
+    report = ingest([tmp_path / "in"], tmp_path / "em.zarr")
+    assert names(tmp_path / "em.zarr") == [f"z{z}" for z in range(5)] and len(report.present) == 1
+
+
+def label_map(values: int = 4) -> np.ndarray:
+    y, x = np.mgrid[:96, :96]
+    return ((y // 8 * 12 + x // 8) % values).astype(np.uint8)
+
+
+def test_what_is_no_image_is_left_out_unless_told(tmp_path: Path) -> None:
+    folder = tmp_path / "lab"
+    write(folder, cell=picture((96, 96)), cell_mask=picture((96, 96), 1), thing=label_map(), objects=label_map(99))
+    write(folder / "labels", cell=picture((96, 96), 2))
+    write(folder / "masks", only=picture((96, 96), 3))  # the labels of nothing: an odd name for a folder of images
+    Image.fromarray(picture((96, 96), 4)).save(folder / "cell-labels-overlay.png")
+    write(folder / "runs/a/previews", **{"step-000050": picture((96, 96), 5)})
+    for name in ("config.toml", "environment.json"):
+        (folder / "runs/a" / name).write_text("{}")
+    group = zarr.create_group(folder / "cremi.zarr")
+    group.create_array("volumes/raw", data=picture((3, 70, 70), 6))
+    group.create_array("volumes/labels/clefts", data=picture((3, 70, 70), 7))
+    report = ingest([folder], tmp_path / "em.zarr")
+    assert {image.source_path for image in report.taken} == {
+        str(folder / name) for name in ("cell.tif", "masks/only.tif", "cremi.zarr")
+    }
+    assert {(item.path.relative_to(folder).as_posix(), item.what) for item in report.left_out} == {
+        ("cell_mask.tif", "label map"), ("thing.tif", "label map"), ("objects.tif", "label map"),
+        ("labels/cell.tif", "label map"), ("cell-labels-overlay.png", "overlay"), ("runs/a", "run folder"),
+        ("cremi.zarr/volumes/labels/clefts", "label map"),
+    }  # fmt: skip
+    assert not report.skipped and len(begun(tmp_path / "em.zarr")) == 3
+    manifest = json.loads(StorePaths(tmp_path / "em.zarr").manifest.read_text())
+    assert len(manifest["left_out"]) == 7
+    everything = ingest([folder], tmp_path / "all.zarr", take_all=True)
+    assert len(everything.taken) == 10 and not everything.left_out
+    assert len(ingest([folder / "cell_mask.tif"], tmp_path / "mask.zarr").taken) == 1  # named alone
+    assert len(ingest([report.store, folder / "cell.tif"], tmp_path / "other.zarr").left_out) == 1
+
+
 def test_same_name_with_other_content_becomes_another_image(tmp_path: Path) -> None:
     write(tmp_path / "in", a=picture((20, 30)))
     ingest([tmp_path / "in"], tmp_path / "em.zarr")

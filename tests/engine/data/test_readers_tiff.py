@@ -300,9 +300,9 @@ def test_label_maps_keep_their_numbers(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "f.tif", numbers.astype(np.float64))
     np.testing.assert_array_equal(read(only(tmp_path / "f.tif", labels=True))[0], numbers)
     tifffile.imwrite(tmp_path / "half.tif", np.array([[0.5, 1]], np.float32))
-    tifffile.imwrite(tmp_path / "minus.tif", np.array([[-1, 1]], np.int16))
+    tifffile.imwrite(tmp_path / "minus.tif", np.array([[-2, 1]], np.int16))
     tifffile.imwrite(tmp_path / "rgb.tif", picture((20, 20, 3)), photometric="rgb")
-    for name, reason in (("half", "whole"), ("minus", "negative"), ("rgb", "colour")):
+    for name, reason in (("half", "whole"), ("minus", "below -1"), ("rgb", "colour")):
         with pytest.raises(InputError, match=reason):
             read(only(tmp_path / f"{name}.tif", labels=True))
 

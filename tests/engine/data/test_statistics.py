@@ -45,6 +45,18 @@ def test_blank_borders_are_left_out(dtype: str, border: int) -> None:
     assert (found.minimum, found.maximum) == (inner.min(), inner.max())
 
 
+@pytest.mark.parametrize("sides", [(64, 0), (0, 90), (64, 90)])
+@pytest.mark.parametrize("white", [False, True])
+def test_noisy_borders_are_left_out(sides: tuple[int, int], white: bool) -> None:
+    inner = noise("uint8").clip(10, 240)
+    left, right = (np.random.default_rng(k).integers(0, 4, (len(inner), n), np.uint8) for k, n in enumerate(sides))
+    padded = np.concatenate([255 - left, inner, 255 - right] if white else [left, inner, right], axis=1)
+    padded = np.concatenate([padded, np.full((20, padded.shape[1]), padded[0, 0] if sides[0] else padded[0, -1])])
+    found = gather(padded)
+    assert (found.count, found.minimum, found.maximum) == (inner.size, inner.min(), inner.max())
+    assert found.mean == pytest.approx(inner.mean(dtype=np.float64))
+
+
 def test_few_dark_pixels_are_not_padding() -> None:
     image = noise("uint8")
     image[0, :40] = 0  # one run, far below one per cent of the image
