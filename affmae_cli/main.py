@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, predict, presets, pretrain, watch
+from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, measure, predict, presets, pretrain, watch
 from affmae_cli.errors import ErrorGroup
 from affmae_cli.processes import led
 
@@ -27,7 +27,7 @@ Pretraining and segmentation for electron microscopy.
 [bold]affmae watch[/bold]                              see how a run is doing
 """
 
-ORDER = ("ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "check", "presets", "doctor")
+ORDER = ("ingest", "pretrain", "finetune", "predict", "measure", "watch", "demo", "bench", "check", "presets", "doctor")
 """The commands in the order of the help."""
 
 
@@ -51,6 +51,7 @@ app.command()(ingest.ingest)
 app.command()(led(pretrain.pretrain))
 app.command()(led(finetune.finetune))
 app.command()(predict.predict)
+app.command()(measure.measure)
 app.command()(watch.watch)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
