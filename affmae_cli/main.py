@@ -12,7 +12,20 @@ from typing import Annotated, Any
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, measure, predict, presets, pretrain, watch
+from affmae_cli.commands import (
+    bench,
+    check,
+    demo,
+    doctor,
+    finetune,
+    ingest,
+    measure,
+    objects,
+    predict,
+    presets,
+    pretrain,
+    watch,
+)
 from affmae_cli.errors import ErrorGroup
 from affmae_cli.processes import led
 
@@ -27,7 +40,20 @@ Pretraining and segmentation for electron microscopy.
 [bold]affmae watch[/bold]                              see how a run is doing
 """
 
-ORDER = ("ingest", "pretrain", "finetune", "predict", "measure", "watch", "demo", "bench", "check", "presets", "doctor")
+ORDER = (
+    "ingest",
+    "pretrain",
+    "finetune",
+    "predict",
+    "objects",
+    "measure",
+    "watch",
+    "demo",
+    "bench",
+    "check",
+    "presets",
+    "doctor",
+)
 """The commands in the order of the help."""
 
 
@@ -51,6 +77,7 @@ app.command()(ingest.ingest)
 app.command()(led(pretrain.pretrain))
 app.command()(led(finetune.finetune))
 app.command()(predict.predict)
+app.command()(objects.objects)
 app.command()(measure.measure)
 app.command()(watch.watch)
 app.command()(demo.demo)

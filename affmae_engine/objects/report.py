@@ -57,21 +57,21 @@ def columns(table: ObjectTable) -> dict[str, Callable[[int], object]]:
         f"{border}_{border_unit}": lambda i: _number(table.border_N[i]),
         f"equivalent_diameter_{unit}": lambda i: _number(table.diameter_N[i]),
         roundness: lambda i: _number(table.roundness_N[i]),
-        f"major_axis_{unit}": lambda i: _number(float(table.axes_N3[i, 0])),
+        f"major_axis_{unit}": _column(table.axes_N3, 0),
     }
     if not table.flat:
-        result[f"middle_axis_{unit}"] = lambda i: _number(float(table.axes_N3[i, 1]))
-    result[f"minor_axis_{unit}"] = lambda i: _number(float(table.axes_N3[i, 2]))
+        result[f"middle_axis_{unit}"] = _column(table.axes_N3, 1)
+    result[f"minor_axis_{unit}"] = _column(table.axes_N3, 2)
     for name, values in (("centroid", table.centroid_N3), ("bbox_low", table.low_N3), ("bbox_high", table.high_N3)):
         for axis in axes:
             result[f"{name}_{'zyx'[axis]}_{unit}"] = _column(values, axis)
     for axis in axes:
         result[f"centroid_{'zyx'[axis]}_index"] = _column(table.centroid_voxel_N3, axis)
     result |= {
-        "mean_gray": lambda i: _number(table.grey_N[i]),
+        "mean_gray": lambda i: _number(float(table.grey_N[i])),
         "touches_border": lambda i: int(table.touches_border_N[i]),
         "nearest_id": lambda i: int(table.neighbor_N[i]) or "",
-        f"nearest_distance_{unit}": lambda i: _number(table.neighbor_distance_N[i]),
+        f"nearest_distance_{unit}": lambda i: _number(float(table.neighbor_distance_N[i])),
         "enclosing_id": lambda i: int(table.host_N[i]) or "",
     }
     return result
