@@ -67,7 +67,7 @@ def test_components_do_not_depend_on_blocks(
 def test_watershed_hardly_depends_on_blocks(tmp_path: Path, sections: bool) -> None:
     shape = (1, 260, 300) if sections else (70, 90, 100)
     maps = class_map(tmp_path / "classes.tif", blobs(shape, (0, 5, 5) if sections else 3, 2, -0.3))
-    options = DecodeOptions(sections=sections, seed_distance=5, fill_holes=False)
+    options = DecodeOptions(sections=sections, seed_distance=5, fill_holes=False, min_voxels=1)
     whole = made(maps, tmp_path / "whole", options)
     assert whole.max() > 30
     for block in ((32, 32, 32), (24, 40, 64)):
