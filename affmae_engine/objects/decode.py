@@ -28,7 +28,7 @@ from skimage.segmentation import watershed
 from affmae_engine.errors import ConfigError
 from affmae_engine.objects.blocks import Block, Shape
 from affmae_engine.objects.job import Pass
-from affmae_engine.objects.maps import Maps
+from affmae_engine.objects.maps import MapReader
 from affmae_engine.objects.pairs import compact
 
 CONTEXT = 16
@@ -89,7 +89,7 @@ class Decoding:
         voxel: edges of a voxel relative to the shortest one, along z, y, x.
     """
 
-    maps: Maps
+    maps: MapReader
     options: DecodeOptions
     voxel: tuple[float, float, float]
 

@@ -15,6 +15,7 @@ Axes: Z Y X, M objects, P pieces.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from affmae_engine.objects.decode import CONTEXT, DecodeOptions, Decoding, Flood
 from affmae_engine.objects.holes import Holes, Objects
 from affmae_engine.objects.job import Job, Pass
 from affmae_engine.objects.link import Overlaps, links
-from affmae_engine.objects.maps import Maps
+from affmae_engine.objects.maps import MapReader, Maps
 from affmae_engine.objects.merge import Arrays, group_objects, keep_objects, merge_holes, merge_pieces
 from affmae_engine.objects.pairs import PairCounts, add_pairs
 
@@ -107,14 +108,19 @@ def check_memory(decoding: Decoding, block: Shape, workers: int, budget: int) ->
         )
 
 
-def make_objects(job: Job, maps: Maps, options: DecodeOptions) -> MadeObjects:
+def make_objects(
+    job: Job, maps: MapReader, options: DecodeOptions, voxel: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> MadeObjects:
     """Compute everything but the output.
+
+    Args:
+        voxel: edges of a voxel relative to the shortest one, see `relative_voxel`.
 
     Raises:
         InputError, ResourceError: a map cannot be read, or the intermediate results cannot be written.
         Interrupted: stopped on request; what is done is kept.
     """
-    decoding = Decoding(maps, options, relative_voxel(maps, sections=options.sections))
+    decoding = Decoding(maps, options, voxel)
     blocks = job.blocks
     if options.method == "components":
         pieces = job.run("components", decoding.components)
@@ -166,11 +172,14 @@ def _holes(job: Job, objects: Objects, options: DecodeOptions, blocks: list[Bloc
     return Objects(result, table["first_piece"], table["object_of_piece"])
 
 
-def objects_in_memory(job: Job, maps: Maps, options: DecodeOptions) -> np.ndarray:
-    """All objects of a volume that fits in memory; uint32 [Z, Y, X]. For tuning and tests."""
-    made = make_objects(job, maps, options)
-    z, y, x = (slice(0, n) for n in job.volume)
-    return made.read(z, y, x).astype(np.uint32)
+def objects_in_memory(
+    maps: MapReader, options: DecodeOptions, voxel: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> np.ndarray:
+    """All objects of a volume that fits in memory, as one block; uint32 [Z, Y, X]. For tuning and validation."""
+    with tempfile.TemporaryDirectory(prefix="affmae-objects-") as folder:
+        made = make_objects(Job(Path(folder), maps.shape, maps.shape), maps, options, voxel)
+        z, y, x = (slice(0, n) for n in maps.shape)
+        return made.read(z, y, x).astype(np.uint32)
 
 
 def intermediate_folder(output: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -43,6 +43,59 @@ class MapFiles:
     boundary: Path | None = None
     boundary_class: str = ""
     pixel_nm: PixelSize = (None, None, None)
+
+
+class MapReader(Protocol):
+    """What the decoders read: windows of maps of one shape."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the volume."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether a boundary or distance map tells touching objects apart."""
+
+    def kinds(self, z: slice, y: slice, x: slice, threshold: float) -> np.ndarray:
+        """Kind of each voxel: 0 for none, else 1, 2, ...; uint8."""
+
+    def boundary(self, z: slice, y: slice, x: slice) -> np.ndarray | None:
+        """Probability of a boundary between objects, float32 0 to 1; None without a boundary map."""
+
+    def distance(self, z: slice, y: slice, x: slice) -> np.ndarray | None:
+        """Distance to the boundary of the object in pixels, float32; None without a distance map."""
+
+
+@dataclass(frozen=True)
+class ArrayMaps:
+    """Maps in memory: probability of the one kind, and where they exist boundary (0 to 1) and distance (pixels)."""
+
+    foreground_ZYX: np.ndarray
+    boundary_ZYX: np.ndarray | None = None
+    distance_ZYX: np.ndarray | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Of the volume."""
+        z, y, x = self.foreground_ZYX.shape
+        return z, y, x
+
+    @property
+    def divides(self) -> bool:
+        """Whether a boundary or distance map tells touching objects apart."""
+        return self.boundary_ZYX is not None or self.distance_ZYX is not None
+
+    def kinds(self, z: slice, y: slice, x: slice, threshold: float) -> np.ndarray:
+        """1 where the probability reaches the threshold, else 0; uint8."""
+        return (self.foreground_ZYX[z, y, x] >= threshold).astype(np.uint8)
+
+    def boundary(self, z: slice, y: slice, x: slice) -> np.ndarray | None:
+        """See `MapReader`."""
+        return None if self.boundary_ZYX is None else self.boundary_ZYX[z, y, x].astype(np.float32)
+
+    def distance(self, z: slice, y: slice, x: slice) -> np.ndarray | None:
+        """See `MapReader`."""
+        return None if self.distance_ZYX is None else self.distance_ZYX[z, y, x].astype(np.float32)
 
 
 class Maps:

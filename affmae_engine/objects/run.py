@@ -99,14 +99,15 @@ def run(
             volumes.require_same_shape(volumes.open_channel(files.sources[0], 0), picture)
         options = decode_options(maps, options)
         block = make.block_shape(options, maps.shape, how.block)
-        workers = _workers(Decoding(maps, options, make.relative_voxel(maps, sections=options.sections)), block, how)
+        voxel = make.relative_voxel(maps, sections=options.sections)
+        workers = _workers(Decoding(maps, options, voxel), block, how)
         atomic.ensure_folder(output.parent)
         job = Job(
             make.intermediate_folder(output), maps.shape, block, workers, how.shard, stop or StopRequest(), on_progress
         )
         made_from = make.provenance(maps, options, block)
         job.open(made_from, overwrite=how.overwrite)
-        made = make.make_objects(job, maps, options)
+        made = make.make_objects(job, maps, options, voxel)
         job.meet_shards()
         if how.shard[0] > 0:
             return ObjectsReport(None, None, maps.shape, block, workers, {}, time.perf_counter() - started)

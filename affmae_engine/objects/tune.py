@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +22,6 @@ from affmae_engine.errors import ConfigError, CorruptError, InputError
 from affmae_engine.objects import volumes
 from affmae_engine.objects.blocks import Shape, Window
 from affmae_engine.objects.decode import DecodeOptions, Decoding
-from affmae_engine.objects.job import Job
 from affmae_engine.objects.make import check_memory, objects_in_memory, relative_voxel
 from affmae_engine.objects.maps import MapFiles, Maps
 from affmae_engine.objects.scores import ObjectScores, score_objects
@@ -178,11 +175,7 @@ def _relevant(maps: Maps, options: DecodeOptions) -> list[str]:
 
 
 def _scored(maps: Maps, options: DecodeOptions, true: np.ndarray) -> ObjectScores:
-    folder = Path(tempfile.mkdtemp(prefix="affmae-tune-"))
-    try:
-        return score_objects(true, objects_in_memory(Job(folder, maps.shape, maps.shape), maps, options))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return score_objects(true, objects_in_memory(maps, options, relative_voxel(maps, sections=options.sections)))
 
 
 def _rank(scores: ObjectScores) -> tuple[float, float]:

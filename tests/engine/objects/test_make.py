@@ -16,7 +16,7 @@ from skimage.measure import label
 from affmae_engine.errors import ConfigError
 from affmae_engine.objects.decode import DecodeOptions
 from affmae_engine.objects.job import Job
-from affmae_engine.objects.make import objects_in_memory
+from affmae_engine.objects.make import make_objects
 from affmae_engine.objects.maps import MapFiles, Maps
 from affmae_engine.objects.scores import score_objects
 
@@ -30,7 +30,8 @@ def made(maps: Maps, folder: Path, options: DecodeOptions, block: tuple[int, int
     shutil.rmtree(folder, ignore_errors=True)
     job = Job(folder, maps.shape, block or maps.shape)
     job.open({}, overwrite=False)
-    return objects_in_memory(job, maps, options)
+    everything = tuple(slice(0, n) for n in maps.shape)
+    return make_objects(job, maps, options).read(*everything)
 
 
 def blobs(shape: tuple[int, ...], sigma: float | tuple[float, ...], seed: int, level: float = 0.0) -> np.ndarray:
