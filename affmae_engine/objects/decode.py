@@ -4,7 +4,8 @@
 
 `watershed`: touching objects are divided. Seeds are the connected components of voxels that lie at least
 `seed_distance` inside an object; from them a watershed floods the kind's voxels along the boundary map and the distance
-to boundaries. Foreground that no flood reaches becomes objects of its own.
+to boundaries. Foreground that no flood reaches becomes objects of its own. What was divided at a wide connection is
+joined again (`join_neck`): between a varicosity and the rest of a neurite, not at a leak in a membrane.
 
 Both work in three dimensions, or section by section (`sections`), which is followed by linking (`link.py`). A block is
 computed with a halo. Distances are exact because they are cut off below the halo; connected components are exact
@@ -45,6 +46,8 @@ class DecodeOptions:
         foreground: threshold of a kind's probability. boundary: threshold of the boundary map.
         seed_distance: seeds lie at least this far from boundary and background.
         boundary_weight: share of the boundary map, against the distance, in what the watershed climbs.
+        join_neck: two floods are one object where the connection between them is at least this thick, relative to the
+            thinner one; 1 joins nothing.
         link_iou, link_overlap: sections of an object are linked at this IoU, or where this share of the smaller one is
             covered. bridge: sections that may be missing in between.
         min_voxels, min_span: objects of fewer voxels or fewer sections are removed.
@@ -57,6 +60,7 @@ class DecodeOptions:
     boundary: float = 0.5
     seed_distance: float = 3.0
     boundary_weight: float = 0.8
+    join_neck: float = 0.75
     link_iou: float = 0.3
     link_overlap: float = 0.7
     bridge: int = 1
@@ -66,7 +70,7 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError when a value is out of range."""
-        shares = ("foreground", "boundary", "boundary_weight", "link_iou", "link_overlap")
+        shares = ("foreground", "boundary", "boundary_weight", "join_neck", "link_iou", "link_overlap")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, which is not within 0 and 1")
@@ -109,12 +113,12 @@ class Decoding:
         """Pieces of the seeds."""
         window, inner = block.with_halo(self.reach, self.maps.shape)
         kinds = self.maps.kinds(*window, self.options.foreground)
-        distance = self._distance(kinds, window)[inner]
+        distance = self.distance(kinds, window)[inner]
         seeds = np.where(distance >= self.options.seed_distance, kinds[inner], 0).astype(np.uint8)
         labels = connected(seeds, sections=self.options.sections)
         return pieces(labels, seeds, block, self.maps.shape)
 
-    def _distance(self, kinds: np.ndarray, window: tuple[slice, slice, slice]) -> np.ndarray:
+    def distance(self, kinds: np.ndarray, window: tuple[slice, slice, slice]) -> np.ndarray:
         """Distance to the nearest boundary or other kind, float32 pixels, cut off at `distance_cap`.
 
         The predicted map where there is one. Otherwise measured; the border of the volume is no boundary.
@@ -160,8 +164,9 @@ class Flood:
         seeds = self.seeds.read(*window, table=self._seed_numbers)
         numbers, markers = compact(seeds)
         flooded = np.zeros(kinds.shape, np.int32)
+        distance = d.distance(kinds, window)
         if len(numbers) > 1:
-            land = self._landscape(kinds, window)
+            land = self._landscape(distance, window)
             for kind in np.unique(kinds[kinds > 0]).tolist():
                 own = kinds == kind
                 _flood(land, np.where(own, markers, 0), own, flooded, sections=d.options.sections)
@@ -174,16 +179,16 @@ class Flood:
         result = pieces(labels, kinds, block, volume)
         result["seed"] = np.zeros(len(result["kind"]), np.int64)
         result["seed"][:known] = numbers[present[1:].astype(np.int64)].astype(np.int64)
-        return result
+        return result | necks(labels, kinds, distance[inner], sections=d.options.sections)
 
     def _seed_numbers(self, index: int) -> np.ndarray:
         first, stop = self.first_piece[index : index + 2]
         return np.concatenate([np.zeros(1, np.int64), self.seed_of_piece[first:stop]])
 
-    def _landscape(self, kinds: np.ndarray, window: tuple[slice, slice, slice]) -> np.ndarray:
+    def _landscape(self, distance: np.ndarray, window: tuple[slice, slice, slice]) -> np.ndarray:
         """What the watershed climbs: boundary probability and nearness to boundaries, weighted; 0 to 1."""
         d = self.decoding
-        near = 1 - d._distance(kinds, window) / np.float32(d.options.distance_cap)
+        near = 1 - distance / np.float32(d.options.distance_cap)
         boundary = d.maps.boundary(*window)
         if boundary is None:
             return near
@@ -252,6 +257,29 @@ def pieces(labels: np.ndarray, kinds: np.ndarray, block: Block, volume: Shape) -
     }
 
 
+def necks(labels: np.ndarray, kinds: np.ndarray, distance: np.ndarray, *, sections: bool) -> dict[str, np.ndarray]:
+    """How thick the connections between the pieces of a block are, as distances to the boundary.
+
+    Returns:
+        peak [N] of each piece; neck_pairs [E, 2] (pieces from 1 that share faces, lower one first) and necks [E], the
+        highest of the lower distances on both sides of a shared face; and the faces of the distances, "distance_z0" ...
+    """
+    count = int(labels.max(initial=0))
+    peak = np.asarray(ndimage.maximum(distance, labels, np.arange(1, count + 1)), np.float32).reshape(count)
+    keys, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    for axis in range(1 if sections else 0, 3):
+        piece, kind, depth = (np.moveaxis(a, axis, 0) for a in (labels, kinds, distance))
+        meet = (piece[:-1] != piece[1:]) & (piece[:-1] > 0) & (piece[1:] > 0) & (kind[:-1] == kind[1:])
+        a, b = piece[:-1][meet].astype(np.int64), piece[1:][meet].astype(np.int64)
+        keys.append(np.minimum(a, b) * (count + 1) + np.maximum(a, b))
+        values.append(np.minimum(depth[:-1][meet], depth[1:][meet]))
+    key, position = np.unique(np.concatenate(keys), return_inverse=True)
+    highest = np.zeros(len(key), np.float32)
+    np.maximum.at(highest, position, np.concatenate(values))
+    pairs = np.stack([key // (count + 1), key % (count + 1)], axis=1)
+    return {"peak": peak, "neck_pairs": pairs, "necks": highest, **faces(distance, "distance_")}
+
+
 def faces(voxels: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
     """The first and last layers along each axis, as z0, z1, y0, y1, x0, x1 after `prefix`."""
     return {f"{prefix}{'zyx'[a]}{end}": np.take(voxels, -end, axis=a) for a in range(3) for end in (0, 1)}
@@ -259,9 +287,18 @@ def faces(voxels: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
 
 def _distance(inside: np.ndarray, edges: tuple[float, ...], cap: np.float32) -> np.ndarray:
     """Distance of each voxel that is inside to the nearest that is not, up to `cap`."""
-    if inside.all():
-        return np.full(inside.shape, cap, np.float32)
-    return np.minimum(ndimage.distance_transform_edt(inside, sampling=edges), cap).astype(np.float32)
+    result = np.zeros(inside.shape, np.float32)
+    # The nearest voxel outside lies no further than one voxel beyond the extent of what is inside.
+    (extent,) = ndimage.find_objects(inside.view(np.uint8)) or [None]
+    if extent is None:
+        return result
+    wide = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in extent)
+    own = inside[wide]
+    if own.all():
+        result[wide] = cap
+    else:
+        result[wide] = np.minimum(ndimage.distance_transform_edt(own, sampling=edges), cap)
+    return result
 
 
 def _flood(land: np.ndarray, markers: np.ndarray, own: np.ndarray, result: np.ndarray, *, sections: bool) -> None:

@@ -29,7 +29,7 @@ from affmae_engine.objects.holes import Holes, Objects
 from affmae_engine.objects.job import Job, Pass
 from affmae_engine.objects.link import Overlaps, links
 from affmae_engine.objects.maps import MapReader, Maps
-from affmae_engine.objects.merge import Arrays, group_objects, keep_objects, merge_holes, merge_pieces
+from affmae_engine.objects.merge import Arrays, group_objects, joined_at_necks, keep_objects, merge_holes, merge_pieces
 from affmae_engine.objects.pairs import PairCounts, add_pairs
 
 ANISOTROPIC = 1.5
@@ -130,7 +130,14 @@ def make_objects(
         found = job.table("seeds", lambda: merge_pieces(seeds, blocks, sections=options.sections))
         flood = Flood(decoding, seeds, found["object_of_piece"], found["first_piece"])
         pieces = job.run("flood", flood)
-        table = job.table("objects", lambda: merge_pieces(pieces, blocks, sections=options.sections))
+
+        def merged() -> Mapping[str, np.ndarray]:
+            parts = merge_pieces(pieces, blocks, sections=options.sections)
+            if options.join_neck == 1:
+                return parts
+            return joined_at_necks(pieces, blocks, parts, share=options.join_neck, sections=options.sections)
+
+        table = job.table("objects", merged)
     if options.sections and job.volume[0] > 1:
         table = _linked(job, pieces, table, options, blocks)
     table = _large_enough(table, options)

@@ -61,6 +61,62 @@ def merge_pieces(result: Pass, blocks: list[Block], *, sections: bool) -> dict[s
     }
 
 
+def joined_at_necks(
+    result: Pass, blocks: list[Block], table: Arrays, *, share: float, sections: bool
+) -> dict[str, np.ndarray]:
+    """Join objects whose connection is thick, relative to the thinner of the two.
+
+    Connections are taken from the thickest to the thinnest; what is joined counts as one object from then on.
+
+    Args:
+        table: as `merge_pieces` returns it. share: see `DecodeOptions.join_neck`.
+    """
+    first_piece, object_of_piece = table["first_piece"], table["object_of_piece"]
+    total = len(table["kind"])
+    peak = np.zeros(total + 1, np.float32)
+    pairs, necks = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
+    for block in blocks:
+        own, between, thickness = result.arrays(block.index, "peak", "neck_pairs", "necks")
+        objects = object_of_piece[first_piece[block.index] : first_piece[block.index + 1]]
+        np.maximum.at(peak, objects, own)
+        pairs.append(objects[between - 1])
+        necks.append(thickness)
+    depths = _faces(result, blocks, ("distance_", "distance_"), sections=sections)
+    for (low, high, near, far), (_, _, here, there) in zip(
+        _faces(result, blocks, ("", ""), sections=sections), depths, strict=True
+    ):
+        meet = (near > 0) & (far > 0)
+        a = object_of_piece[first_piece[low] + near[meet].astype(np.int64) - 1]
+        b = object_of_piece[first_piece[high] + far[meet].astype(np.int64) - 1]
+        pairs.append(np.stack([a, b], axis=1))
+        necks.append(np.minimum(here[meet], there[meet]))
+    edges, thickness = np.concatenate(pairs), np.concatenate(necks)
+    kind = np.concatenate([np.zeros(1, np.uint8), table["kind"]])
+    a, b = edges.min(axis=1), edges.max(axis=1)
+    between = (a != b) & (kind[a] == kind[b])
+    key, position = np.unique(a[between] * (total + 1) + b[between], return_inverse=True)
+    neck = np.zeros(len(key), np.float32)
+    np.maximum.at(neck, position, thickness[between])
+    a, b = key // (total + 1), key % (total + 1)
+
+    parent = np.arange(total + 1)
+
+    def root(one: int) -> int:
+        while parent[one] != one:
+            parent[one] = parent[parent[one]]
+            one = int(parent[one])
+        return one
+
+    chosen = []
+    for e in np.lexsort((b, a, -neck)).tolist():
+        first, second = root(int(a[e])), root(int(b[e]))
+        if first != second and neck[e] >= share * min(peak[first], peak[second]):
+            parent[max(first, second)] = min(first, second)
+            peak[min(first, second)] = max(peak[first], peak[second])
+            chosen.append(e)
+    return group_objects(table, np.stack([a[chosen], b[chosen]], axis=1))
+
+
 def group_objects(table: Arrays, edges_E2: np.ndarray) -> dict[str, np.ndarray]:
     """Join objects of a table (as `merge_pieces` returns it) that are connected by edges between their numbers."""
     a, b = (edges_E2 - 1).T

@@ -59,7 +59,9 @@ def decode_options(maps: Maps, given: DecodeOptions | None = None) -> DecodeOpti
     """
     if given is not None:
         return given
-    return DecodeOptions("watershed" if maps.divides else "components", sections=make.is_sections(maps))
+    if maps.divides:  # a neck that the map does not cut is hardly a boundary
+        return DecodeOptions("watershed", sections=make.is_sections(maps), join_neck=0.5)
+    return DecodeOptions("components", sections=make.is_sections(maps))
 
 
 def run(

@@ -33,6 +33,7 @@ _TRIED: dict[str, tuple[float, ...]] = {
     "seed_distance": (1, 1.5, 2, 3, 4, 5, 7, 10, 14, 20),
     "boundary": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     "foreground": (0.3, 0.4, 0.5, 0.6, 0.7),
+    "join_neck": (0.4, 0.5, 0.6, 0.7, 0.8, 1.0),
     "boundary_weight": (0.0, 0.3, 0.5, 0.8, 1.0),
     "min_voxels": (1, 20, 50, 100, 200, 500, 1000, 2000),
     "link_iou": (0.1, 0.2, 0.3, 0.5),
@@ -168,7 +169,7 @@ def _relevant(maps: Maps, options: DecodeOptions) -> list[str]:
     if maps.probabilities:
         names.insert(0, "foreground")
     if options.method == "watershed":
-        names = ["seed_distance", *(["boundary", "boundary_weight"] if maps.divides else []), *names]
+        names = ["seed_distance", "join_neck", *(["boundary", "boundary_weight"] if maps.divides else []), *names]
     if options.sections and maps.shape[0] > 1:
         names += _LINKING
     return names

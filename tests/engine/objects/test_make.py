@@ -64,13 +64,13 @@ def test_components_do_not_depend_on_blocks(
         assert (np.unique(np.stack([expected.ravel(), whole.ravel()]), axis=1).shape[1]) == len(np.unique(expected))
 
 
-@pytest.mark.parametrize("sections", [False, True])
-def test_watershed_hardly_depends_on_blocks(tmp_path: Path, sections: bool) -> None:
+@pytest.mark.parametrize(("sections", "join"), [(False, 1.0), (False, 0.75), (True, 0.75)])
+def test_watershed_hardly_depends_on_blocks(tmp_path: Path, sections: bool, join: float) -> None:
     shape = (1, 260, 300) if sections else (70, 90, 100)
     maps = class_map(tmp_path / "classes.tif", blobs(shape, (0, 5, 5) if sections else 3, 2, -0.3))
-    options = DecodeOptions(sections=sections, seed_distance=5, fill_holes=False, min_voxels=1)
+    options = DecodeOptions(sections=sections, seed_distance=5, fill_holes=False, min_voxels=1, join_neck=join)
     whole = made(maps, tmp_path / "whole", options)
-    assert whole.max() > 30
+    assert whole.max() > 12
     for block in ((32, 32, 32), (24, 40, 64)):
         parts = made(maps, tmp_path / "parts", options, block)
         assert ((parts > 0) == (whole > 0)).all()
@@ -88,8 +88,24 @@ def test_watershed_divides_touching_disks_and_keeps_thin_objects(tmp_path: Path)
     assert objects.max() == 3
     assert len({objects[0, 40, 30], objects[0, 40, 82], objects[0, 10, 120]}) == 3
     assert objects[0, 40, 30] != 0
-    one = made(maps, tmp_path / "job", DecodeOptions("components", sections=True))
-    assert one.max() == 2
+    assert made(maps, tmp_path / "job", DecodeOptions("components", sections=True)).max() == 2
+    wide = DecodeOptions(sections=True, seed_distance=14, join_neck=0.5)
+    assert made(maps, tmp_path / "job", wide).max() == 2
+
+
+@pytest.mark.parametrize("block", [(1, 80, 160), (1, 17, 33)])
+def test_varicosities_are_joined_but_not_cells_at_a_leak(tmp_path: Path, block: tuple[int, int, int]) -> None:
+    y, x = np.ogrid[:80, :160]
+    classes = np.zeros((1, 80, 160), np.uint8)
+    for cx in (30, 70):  # a beaded process
+        classes[0][(y - 20) ** 2 + (x - cx) ** 2 <= 64] = 1
+    classes[0, 16:25, 30:70] = 1
+    classes[0, 45:75, 10:60], classes[0, 45:75, 62:110] = 1, 1
+    classes[0, 60:62, 60:62] = 1  # a leak
+    maps = class_map(tmp_path / "classes.tif", classes)
+    options = DecodeOptions(sections=True, seed_distance=6, join_neck=1.0)
+    assert made(maps, tmp_path / "job", options, block).max() == 4
+    assert made(maps, tmp_path / "job", replace(options, join_neck=0.5), block).max() == 3
 
 
 def test_boundary_map_divides_what_the_class_map_joins(tmp_path: Path) -> None:

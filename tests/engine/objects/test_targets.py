@@ -53,8 +53,15 @@ def test_classes_by_id_and_pixels_without_label() -> None:
 
 @pytest.mark.parametrize(
     ("values", "ids"),
-    [([0, 1, 2], False), ([0, 255], False), ([0, 128, 255], False), (range(60), True), ([0, 12, 90000], True), ([], False)],
-)  # fmt: skip
+    [
+        ([0, 1, 2], False),
+        ([0, 255], False),
+        ([0, 128, 255], False),
+        (range(60), True),
+        ([0, 12, 90000], True),
+        ([], False),
+    ],
+)
 def test_ids_are_told_from_classes(values: list[int], ids: bool) -> None:
     assert looks_like_ids(values) == ids
 
@@ -95,16 +102,16 @@ def test_loss_is_small_for_perfect_maps_and_its_gradient_leads_there() -> None:
     targets = [instance_targets(dense_cells((32, 40), 6, seed)) for seed in (1, 2)]
     loss = InstanceLoss([1.0, 1.0])
     perfect = loss(perfect_logits(targets), *batch(targets))
-    assert {name: float(v) for name, v in perfect.items()} == pytest.approx(dict.fromkeys(perfect, 0.0), abs=0.02)
+    assert {name: v.item() for name, v in perfect.items()} == pytest.approx(dict.fromkeys(perfect, 0.0), abs=0.02)
     logits = torch.zeros(2, 4, 32, 40, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)
-    first = float(loss(logits, *batch(targets))["loss"])
+    first = loss(logits, *batch(targets))["loss"].item()
     for _ in range(60):
         optimizer.zero_grad()
         value = loss(logits, *batch(targets))["loss"]
         value.backward()
         optimizer.step()
-    assert float(value) < 0.2 * first
+    assert value.item() < 0.2 * first
     assert (to_maps(logits)[:, 2].round() == batch(targets)[1]).float().mean() > 0.98
 
 
