@@ -31,6 +31,9 @@ InsideOption = Annotated[
 TruthOption = Annotated[
     Path | None, typer.Option("--truth", metavar="PATH", help="True labels: the objects are scored against them.")
 ]
+SmallestOption = Annotated[
+    int, typer.Option("--score-from", min=1, metavar="VOXELS", help="Smallest true and found objects that are scored.")
+]
 UnitOption = Annotated[
     Literal["auto", "nm", "um", "px"], typer.Option("--unit", help="Unit of all lengths; `auto` goes by their size.")
 ]
@@ -42,6 +45,7 @@ def measure(
     class_map: ClassMapOption = None,
     inside: InsideOption = None,
     truth: TruthOption = None,
+    score_from: SmallestOption = 1,
     pixel_size: PixelSizeOption = None,
     unit: UnitOption = "auto",
     out: OutOption = None,
@@ -70,7 +74,7 @@ def measure(
 
     measured = measure_volume(
         labels, image=image, class_map=class_map, inside=inside, truth=truth,
-        pixel_nm=parse_pixel_size(pixel_size), unit=unit,
+        pixel_nm=parse_pixel_size(pixel_size), unit=unit, smallest_scored=score_from,
     )  # fmt: skip
     for note in measured.notes:
         output.say(note, label="note", style="cyan")

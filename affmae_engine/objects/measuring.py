@@ -43,6 +43,7 @@ def measure_volume(
     truth: Path | None = None,
     pixel_nm: PixelSize | None = None,
     unit: Unit = "auto",
+    smallest_scored: int = 1,
     block_voxels: int = BLOCK_VOXELS,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> MeasuredVolume:
@@ -53,6 +54,7 @@ def measure_volume(
             enclosing objects, true labels.
         pixel_nm: voxel size z, y, x in nm, in place of what the file says.
         unit: of lengths; "auto" takes um when half of the objects are larger than 500 nm, px when no size is known.
+        smallest_scored: true and found objects of fewer voxels are background in the scores; all are measured.
         on_progress: called with finished and all blocks.
 
     Raises:
@@ -90,7 +92,7 @@ def measure_volume(
                 assert truth_source is not None
                 yield truth_source.read(*block.window), main.read(*block.window)
 
-        scores = score_blocks(pairs()) if truth_source is not None else None
+        scores = score_blocks(pairs(), smallest=smallest_scored) if truth_source is not None else None
 
     notes = [] if size_nm is not None else [f"{labels} does not say its voxel size: lengths are in pixels"]
     chosen = unit

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from skimage.metrics import adapted_rand_error, variation_of_information
 
-from affmae_engine.objects.pairs import PairCounts, add_pairs, count_pairs
+from affmae_engine.objects.pairs import PairCounts, add_pairs, count_pairs, sum_pairs
 
 THRESHOLDS = (0.5, 0.75)
 
@@ -81,9 +81,14 @@ class ObjectScores:
     voi_merge: float
 
 
-def score_blocks(blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> ObjectScores:
-    """Scores from blocks (true ids, predicted ids) that together cover the volume once; 0 is background."""
-    return score_table(add_pairs([count_pairs(true, predicted) for true, predicted in blocks]))
+def score_blocks(blocks: Iterable[tuple[np.ndarray, np.ndarray]], *, smallest: int = 1) -> ObjectScores:
+    """Scores from blocks (true ids, predicted ids) that together cover the volume once; 0 is background.
+
+    Args:
+        smallest: true and predicted objects of fewer voxels are background.
+    """
+    table = add_pairs([count_pairs(true, predicted) for true, predicted in blocks])
+    return score_table(without_small(table, smallest) if smallest > 1 else table)
 
 
 def score_objects(true: np.ndarray, predicted: np.ndarray) -> ObjectScores:
@@ -114,6 +119,16 @@ def score_table(table: PairCounts) -> ObjectScores:
         voi_split=split,
         voi_merge=merge,
     )
+
+
+def without_small(table: PairCounts, voxels: int) -> PairCounts:
+    """The table with objects of fewer than `voxels` voxels, true or predicted, taken for background."""
+    ids = table.ids_N2.copy()
+    for side in (0, 1):
+        values, position = np.unique(table.ids_N2[:, side], return_inverse=True)
+        small = np.bincount(position, table.counts_N, len(values)) < voxels
+        ids[small[position], side] = 0
+    return sum_pairs(ids, table.counts_N)
 
 
 def pair_iou(table: PairCounts) -> tuple[np.ndarray, int, int]:

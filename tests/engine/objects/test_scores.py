@@ -112,6 +112,15 @@ def test_identical_maps_are_perfect_whatever_the_ids() -> None:
     assert scores.voi_split == pytest.approx(0, abs=1e-12)
 
 
+def test_small_objects_can_be_left_out() -> None:
+    true, predicted = np.zeros((1, 6, 6), np.uint8), np.zeros((1, 6, 6), np.uint8)
+    true[0, :3], true[0, 5, 5] = 4, 9
+    predicted[0, :3], predicted[0, 4, :2] = 1, 2
+    assert score_blocks([(true, predicted)]).f1_50 == pytest.approx(0.5)
+    scores = score_blocks([(true, predicted)], smallest=3)
+    assert (scores.true_objects, scores.predicted_objects, scores.f1_50) == (1, 1, 1)
+
+
 def test_thresholds_with_ambiguous_matches_are_refused() -> None:
     with pytest.raises(ValueError, match="not unique"):
         matching(np.array([0.4]), 1, 1, 0.3)
