@@ -66,6 +66,9 @@ RegionOption = Annotated[
     str | None,
     typer.Option("--region", metavar="Z,Y,X", help="Part to tune on, such as 0:64,0:512,0:512. Default: all of it."),
 ]
+SmallestOption = Annotated[
+    int, typer.Option("--score-from", min=1, metavar="VOXELS", help="With --tune: smallest objects that are scored.")
+]
 ImageOption = Annotated[Path | None, typer.Option("--image", metavar="PATH", help="Image, for an overlay picture.")]
 WorkersOption = Annotated[
     int, typer.Option("--workers", min=0, help="Processes; 0 takes as many as cores and memory allow.")
@@ -91,6 +94,7 @@ def objects(
     model: ModelOption = None,
     tune: TuneOption = None,
     region: RegionOption = None,
+    score_from: SmallestOption = 1,
     image: ImageOption = None,
     pixel_size: PixelSizeOption = None,
     workers: WorkersOption = 0,
@@ -118,7 +122,7 @@ def objects(
     )
     chosen = _options(files, method, sections, min_size, min_span, assignments or [], model, tuning=tune is not None)
     if tune is not None:
-        _tune(files, tune, chosen, region, model, as_json=as_json, quiet=quiet)
+        _tune(files, tune, chosen, region, score_from, model, as_json=as_json, quiet=quiet)
         return
 
     from dataclasses import asdict
@@ -179,6 +183,7 @@ def _tune(
     truth: Path,
     start: DecodeOptions,
     region: str | None,
+    smallest: int,
     model: Path | None,
     *,
     as_json: bool,
@@ -193,7 +198,7 @@ def _tune(
         if not quiet:
             output.say(f"PQ {tried.scores.pq:.3f}  {tried.changed}")
 
-    tuned = tune(files, truth, start, window=_region(region), on_better=told)
+    tuned = tune(files, truth, start, window=_region(region), smallest=smallest, on_better=told)
     stored = None if model is None else store_options(model, tuned.options, tuned.scores)
     if as_json:
         output.print_json({"options": asdict(tuned.options), "scores": asdict(tuned.scores), "stored": stored})

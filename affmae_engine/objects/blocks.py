@@ -52,13 +52,16 @@ def grid_shape(volume: Shape, size: Shape) -> Shape:
 
 def blocks(volume: Shape, size: Shape) -> list[Block]:
     """All blocks in raster order; those at the far ends may be smaller."""
-    cells = itertools.product(*(range(n) for n in grid_shape(volume, size)))
-    result = []
-    for index, cell in enumerate(cells):
-        start = tuple(c * s for c, s in zip(cell, size, strict=True))
-        stop = tuple(min(a + s, n) for a, s, n in zip(start, size, volume, strict=True))
-        result.append(Block(index, cell, start, stop))  # type: ignore[arg-type]  # three of each
-    return result
+    return [block_at(volume, size, cell) for cell in itertools.product(*(range(n) for n in grid_shape(volume, size)))]
+
+
+def block_at(volume: Shape, size: Shape, cell: Sequence[int]) -> Block:
+    """The block at a place z, y, x of the grid."""
+    _, rows, columns = grid_shape(volume, size)
+    cz, cy, cx = cell
+    start = cz * size[0], cy * size[1], cx * size[2]
+    z, y, x = (min(a + s, n) for a, s, n in zip(start, size, volume, strict=True))
+    return Block((cz * rows + cy) * columns + cx, (cz, cy, cx), start, (z, y, x))
 
 
 def row_blocks(volume: Shape, voxels: int) -> list[Block]:

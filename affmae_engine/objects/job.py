@@ -11,6 +11,7 @@ kill, processes may compute the same block twice without harm, and several machi
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,13 +31,14 @@ from imagecodecs import zstd_decode, zstd_encode
 
 from affmae_engine import atomic
 from affmae_engine.errors import ConfigError, InputError, Interrupted
-from affmae_engine.objects.blocks import Block, Shape, blocks, grid_shape
+from affmae_engine.objects.blocks import Block, Shape, block_at, blocks
 from affmae_engine.runtime.signals import StopRequest
 
 BlockFunction = Callable[[Block], Mapping[str, np.ndarray]]
 POLL_S = 0.5
 """Seconds between two looks for the blocks of other shards."""
-_CACHED_BLOCKS = 32
+CACHED_BLOCKS = 9
+"""Decoded blocks that a process keeps."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,16 @@ class Job:
             before = _parsed(record)
             if before == wanted:
                 return
-            if before is not None and not overwrite and self.shard[0] == 0:
-                differing = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
-                raise ConfigError(
-                    f"{self.folder} has intermediate results with another {', '.join(differing).replace('_', ' ')}",
-                    "repeat the command that was interrupted, or start again with --overwrite",
-                )
-            if self.shard[0] == 0:
+            if before is not None:
+                # Shards must not delete what another one has just begun.
+                if not overwrite or self.shard[1] > 1:
+                    differing = sorted(k for k in {*before, *wanted} if before.get(k) != wanted.get(k))
+                    raise ConfigError(
+                        f"{self.folder} has intermediate results with another {', '.join(differing).replace('_', ' ')}",
+                        "repeat the command that was interrupted, or start again with --overwrite"
+                        if self.shard[1] == 1
+                        else "give all shards the same options; to start again, delete this folder",
+                    )
                 shutil.rmtree(self.folder)
         atomic.ensure_folder(self.folder)
         atomic.commit_json(record, wanted)
@@ -127,16 +132,16 @@ class Job:
                 yield
             return
         context = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
-        with ProcessPoolExecutor(min(self.workers, len(wanted)), context, _prepare_worker) as pool:
+        with ProcessPoolExecutor(min(self.workers, len(wanted)), context, _prepare_worker, (function,)) as pool:
             left = iter(wanted)
             # Few blocks are handed out ahead, so that a stop does not have to wait for many.
-            running = {pool.submit(function, b) for _, b in zip(range(self.workers + 1), left, strict=False)}
+            running = {pool.submit(_in_worker, b) for _, b in zip(range(self.workers + 1), left, strict=False)}
             try:
                 while running:
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
                     for future in finished:
                         future.result()
-                        running |= {pool.submit(function, b) for _, b in zip(range(1), left, strict=False)}
+                        running |= {pool.submit(_in_worker, b) for _, b in zip(range(1), left, strict=False)}
                         yield
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -206,23 +211,19 @@ class Pass:
             table: for a block's index, the values that its voxel values are replaced with (index 0 for value 0).
         """
         window = (z, y, x)
-        cells = grid_shape(self.volume, self.block)
-        every = blocks(self.volume, self.block)
-        ranges = [range(s.start // b, -(-s.stop // b)) for s, b in zip(window, self.block, strict=True)]
         result: np.ndarray | None = None
-        for cz in ranges[0]:
-            for cy in ranges[1]:
-                for cx in ranges[2]:
-                    block = every[(cz * cells[1] + cy) * cells[2] + cx]
-                    low = [max(s.start, a) for s, a in zip(window, block.start, strict=True)]
-                    high = [min(s.stop, b) for s, b in zip(window, block.stop, strict=True)]
-                    inner = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, block.start, strict=True))
-                    outer = tuple(slice(a - s.start, b - s.start) for a, b, s in zip(low, high, window, strict=True))
-                    values = self.voxels(block.index)[inner]
-                    values = values if table is None else table(block.index)[values]
-                    if result is None:
-                        result = np.zeros([s.stop - s.start for s in window], values.dtype)
-                    result[outer] = values
+        ranges = [range(s.start // b, -(-s.stop // b)) for s, b in zip(window, self.block, strict=True)]
+        for cell in itertools.product(*ranges):
+            block = block_at(self.volume, self.block, cell)
+            low = [max(s.start, a) for s, a in zip(window, block.start, strict=True)]
+            high = [min(s.stop, b) for s, b in zip(window, block.stop, strict=True)]
+            inner = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, block.start, strict=True))
+            outer = tuple(slice(a - s.start, b - s.start) for a, b, s in zip(low, high, window, strict=True))
+            values = self.voxels(block.index)[inner]
+            values = values if table is None else table(block.index)[values]
+            if result is None:
+                result = np.zeros([s.stop - s.start for s in window], values.dtype)
+            result[outer] = values
         assert result is not None
         return result
 
@@ -244,7 +245,7 @@ class _Commit:
         atomic.commit_file(self.result.file(block.index), lambda partial: _save(partial, arrays))
 
 
-@lru_cache(maxsize=_CACHED_BLOCKS)
+@lru_cache(maxsize=CACHED_BLOCKS)
 def _voxels(file: Path, _written: int) -> np.ndarray:
     """The voxels in a file; its time of writing tells a later file of the same name apart."""
     with np.load(file, allow_pickle=False) as arrays:
@@ -257,8 +258,18 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types its option allow_pickle into the arrays
 
 
-def _prepare_worker() -> None:
+_worker_function: Callable[[Block], None]
+"""In a worker process: what it computes. Sent once, since its tables grow with the volume."""
+
+
+def _in_worker(block: Block) -> None:
+    _worker_function(block)
+
+
+def _prepare_worker(function: Callable[[Block], None]) -> None:
     """A worker leaves signals to its parent, and ends with it even when that is killed."""
+    global _worker_function
+    _worker_function = function
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

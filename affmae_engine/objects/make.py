@@ -26,7 +26,7 @@ from affmae_engine.errors import ConfigError, ResourceError, human_bytes
 from affmae_engine.objects.blocks import Block, Shape
 from affmae_engine.objects.decode import CONTEXT, DecodeOptions, Decoding, Flood
 from affmae_engine.objects.holes import Holes, Objects
-from affmae_engine.objects.job import Job, Pass
+from affmae_engine.objects.job import CACHED_BLOCKS, Job, Pass
 from affmae_engine.objects.link import Overlaps, links
 from affmae_engine.objects.maps import MapReader, Maps
 from affmae_engine.objects.merge import Arrays, group_objects, joined_at_necks, keep_objects, merge_holes, merge_pieces
@@ -37,9 +37,9 @@ ANISOTROPIC = 1.5
 BLOCK_3D: Shape = (192, 192, 192)
 BLOCK_SECTIONS: Shape = (16, 1024, 1024)
 BYTES_PER_VOXEL = 80
-"""Memory of a worker per voxel of a block with its halo, measured."""
+"""Memory of a worker per voxel of a block with its halo: what the passes hold at a time, rounded up."""
 WORKER_BYTES = 300 << 20
-"""Memory of a worker besides: its libraries and the blocks that it keeps decoded."""
+"""Memory of a worker's libraries."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def working_bytes(decoding: Decoding, block: Shape) -> int:
     """Memory that one worker needs, bytes."""
     halo = [reach + CONTEXT if reach else 0 for reach in decoding.reach]
     window = [min(b + 2 * h, n) for b, h, n in zip(block, halo, decoding.maps.shape, strict=True)]
-    return WORKER_BYTES + BYTES_PER_VOXEL * math.prod(window)
+    return WORKER_BYTES + BYTES_PER_VOXEL * math.prod(window) + CACHED_BLOCKS * 4 * math.prod(block)
 
 
 def check_memory(decoding: Decoding, block: Shape, workers: int, budget: int) -> None:

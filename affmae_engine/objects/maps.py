@@ -178,7 +178,7 @@ class Maps:
     def identity(self) -> dict[str, Any]:
         """What the maps are, as plain JSON values: equal only if the files are the same."""
         return {
-            "inputs": [[str(path.resolve()), *size_and_mtime(path)] for path in self._paths],
+            "inputs": [[path.name, *size_and_mtime(path)] for path in self._paths],
             "kinds": list(self.kind_names),
             "boundary_class": self._files.boundary_class,
         }

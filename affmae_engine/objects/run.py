@@ -12,7 +12,7 @@ import numpy as np
 
 from affmae_engine import atomic
 from affmae_engine.data.readers.limits import memory_budget
-from affmae_engine.errors import ConfigError
+from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.objects import make, volumes, write
 from affmae_engine.objects.blocks import Shape
 from affmae_engine.objects.decode import DecodeOptions, Decoding
@@ -90,15 +90,17 @@ def run(
     how = how or RunOptions()
     started = time.perf_counter()
     write.check_output(output)
-    if output.exists() and not how.overwrite:
-        raise ConfigError(f"{output} exists already", "replace it with --overwrite, or choose another -o/--out")
+    write.check_replaceable(output, overwrite=how.overwrite)
     _check_apart(output, files)
     if not 0 <= how.shard[0] < how.shard[1]:
         raise ConfigError(f"shard {how.shard[0] + 1} of {how.shard[1]} does not exist")
     with Maps(files) as maps:
         picture = None if image is None else volumes.open_image(image)
         if picture is not None and picture.info.shape_ZYX != maps.shape:
-            volumes.require_same_shape(volumes.open_channel(files.sources[0], 0), picture)
+            raise InputError(
+                f"{image} has {picture.info.shape_ZYX} voxels and the maps have {maps.shape} (z, y, x)",
+                "give the image that the maps belong to",
+            )
         options = decode_options(maps, options)
         block = make.block_shape(options, maps.shape, how.block)
         voxel = make.relative_voxel(maps, sections=options.sections)

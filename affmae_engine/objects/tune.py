@@ -24,7 +24,7 @@ from affmae_engine.objects.blocks import Shape, Window
 from affmae_engine.objects.decode import DecodeOptions, Decoding
 from affmae_engine.objects.make import check_memory, objects_in_memory, relative_voxel
 from affmae_engine.objects.maps import MapFiles, Maps
-from affmae_engine.objects.scores import ObjectScores, score_objects
+from affmae_engine.objects.scores import ObjectScores, score_blocks
 
 FILE = "objects.json"
 """Where the options of a model are, in its run or beside its weights."""
@@ -81,6 +81,7 @@ def tune(
     start: DecodeOptions,
     *,
     window: tuple[slice, slice, slice] | None = None,
+    smallest: int = 1,
     on_better: Callable[[Tuned], None] = lambda _: None,
 ) -> Tuned:
     """Search for better options.
@@ -89,6 +90,7 @@ def tune(
         truth: labels of true objects, of the same shape as the maps.
         start: where the search begins; `method` and `sections` are kept.
         window: the labeled part, slices along z, y, x; None takes everything.
+        smallest: true and found objects of fewer voxels do not count.
         on_better: called with the options at the start and with every improvement.
 
     Raises:
@@ -107,7 +109,7 @@ def tune(
                 raise InputError(f"{truth} has the shape {shape} and the maps have {whole.shape}", "give the same")
         check_memory(Decoding(maps, start, relative_voxel(maps, sections=start.sections)), maps.shape, 1,
                      memory_budget())  # fmt: skip
-        best = Tuned(start, _scored(maps, start, true), "options at the start")
+        best = Tuned(start, _scored(maps, start, true, smallest), "options at the start")
         on_better(best)
         for _ in range(_ROUNDS):
             before = best.options
@@ -117,7 +119,7 @@ def tune(
                     if value == kept:
                         continue
                     options = replace(best.options, **{name: type(kept)(value)})
-                    tried = Tuned(options, _scored(maps, options, true), f"{name} = {value:g}")
+                    tried = Tuned(options, _scored(maps, options, true, smallest), f"{name} = {value:g}")
                     if _rank(tried.scores) > _rank(best.scores):
                         best = tried
                         on_better(best)
@@ -175,8 +177,9 @@ def _relevant(maps: Maps, options: DecodeOptions) -> list[str]:
     return names
 
 
-def _scored(maps: Maps, options: DecodeOptions, true: np.ndarray) -> ObjectScores:
-    return score_objects(true, objects_in_memory(maps, options, relative_voxel(maps, sections=options.sections)))
+def _scored(maps: Maps, options: DecodeOptions, true: np.ndarray, smallest: int) -> ObjectScores:
+    found = objects_in_memory(maps, options, relative_voxel(maps, sections=options.sections))
+    return score_blocks([(true, found)], smallest=smallest)
 
 
 def _rank(scores: ObjectScores) -> tuple[float, float]:

@@ -90,6 +90,23 @@ def check_output(path: Path, objects: int | None = None) -> None:
         raise ConfigError(f"{path}: {objects} objects need 64 bits, which OME-TIFF lacks", "name a .zarr")
 
 
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raises ConfigError when something stands under the output's name that may not be replaced."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"{path} exists already", "replace it with --overwrite, or choose another -o/--out")
+    if path.is_dir():
+        try:
+            ours = ATTRIBUTE in json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            ours = False
+        if not ours:
+            raise ConfigError(
+                f"{path} exists and was not written by affmae objects, so it is not replaced", "choose another -o/--out"
+            )
+
+
 def write_objects(job: Job, made: MadeObjects, output: Output, *, overwrite: bool) -> None:
     """Write all objects; the output appears when it is complete.
 

@@ -222,5 +222,15 @@ def test_refusals(cells: Path, arguments: list[str], code: int, message: str, mo
     assert not list(cells.parent.glob("*-objects.zarr"))
 
 
+def test_a_folder_of_something_else_is_not_replaced(cells: Path) -> None:
+    other = cells.with_name("precious.zarr")
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert "not replaced" in call(*options(cells, "precious.zarr"), "--overwrite", code=2)
+    assert (other / "notes.txt").read_text() == "mine"
+    call(*options(cells, "ours.zarr"))
+    call(*options(cells, "ours.zarr"), "--overwrite")
+
+
 def test_an_object_map_is_not_taken_for_a_class_map(cells: Path) -> None:
     assert "looks like objects already" in call(cells.with_name("true.tif"), code=3)

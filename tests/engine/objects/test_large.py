@@ -57,7 +57,7 @@ def command(*arguments: object) -> Any:
 def test_mitochondria_of_a_large_phantom(volume: Path) -> None:
     found, truth = volume / "found.zarr", volume / "mitochondria.zarr"
     made = command(
-        "objects", volume / "labels.zarr", "--classes", str(MITOCHONDRIA), "--boundary-class", str(MEMBRANE), "--volume",
+        "objects", volume / "labels.zarr", "--classes", MITOCHONDRIA, "--boundary-class", MEMBRANE, "--volume",
         "--min-size", SMALLEST, "-o", found, "--workers", 1,
     )  # fmt: skip
     scored = command("measure", found, "--truth", truth, "--score-from", SMALLEST, "-o", volume / "found.csv")
