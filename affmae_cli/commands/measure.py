@@ -10,6 +10,7 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import JsonOption, OutOption, OverwriteOption, QuietOption, TrustSizesOption
+from affmae_cli.pass_progress import showing_passes
 from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def measure(
     """
     from dataclasses import asdict
 
+    from affmae_engine import atomic
     from affmae_engine.errors import ConfigError
     from affmae_engine.objects.measuring import measure_volume
     from affmae_engine.objects.report import summarize, write_csv
@@ -72,13 +74,15 @@ def measure(
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists already", "replace it with --overwrite, or choose another -o/--out")
 
-    measured = measure_volume(
-        labels, image=image, class_map=class_map, inside=inside, truth=truth,
-        pixel_nm=parse_pixel_size(pixel_size), unit=unit, smallest_scored=score_from,
-    )  # fmt: skip
+    atomic.ensure_folder(target.parent)
+    with showing_passes(quiet=quiet) as progress:
+        measured = measure_volume(
+            labels, image=image, class_map=class_map, inside=inside, truth=truth,
+            pixel_nm=parse_pixel_size(pixel_size), unit=unit, smallest_scored=score_from,
+            on_progress=lambda done, blocks: progress("measure", done, blocks),
+        )  # fmt: skip
     for note in measured.notes:
         output.say(note, label="note", style="cyan")
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_csv(target, measured.table)
     summaries = summarize(measured.table)
     if as_json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,11 +9,10 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import JsonOption, OutOption, OverwriteOption, QuietOption, TrustSizesOption
+from affmae_cli.pass_progress import showing_passes
 from affmae_cli.pixel_size import PixelSizeOption, parse_pixel_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from affmae_engine.objects.decode import DecodeOptions
     from affmae_engine.objects.maps import MapFiles
     from affmae_engine.objects.tune import Tuned
@@ -133,7 +130,7 @@ def objects(
 
     target = out or Path(f"{stem(sources[0])}-objects.zarr")
     how = run.RunOptions(_triple(block, "--block"), workers, _shard(shard), overwrite)
-    with _progress(quiet=quiet) as progress, StopRequest().installed() as stop:
+    with showing_passes(quiet=quiet) as progress, StopRequest().installed() as stop:
         report = run.run(files, target, chosen, how, image=image, stop=stop, on_progress=progress)
     if as_json:
         output.print_json({**asdict(report), "options": asdict(chosen)})
@@ -210,35 +207,6 @@ def _tune(
 
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show passes on stderr: a bar in a terminal, else a line when a pass begins."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = output.console()
-    if quiet or not console.is_terminal or console.is_dumb_terminal:
-        last = ""
-
-        def line(name: str, done: int, total: int) -> None:
-            nonlocal last
-            if not quiet and name != last:
-                output.say(f"{name}: {done} of {total} blocks done")
-            last = name
-
-        yield line
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, int] = {}
-
-        def move(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done)  # type: ignore[arg-type]  # rich's own type for an int
-
-        yield move
 
 
 def _triple(text: str | None, option: str) -> tuple[int, int, int] | None:

@@ -19,8 +19,9 @@ from affmae_engine.data.readers import PixelSize, Source
 from affmae_engine.data.readers.files import size_and_mtime
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.objects import volumes
-from affmae_engine.objects.blocks import Shape
+from affmae_engine.objects.blocks import Shape, row_blocks
 
+_SCANNED_VOXELS = 1 << 25
 BOUNDARY, DISTANCE = "boundary", "distance"
 """Names of the channels, beside those of the classes, that a network trained on objects predicts."""
 
@@ -258,13 +259,11 @@ class Maps:
         raise ConfigError(f"{path} has no class {name!r}", f"its classes: {known}")
 
     def _values_present(self) -> Sequence[int]:
-        """Values other than 0 of a class map without names, from its first and middle sections."""
+        """Values other than 0 of a class map without names; reads all of it."""
         assert self._class_map is not None
-        depth, height, width = self.shape
         found: set[int] = set()
-        for section in {0, depth // 2, depth - 1}:
-            values = self._class_map.read(slice(section, section + 1), slice(0, height), slice(0, width))
-            found |= set(np.unique(values).tolist())
+        for block in row_blocks(self.shape, _SCANNED_VOXELS):
+            found |= set(np.flatnonzero(np.bincount(self._class_map.read(*block.window).ravel())).tolist())
         return sorted(found - {0})
 
 

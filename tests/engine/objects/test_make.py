@@ -39,7 +39,7 @@ def blobs(shape: tuple[int, ...], sigma: float | tuple[float, ...], seed: int, l
     return (noise / noise.std() > level).astype(np.uint8)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     npst.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(2, 8), st.integers(2, 8)),
                 elements=st.sampled_from([0, 0, 1, 2])),
@@ -71,10 +71,9 @@ def test_watershed_hardly_depends_on_blocks(tmp_path: Path, sections: bool, join
     options = DecodeOptions(sections=sections, seed_distance=5, fill_holes=False, min_voxels=1, join_neck=join)
     whole = made(maps, tmp_path / "whole", options)
     assert whole.max() > 12
-    for block in ((32, 32, 32), (24, 40, 64)):
-        parts = made(maps, tmp_path / "parts", options, block)
-        assert ((parts > 0) == (whole > 0)).all()
-        assert score_objects(whole, parts).adapted_rand_error < 0.01
+    parts = made(maps, tmp_path / "parts", options, (24, 40, 64))
+    assert ((parts > 0) == (whole > 0)).all()
+    assert score_objects(whole, parts).adapted_rand_error < 0.01
 
 
 def test_watershed_divides_touching_disks_and_keeps_thin_objects(tmp_path: Path) -> None:
