@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from affmae_cli.main import app
 from affmae_engine.objects.make import intermediate_folder
+from affmae_engine.objects.scores import score_objects
+from affmae_engine.objects.targets import DISTANCE_CAP, channel_names, instance_targets
 from affmae_engine.objects.write import object_color
 
 RUN = CliRunner()
@@ -160,6 +162,31 @@ def test_a_stopped_run_says_how_to_continue_and_computes_nothing_twice(
     call(*changed, "--min-size", 7, "--overwrite")
 
 
+def write_maps(path: Path, channels_CZYX: np.ndarray, names: tuple[str, ...], **record: object) -> None:
+    """Probabilities as `affmae predict` writes them."""
+    axes = [{"name": "c", "type": "channel"}, *({"name": axis, "type": "space"} for axis in "zyx")]
+    level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0] * 4}]}
+    named = {"channels": [{"label": name} for name in names]}
+    ome = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [level]}], "omero": named}
+    group = zarr.create_group(path, attributes={"ome": ome, "affmae_prediction": record})
+    group.create_array("0", data=channels_CZYX)
+
+
+def test_boundary_and_distance_channels_are_used(tmp_path: Path) -> None:
+    centers = np.random.default_rng(1).uniform(0, 1, (12, 2)) * (96, 128)
+    grid = np.stack(np.indices((96, 128)), -1)[..., None, :]
+    true = ((grid - centers) ** 2).sum(-1).argmin(-1) + 1  # cells without anything in between
+    targets = instance_targets(true)
+    inside = np.ones(true.shape)
+    maps = (255 * np.stack([1 - inside, inside, targets.boundary_HW, targets.distance_HW])).astype(np.uint8)[:, None]
+    write_maps(tmp_path / "m.zarr", maps, channel_names(("background", "cell")), distance_cap=DISTANCE_CAP)
+    call(tmp_path / "m.zarr", "-o", tmp_path / "o.tif", "--workers", 1)
+    scores = score_objects(true, voxels(tmp_path / "o.tif"))
+    assert scores.predicted_objects == 12 and scores.f1_75 == 1
+    write_maps(tmp_path / "n.zarr", maps, channel_names(("background", "cell")))
+    assert "scale" in call(tmp_path / "n.zarr", "-o", tmp_path / "p.tif", code=3)
+
+
 def test_probabilities_in_several_orientations_are_averaged(tmp_path: Path) -> None:
     inside = ndimage.binary_dilation(
         np.zeros((1, 40, 60), bool) | (np.indices((1, 40, 60))[2] % 30 == 15), iterations=9
@@ -167,12 +194,7 @@ def test_probabilities_in_several_orientations_are_averaged(tmp_path: Path) -> N
     for name, noise in (("xy", 0), ("xz", 1), ("yz", 2)):
         values = np.where(inside, 200, 40) + np.random.default_rng(noise).integers(-35, 36, inside.shape) * (noise > 0)
         channels = np.stack([255 - values, values]).astype(np.uint8)
-        axes = [{"name": "c", "type": "channel"}, *({"name": axis, "type": "space"} for axis in "zyx")]
-        level = {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1.0] * 4}]}
-        named = {"channels": [{"label": "background"}, {"label": "mito"}]}
-        ome = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [level]}], "omero": named}
-        group = zarr.create_group(tmp_path / f"{name}.zarr", attributes={"ome": ome})
-        group.create_array("0", data=channels)
+        write_maps(tmp_path / f"{name}.zarr", channels, ("background", "mito"))
     sources = [tmp_path / f"{name}.zarr" for name in ("xy", "xz", "yz")]
     call(*sources, "-o", tmp_path / "o.tif", "--classes", "mito", "--workers", 1, "--method", "components")
     found = voxels(tmp_path / "o.tif")
