@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import colorsys
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,14 +138,13 @@ class _Writer:
 
 
 def _write_zarr(job: Job, made: MadeObjects, folder: Path, dtype: np.dtype[Any], attributes: Mapping[str, Any]) -> None:
-    chunk = [math.gcd(c, b) if b % c else c for c, b in zip(_CHUNK, job.block, strict=True)]
-    chunk = [c if b > c else b for c, b in zip(chunk, job.block, strict=True)]
+    edges = [_chunk(b, n, c) for b, n, c in zip(job.block, job.volume, _CHUNK, strict=True)]
     group = zarr.create_group(folder, attributes=dict(attributes), overwrite=True)
     group.create_array(
         "0",
         shape=job.volume,
-        chunks=tuple(chunk),
-        shards=job.block,
+        chunks=tuple(chunk for chunk, _ in edges),
+        shards=tuple(shard for _, shard in edges),
         dtype=dtype,
         compressors=[ZstdCodec(level=3), Crc32cCodec()],
         fill_value=0,
@@ -156,6 +154,15 @@ def _write_zarr(job: Job, made: MadeObjects, folder: Path, dtype: np.dtype[Any],
     blocks = job.blocks
     for done, _ in enumerate(job.each(_Writer(made, folder / "0", dtype), blocks), 1):
         job.on_progress("write", done, len(blocks))
+
+
+def _chunk(block: int, length: int, wanted: int) -> tuple[int, int]:
+    """Edges of a chunk and of a shard, a whole number of chunks; blocks are shards."""
+    if block >= length:  # a shard may reach beyond the volume
+        chunk = min(wanted, block)
+        return chunk, -(-block // chunk) * chunk
+    divisor = next(d for d in range(min(wanted, block), 0, -1) if block % d == 0)
+    return (divisor if 4 * divisor >= wanted else block), block
 
 
 def _attributes(output: Output) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from affmae_engine.objects.job import Job
 from affmae_engine.objects.make import make_objects
 from affmae_engine.objects.maps import MapFiles, Maps
 from affmae_engine.objects.scores import score_objects
+from affmae_engine.objects.write import _chunk
 
 
 def class_map(path: Path, classes: np.ndarray) -> Maps:
@@ -180,3 +181,11 @@ def test_small_and_short_objects_are_removed(tmp_path: Path) -> None:
 def test_options_out_of_range_are_refused(field: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         DecodeOptions(**field)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("block", "length"), [(250, 250), (192, 1000), (131, 1000), (7, 7), (1, 1), (100, 300)])
+def test_shards_are_blocks_of_chunks_that_are_not_tiny(block: int, length: int) -> None:
+    chunk, shard = _chunk(block, length, 128)
+    assert shard % chunk == 0 and shard >= block
+    assert shard == block or block >= length
+    assert 4 * chunk >= min(128, block) and chunk <= max(128, block)
