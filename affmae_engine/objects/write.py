@@ -138,7 +138,7 @@ class _Writer:
 
 
 def _write_zarr(job: Job, made: MadeObjects, folder: Path, dtype: np.dtype[Any], attributes: Mapping[str, Any]) -> None:
-    edges = [_chunk(b, n, c) for b, n, c in zip(job.block, job.volume, _CHUNK, strict=True)]
+    edges = [chunk_and_shard(b, n, c) for b, n, c in zip(job.block, job.volume, _CHUNK, strict=True)]
     group = zarr.create_group(folder, attributes=dict(attributes), overwrite=True)
     group.create_array(
         "0",
@@ -156,7 +156,7 @@ def _write_zarr(job: Job, made: MadeObjects, folder: Path, dtype: np.dtype[Any],
         job.on_progress("write", done, len(blocks))
 
 
-def _chunk(block: int, length: int, wanted: int) -> tuple[int, int]:
+def chunk_and_shard(block: int, length: int, wanted: int) -> tuple[int, int]:
     """Edges of a chunk and of a shard, a whole number of chunks; blocks are shards."""
     if block >= length:  # a shard may reach beyond the volume
         chunk = min(wanted, block)

@@ -19,7 +19,7 @@ from affmae_engine.objects.job import Job
 from affmae_engine.objects.make import make_objects
 from affmae_engine.objects.maps import MapFiles, Maps
 from affmae_engine.objects.scores import score_objects
-from affmae_engine.objects.write import _chunk
+from affmae_engine.objects.write import chunk_and_shard
 
 
 def class_map(path: Path, classes: np.ndarray) -> Maps:
@@ -185,7 +185,7 @@ def test_options_out_of_range_are_refused(field: dict[str, float]) -> None:
 
 @pytest.mark.parametrize(("block", "length"), [(250, 250), (192, 1000), (131, 1000), (7, 7), (1, 1), (100, 300)])
 def test_shards_are_blocks_of_chunks_that_are_not_tiny(block: int, length: int) -> None:
-    chunk, shard = _chunk(block, length, 128)
+    chunk, shard = chunk_and_shard(block, length, 128)
     assert shard % chunk == 0 and shard >= block
     assert shard == block or block >= length
     assert 4 * chunk >= min(128, block) and chunk <= max(128, block)
