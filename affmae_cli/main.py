@@ -20,6 +20,8 @@ from affmae_cli.commands import (
     finetune,
     import_,
     ingest,
+    measure,
+    objects,
     predict,
     presets,
     pretrain,
@@ -44,8 +46,8 @@ Pretraining and segmentation for electron microscopy.
 """
 
 ORDER = (
-    "ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "check", "share", "import", "slurm",
-    "presets", "doctor",
+    "ingest", "pretrain", "finetune", "predict", "objects", "measure", "watch", "demo", "bench", "check", "share",
+    "import", "slurm", "presets", "doctor",
 )  # fmt: skip
 """The commands in the order of the help."""
 
@@ -70,6 +72,8 @@ app.command()(ingest.ingest)
 app.command()(led(pretrain.pretrain))
 app.command()(led(finetune.finetune))
 app.command()(predict.predict)
+app.command()(objects.objects)
+app.command()(measure.measure)
 app.command()(watch.watch)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")

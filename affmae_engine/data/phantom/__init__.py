@@ -14,6 +14,7 @@ Axes: Z Y X voxels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from affmae_engine.data.phantom.render import MEMBRANE, CellLook, Fields, Sectio
 from affmae_engine.data.phantom.tiff import write_tiff
 from affmae_engine.errors import ConfigError
 
-__all__ = ["CLASS_NAMES", "Phantom", "generate", "write_tiff"]
+__all__ = ["CLASS_NAMES", "Phantom", "PhantomSection", "generate", "generate_sections", "write_tiff"]
 
 CLASS_NAMES = ("cytoplasm", "membrane", "mitochondria", "vesicle", "glia")
 _JITTER_NM = 4.0  # residual misalignment between sections (standard deviation)
@@ -39,13 +40,25 @@ class Phantom:
         labels_ZYX: uint8 class of each voxel, index into `CLASS_NAMES`; exact at the middle of each section.
             A membrane's label includes the cleft between two cells.
         instances_ZYX: uint32 cell ids, 0 on membranes; all glia is one cell.
+        organelles_ZYX: uint32 ids of mitochondria (from 1) and, after them, of vesicles; 0 elsewhere.
         pixel_nm: voxel size z, y, x in nm; z is the section thickness.
     """
 
     image_ZYX: np.ndarray
     labels_ZYX: np.ndarray
     instances_ZYX: np.ndarray
+    organelles_ZYX: np.ndarray
     pixel_nm: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class PhantomSection:
+    """One section of a phantom; the arrays [Y, X] are those of `Phantom`."""
+
+    image_YX: np.ndarray
+    labels_YX: np.ndarray
+    instances_YX: np.ndarray
+    organelles_YX: np.ndarray
 
 
 def generate(
@@ -69,7 +82,31 @@ def generate(
     Raises:
         ConfigError: an argument is out of range.
     """
+    drawn = generate_sections(shape, seed=seed, pixel_nm=pixel_nm, noise=noise, drift=drift)
+    image, labels = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
+    instances, organelles = np.empty(shape, np.uint32), np.empty(shape, np.uint32)
+    for z, section in enumerate(drawn):
+        image[z], labels[z] = section.image_YX, section.labels_YX
+        instances[z], organelles[z] = section.instances_YX, section.organelles_YX
+    return Phantom(image, labels, instances, organelles, pixel_nm)
+
+
+def generate_sections(
+    shape: tuple[int, int, int],
+    *,
+    seed: int,
+    pixel_nm: tuple[float, float, float] = (40.0, 6.0, 6.0),
+    noise: float = 0.08,
+    drift: float = 0.03,
+) -> Iterator[PhantomSection]:
+    """The sections of `generate` one after the other, for volumes larger than memory; same arguments and errors."""
     _check(shape, seed, pixel_nm, noise, drift)
+    return _draw(shape, seed, pixel_nm, noise, drift)
+
+
+def _draw(
+    shape: tuple[int, int, int], seed: int, pixel_nm: tuple[float, float, float], noise: float, drift: float
+) -> Iterator[PhantomSection]:
     depth, height, width = shape
     extent_nm = np.array(shape) * np.array(pixel_nm)
     # Independent streams: changing how one part draws leaves the others as they were.
@@ -81,20 +118,21 @@ def generate(
     offset_Z = drift * stage.standard_normal(depth)
     jitter_Z2 = _JITTER_NM * stage.standard_normal((depth, 2))
 
-    image, labels = np.empty(shape, np.uint8), np.empty(shape, np.uint8)
-    instances = np.empty(shape, np.uint32)
     for z in range(depth):
         rng = np.random.default_rng([seed, 4, z])
         z_nm = (z + 0.5) * pixel_nm[0]
         y_nm = (np.arange(height) + 0.5) * pixel_nm[1] + jitter_Z2[z, 0]
         x_nm = (np.arange(width) + 0.5) * pixel_nm[2] + jitter_Z2[z, 1]
         plane = cells.plane(z_nm, y_nm, x_nm)
-        section = Section(z_nm, y_nm, x_nm, pixel_nm, plane, np.empty(shape[1:], np.float32), labels[z])
+        section = Section(
+            z_nm, y_nm, x_nm, pixel_nm, plane,
+            np.empty(shape[1:], np.float32), np.empty(shape[1:], np.uint8), np.zeros(shape[1:], np.uint32),
+        )  # fmt: skip
         draw_tissue(section, look, fields, organelles, rng)
-        image[z] = expose(section.density_YX, pixel_nm, noise, float(gain_Z[z]), float(offset_Z[z]), rng)
+        image = expose(section.density_YX, pixel_nm, noise, float(gain_Z[z]), float(offset_Z[z]), rng)
         cell = np.where(plane.cell_YX == GLIA, cells.cell_count, plane.cell_YX)
-        instances[z] = np.where(labels[z] == MEMBRANE, 0, cell)
-    return Phantom(image, labels, instances, pixel_nm)
+        instances = np.where(section.labels_YX == MEMBRANE, 0, cell).astype(np.uint32)
+        yield PhantomSection(image, section.labels_YX, instances, section.organelles_YX)
 
 
 def _check(

@@ -76,7 +76,7 @@ def shell(distance: F32, blur: F32 | float, inner: float, outer: float) -> F32:
 
 @dataclass(frozen=True)
 class Section:
-    """What is drawn on while one section is rendered: positions in nm, labels and density so far."""
+    """What is drawn on while one section is rendered: positions in nm, density, labels and organelle ids so far."""
 
     z_nm: float
     y_nm: F64
@@ -85,6 +85,7 @@ class Section:
     plane: CellPlane
     density_YX: F32
     labels_YX: np.ndarray
+    organelles_YX: np.ndarray
 
     def blur(self, slope_YX: F32) -> F32:
         """Width in nm over which a surface of this slope is averaged by section thickness and pixel size."""
@@ -106,13 +107,14 @@ def draw_tissue(
     section.density_YX[:] += free * _cytosol(section, look, patch, rng)
     section.density_YX[:] += free * _microtubules(section, look)
     section.density_YX[:] += _reticulum(section, fields, patch)
-    draw_vesicles(section, organelles.vesicles)
-    for body in organelles.mitochondria:
+    draw_vesicles(section, organelles.vesicles, len(organelles.mitochondria) + 1)
+    for number, body in enumerate(organelles.mitochondria, 1):
         view = cut_mitochondrion(body, plane, wobble, section.z_nm, section.y_nm, section.x_nm)
         if view is not None:
-            _draw_mitochondrion(section, view, rng)
+            _draw_mitochondrion(section, view, number, rng)
     _draw_synapses(section, organelles.synapse_S3, wobble)
     _draw_membranes(section, wobble)
+    section.organelles_YX[(section.labels_YX != MITOCHONDRIA) & (section.labels_YX != VESICLE)] = 0
 
 
 def _cytosol(section: Section, look: CellLook, patch_CYX: F32, rng: np.random.Generator) -> F32:
@@ -165,8 +167,12 @@ def _reticulum(section: Section, fields: Fields, patch_CYX: F32) -> F32:
     return np.asarray(gate * wall, dtype=np.float32)
 
 
-def draw_vesicles(section: Section, vesicles: Vesicles) -> None:
-    """Stamp the vesicles that the section touches; fainter when it only grazes them, and then unlabelled."""
+def draw_vesicles(section: Section, vesicles: Vesicles, first_id: int) -> None:
+    """Stamp the vesicles that the section touches; fainter when it only grazes them, and then unlabelled.
+
+    Args:
+        first_id: organelle id of the first vesicle.
+    """
     thickness, pixel = section.pixel_nm[0], max(section.pixel_nm[1:])
     offset_V = np.abs(vesicles.centre_V3[:, 0] - section.z_nm)
     for index in np.flatnonzero(offset_V < vesicles.radius_V + thickness / 2).tolist():
@@ -190,10 +196,12 @@ def draw_vesicles(section: Section, vesicles: Vesicles) -> None:
         section.density_YX[window] = section.density_YX[window] * (1 - body) + body * np.float32(0.34)
         section.density_YX[window] += own * mark * np.float32(share)
         if share > 0.5:
-            section.labels_YX[window][own & (distance < cut)] = VESICLE
+            inside = own & (distance < cut)
+            section.labels_YX[window][inside] = VESICLE
+            section.organelles_YX[window][inside] = first_id + index
 
 
-def _draw_mitochondrion(section: Section, view: MitoView, rng: np.random.Generator) -> None:
+def _draw_mitochondrion(section: Section, view: MitoView, organelle: int, rng: np.random.Generator) -> None:
     """Double membrane, dark matrix, and wavy cristae that start and end at random."""
     window, inside = (view.rows, view.columns), view.inside_YX
     blur = section.blur(view.slope_YX)
@@ -214,6 +222,7 @@ def _draw_mitochondrion(section: Section, view: MitoView, rng: np.random.Generat
     under = section.density_YX[window]
     section.density_YX[window] = under * (1 - body) + body * np.float32(0.25) + density.astype(np.float32)
     section.labels_YX[window][inside > 0] = MITOCHONDRIA
+    section.organelles_YX[window][inside > 0] = organelle
 
 
 def _along(section: Section, view: MitoView) -> F32:

@@ -96,8 +96,8 @@ def grey_rule(
     if raw.kind not in "buif":
         raise Refused(f"its values are of type {raw}, not real numbers", "convert it to an 8- or 16-bit image")
     if labels:
-        kept = raw.kind in "bu" and raw.itemsize <= 4  # signed numbers may hold -1, see UNLABELED
-        dtype = np.dtype(f"u{raw.itemsize}") if kept else np.dtype(np.uint32)
+        # Ids may need 64 bits. Signed numbers may hold -1, see UNLABELED.
+        dtype = np.dtype(f"u{raw.itemsize}") if raw.kind in "bu" else np.dtype(np.uint32)
         return ValueRule(dtype, colour, labels=True), ()
     if palette is not None:
         return _palette_rule(palette)

@@ -12,6 +12,8 @@ from affmae_engine.data.phantom import CLASS_NAMES, Phantom, generate, write_tif
 from affmae_engine.data.phantom.__main__ import main
 from affmae_engine.data.phantom.noise import SplineNoise, grain
 from affmae_engine.data.phantom.render import shell
+from affmae_engine.data.phantom.volumes import VOLUMES, write_zarr
+from affmae_engine.data.readers import open_sources
 from affmae_engine.errors import ConfigError, ResourceError
 
 MEMBRANE, MITOCHONDRIA = CLASS_NAMES.index("membrane"), CLASS_NAMES.index("mitochondria")
@@ -99,6 +101,28 @@ def test_mitochondria_lie_within_one_cell_each_at_a_distance_from_the_membrane(b
     for axis in (1, 2):
         ahead = np.roll(membrane, 1, axis) & mito
         assert ahead.sum() < 0.002 * mito.sum()
+
+
+def test_organelle_ids_cover_mitochondria_and_vesicles_and_stay_in_one_cell(block: Phantom) -> None:
+    ids, classes = block.organelles_ZYX, block.labels_ZYX
+    np.testing.assert_array_equal(ids > 0, (classes == MITOCHONDRIA) | (classes == CLASS_NAMES.index("vesicle")))
+    mitochondria, vesicles = np.unique(ids[classes == MITOCHONDRIA]), np.unique(ids[classes == 3])
+    assert len(mitochondria) > 1 and len(vesicles) > 10
+    assert mitochondria.max() < vesicles.min()
+    for one in mitochondria:
+        assert len(np.unique(block.instances_ZYX[ids == one])) == 1
+
+
+def test_section_wise_volumes_equal_the_phantom_in_memory(tmp_path: Path) -> None:
+    shape, nm = (18, 40, 300), (20.0, 8.0, 8.0)
+    whole = generate(shape, seed=4, pixel_nm=nm)
+    write_zarr(tmp_path / "phantom", shape, seed=4, pixel_nm=nm)
+    for name in VOLUMES:
+        (source,) = open_sources(tmp_path / "phantom" / f"{name}.zarr", labels=name != "image")
+        assert source.info.pixel_nm == nm
+        np.testing.assert_array_equal(source.read(slice(None), slice(None), slice(None)), getattr(whole, f"{name}_ZYX"))
+    with pytest.raises(FileExistsError):
+        write_zarr(tmp_path / "phantom", shape, seed=4)
 
 
 def test_geometry_is_in_nanometres() -> None:
