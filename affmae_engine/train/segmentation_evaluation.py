@@ -23,7 +23,7 @@ from affmae_engine.data.store import Store
 from affmae_engine.predict.infer import ArrayPlane, TileRunner, Tiling, blend
 from affmae_engine.train.segmentation_metrics import Confusion, mean
 from affmae_engine.train.task import Evaluation
-from affmae_engine.visualize import comparison_picture
+from affmae_engine.visualize import Picture, comparison_picture
 
 _MOST_PIXELS = 1 << 28
 """Pixels scored at most; about a minute of tiled inference on a card."""
@@ -69,7 +69,7 @@ class SegmentationEvaluation:
         }
         return Evaluation(score=score, metrics=metrics, per_class=total.per_class(self.class_names))
 
-    def preview(self, model: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
         """One picture: for up to three sections the middle of image, truth, prediction and errors."""
         step = max(1, len(self.sections) // _PREVIEWED)
         rows = []

@@ -131,10 +131,10 @@ class Session:
         except torch.OutOfMemoryError:
             self.warn("no picture: out of memory")
             return
-        for name, rgb in pictures.items():
+        for name, picture in pictures.items():
             path = self.run.preview(self.state.step, name)
             try:
-                save_png(path, rgb)
+                save_png(path, picture)
             except ResourceError as error:
                 self.warn(error.message)
                 return

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig
+from affmae_engine.visualize import Picture
 from affmae_engine.weights import WeightsMetadata
 
 
@@ -49,10 +49,10 @@ class Task:
 
     model: on the CPU; the loop moves it. dataset: training samples. losses: (model, batch on the device) -> named
     scalar losses, "loss" first, which is the one that is optimised. evaluate and preview get the model in eval mode,
-    without gradients and under the run's autocast; preview returns RGB uint8 [H, W, 3] pictures by name ("" is the
-    main one). parameter_groups: optimizer groups, each with "params", "weight_decay" and "lr_scale". metadata goes
-    into every weights file (the loop adds step and config). fingerprint identifies the data: a resumed run must find
-    the same. notes: what the user should know of the data; the loop reports them as warnings when it starts.
+    without gradients and under the run's autocast; preview returns pictures by name ("" is the main one).
+    parameter_groups: optimizer groups, each with "params", "weight_decay" and "lr_scale". metadata goes into every
+    weights file (the loop adds step and config). fingerprint identifies the data: a resumed run must find the same.
+    notes: what the user should know of the data; the loop reports them as warnings when it starts.
 
     A step may be captured as CUDA graphs: neither model nor losses may wait for the device, copy from the host after
     the first step, or depend on values in their shapes.
@@ -63,7 +63,7 @@ class Task:
     dataset: SampleSource
     losses: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
     evaluate: Callable[[nn.Module, torch.device], Evaluation]
-    preview: Callable[[nn.Module, torch.device], dict[str, np.ndarray]]
+    preview: Callable[[nn.Module, torch.device], dict[str, Picture]]
     parameter_groups: Callable[[OptimConfig], list[dict[str, Any]]]
     metadata: WeightsMetadata
     fingerprint: str
