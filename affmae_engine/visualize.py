@@ -1,29 +1,24 @@
 """Pictures for people: reconstructions, token positions, labels on images. numpy and Pillow, no plotting library.
 
 Functions take arrays and return an RGB picture (uint8 [height, width, 3]), or a `Picture`, which also says where its
-tiles are and what its colors mean; `save_png` writes either. Class 0 is drawn without color: it is what surrounds the
-others in nearly every EM label set.
+tiles are and what its colors mean; `picture_files.save_png` writes either. Class 0 is drawn without color: it is what
+surrounds the others in nearly every EM label set.
 
 Axes: Y X image, N tokens.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from affmae_engine import atomic
 from affmae_engine.class_colors import class_colour, class_colours
-
-Rgb = NDArray[np.uint8]
+from affmae_engine.picture_files import Picture, Rgb, Tile
 
 STAGE_COLOURS = ((86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0))
 """Tokens that are gone after stage 1, 2, 3, and those that reach stage 4."""
@@ -36,33 +31,6 @@ _BACKGROUND = (255, 255, 255)
 _INK = (30, 30, 30)
 _GAP = 8
 _FONT = 16
-
-
-TILES_KEY = "affmae-tiles"
-"""Name of the PNG text chunk with the tiles and the legend of a picture, as JSON (docs/formats.md, "Previews")."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One image of a table of images.
-
-    title: of its column. row: from 0. box: left, top, width, height in pixels. main: one of the few to show where there
-    is no room for all.
-    """
-
-    title: str
-    row: int
-    box: tuple[int, int, int, int]
-    main: bool
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A table of images. legend: (name, RGB color) of what its colors mean."""
-
-    rgb: Rgb
-    tiles: tuple[Tile, ...]
-    legend: tuple[tuple[str, tuple[int, int, int]], ...]
 
 
 @dataclass(frozen=True)
@@ -208,26 +176,7 @@ def comparison_picture(
 
 def class_legend(class_names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
     """(name, colour) of every class, for legends."""
-    return [(f"{name} (not coloured)" if i == 0 else name, class_colour(i)) for i, name in enumerate(class_names)]
-
-
-def save_png(path: Path, picture: Picture | Rgb) -> None:
-    """Write a picture atomically, with its tiles and legend in the text chunk `TILES_KEY`.
-
-    Raises:
-        ResourceError: disk full, read-only.
-    """
-
-    rgb, chunks = picture, PngInfo()
-    if isinstance(picture, Picture):
-        rgb = picture.rgb
-        found = {"tiles": [asdict(tile) for tile in picture.tiles], "legend": picture.legend}
-        chunks.add_text(TILES_KEY, json.dumps(found))
-
-    def write(partial: Path) -> None:
-        Image.fromarray(rgb).save(partial, format="PNG", pnginfo=chunks)
-
-    atomic.commit_file(path, write)
+    return [(f"{name} (not colored)" if i == 0 else name, class_colour(i)) for i, name in enumerate(class_names)]
 
 
 def _limits(values: NDArray) -> tuple[float, float]:

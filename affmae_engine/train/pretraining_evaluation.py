@@ -26,9 +26,10 @@ from affmae_engine.model.build import Autoencoder
 from affmae_engine.model.collapse import effective_rank
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.patches import canvas_of
+from affmae_engine.picture_files import Picture
 from affmae_engine.runtime.memory import in_smaller_batches
 from affmae_engine.train.task import Evaluation
-from affmae_engine.visualize import Picture, ReconstructionRow, reconstruction_picture
+from affmae_engine.visualize import ReconstructionRow, reconstruction_picture
 
 MOST_CROPS = 64
 """Crops in the held-out set."""

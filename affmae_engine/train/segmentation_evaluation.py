@@ -20,10 +20,11 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.segmentation import Section
 from affmae_engine.data.store import Store
+from affmae_engine.picture_files import Picture
 from affmae_engine.predict.infer import ArrayPlane, TileRunner, Tiling, blend
 from affmae_engine.train.segmentation_metrics import Confusion, mean
 from affmae_engine.train.task import Evaluation
-from affmae_engine.visualize import Picture, comparison_picture
+from affmae_engine.visualize import comparison_picture
 
 _MOST_PIXELS = 1 << 28
 """Pixels scored at most; about a minute of tiled inference on a card."""

@@ -19,6 +19,7 @@ from affmae_engine import checkpoint
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import DivergedError, ResourceError, human_bytes
 from affmae_engine.events import CheckpointSaved, Evaluated, PreviewSaved, RequestTaken, StepLogged, Warned
+from affmae_engine.picture_files import save_png
 from affmae_engine.run_dir import CHECKPOINT, REQUESTS, STOP, RunDir
 from affmae_engine.runtime.device import DeviceChoice, memory_gib
 from affmae_engine.runtime.distributed import Ranks
@@ -29,7 +30,6 @@ from affmae_engine.train.monitor import Monitor
 from affmae_engine.train.saving import Writer
 from affmae_engine.train.state import TrainState, take_snapshot
 from affmae_engine.train.task import Evaluation, Task
-from affmae_engine.visualize import save_png
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail (disk full) before the run stops."""

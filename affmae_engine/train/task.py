@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig
-from affmae_engine.visualize import Picture
+from affmae_engine.picture_files import Picture
 from affmae_engine.weights import WeightsMetadata
 
 

@@ -10,15 +10,14 @@ from PIL import Image
 from affmae_engine import atomic
 from affmae_engine.class_colors import PALETTE, class_colour, class_colours
 from affmae_engine.errors import ResourceError
+from affmae_engine.picture_files import TILES_KEY, save_png
 from affmae_engine.visualize import (
     ERROR_COLOUR,
     STAGE_COLOURS,
-    TILES_KEY,
     ReconstructionRow,
     comparison_picture,
     overlay,
     reconstruction_picture,
-    save_png,
     to_grey,
     token_picture,
 )
