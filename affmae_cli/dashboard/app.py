@@ -86,7 +86,7 @@ class DashboardApp(ThemedApp):
         super().__init__()
         self._root, self._child, self._first_tab, self._pixels, self._notify = root, child, tab, pixels, notify
         self._leaving: Question | None = None
-        self._views: dict[str, ChartView] = {}
+        self.chart_views: dict[str, ChartView] = {}
 
     def on_mount(self) -> None:
         """Open the run."""
@@ -111,10 +111,10 @@ class DashboardApp(ThemedApp):
     @on(Chart.ViewChanged)
     def _see(self, message: Chart.ViewChanged) -> None:
         """One view for all charts over the same x."""
-        self._views[message.x_name] = message.view
+        self.chart_views[message.x_name] = message.view
         for screen in self.screen_stack:
             for chart in screen.query(Chart):
-                if chart.x_name == message.x_name:
+                if chart.spec.x_name == message.x_name:
                     chart.view = message.view
 
     @on(RunScreen.Alert)

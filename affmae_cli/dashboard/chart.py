@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
@@ -26,10 +27,7 @@ _ZOOM, _PAN, _MOVE = 2.0, 0.25, 1 / 40
 
 
 class Chart(Widget, can_focus=True):
-    """Draws the curves of `spec`.
-
-    x_name: what the x is ("step", "minute"); shown in the title and by which charts share a view.
-    """
+    """Draws the curves of `spec`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "cursor(-1)", "Cursor", key_display="←→", tooltip="Move the cursor of all charts"),
@@ -50,9 +48,9 @@ class Chart(Widget, can_focus=True):
             super().__init__()
             self.x_name, self.view = x_name, view
 
-    def __init__(self, spec: ChartSpec, *, x_name: str = "step", id: str | None = None) -> None:
+    def __init__(self, spec: ChartSpec, *, id: str | None = None) -> None:
         super().__init__(id=id, classes="panel")
-        self.spec, self.x_name = spec, x_name
+        self.spec = spec
         self.curves: Sequence[Curve] = ()
         self.model: RunModel | None = None
         self._drawing: Drawing | None = None
@@ -68,6 +66,11 @@ class Chart(Widget, can_focus=True):
         self.curves, self._drawn = curves, None
         self._retitle()
         self.refresh()
+
+    def on_mount(self) -> None:
+        """Look as the charts that were there before."""
+        views: Mapping[str, ChartView] = getattr(self.app, "chart_views", {})
+        self.view = views.get(self.spec.x_name, self.view)
 
     def watch_view(self) -> None:
         """Draw otherwise."""
@@ -155,7 +158,7 @@ class Chart(Widget, can_focus=True):
             self.action_zoom(-1, self._x_at(event))
 
     def _see(self, view: ChartView) -> None:
-        self.post_message(self.ViewChanged(self.x_name, view))
+        self.post_message(self.ViewChanged(self.spec.x_name, view))
 
     def _within(self, first: float, width: float) -> tuple[float, float]:
         low, high = self.extent
@@ -169,9 +172,9 @@ class Chart(Widget, can_focus=True):
     def _retitle(self) -> None:
         view, parts = self.view, []
         if view.cursor is not None:
-            parts.append(f"{self.x_name} {view.cursor:,.0f}")
+            parts.append(f"{self.spec.x_name} {view.cursor:,.0f}")
         if view.span is not None:
-            parts.append(f"{self.x_name}s {count(view.span[0])} to {count(view.span[1])}")
+            parts.append(f"{self.spec.x_name}s {count(view.span[0])} to {count(view.span[1])}")
         if view.log and self.spec.may_log:
             parts.append("log axis")
         title = self.spec.title + (f"  ({', '.join(parts)})" if parts else "")
@@ -193,11 +196,7 @@ class Chart(Widget, can_focus=True):
         rule = background.blend(foreground, 0.2)
         quiet = Style(color=background.blend(foreground, 0.6).rich_color)
         if self._drawing is None:
-            text = (
-                spec.empty
-                if not any(len(curve.x_N) for curve in self.curves)
-                else "not enough room, or no positive value"
-            )
+            text = self._why_empty()
             return [Strip([Segment(text[:width], quiet)]).adjust_cell_length(width, blank)]
         styles: dict[tuple[int, bool], Style] = {
             (AXIS, False): quiet,
@@ -215,6 +214,17 @@ class Chart(Widget, can_focus=True):
             .apply_style(blank)
             for line in self._drawing.lines
         ]
+
+    def _why_empty(self) -> str:
+        values = [curve.y_3N[0] for curve in self.curves if len(curve.x_N)]
+        finite = np.concatenate([value[np.isfinite(value)] for value in values]) if values else np.zeros(0)
+        if not values:
+            return self.spec.empty
+        if not len(finite):
+            return "no finite value: all are NaN or infinite"
+        if self.view.log and self.spec.may_log and finite.max() <= 0:
+            return "no value above zero, as a logarithmic axis needs"
+        return "nothing in this part" if self.view.span is not None else "not enough room"
 
     @property
     def curves_drawn(self) -> list[Curve]:

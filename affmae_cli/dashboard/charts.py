@@ -24,7 +24,8 @@ _SMALL_METRICS = (".pixels", ".dice", ".iou")
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A chart. curves: those of a run now; empty: text while there are none; floor: lowest end of the axis, or None."""
+    """A chart. curves: those of a run now; empty: text while there are none; floor: lowest end of the axis, or None.
+    x_name: what the x is; charts with the same one share zoom and cursor."""
 
     key: str
     title: str
@@ -33,6 +34,7 @@ class ChartSpec:
     floor: float | None = None
     may_log: bool = False
     may_smooth: bool = False
+    x_name: str = "step"
 
 
 def loss_curves(model: RunModel) -> list[Curve]:
@@ -146,7 +148,9 @@ def machine_charts(model: RunModel) -> list[ChartSpec]:
     for figure in MACHINE:
         if machine_curves(model, figure):
             title = f"{figure.title}, {figure.unit}"
-            specs.append(ChartSpec(figure.key, title, partial(machine_curves, figure=figure), floor=0.0))
+            specs.append(
+                ChartSpec(figure.key, title, partial(machine_curves, figure=figure), floor=0.0, x_name="minute")
+            )
     if "data_wait" in model.steps:
         specs.append(next(spec for spec in _FIXED if spec.key == "data_wait"))
     return specs

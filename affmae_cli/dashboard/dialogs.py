@@ -126,7 +126,7 @@ class FullScreen(Screen[None]):
 def enlarged(widget: Widget) -> FullScreen | None:
     """A full screen of the same content; None for what has none."""
     if isinstance(widget, Chart):
-        chart = Chart(widget.spec, x_name=widget.x_name)
+        chart = Chart(widget.spec)
         chart.model, chart.curves = widget.model, widget.curves
         chart.set_reactive(Chart.view, widget.view)
         chart.border_title = widget.border_title
@@ -134,7 +134,7 @@ def enlarged(widget: Widget) -> FullScreen | None:
     if isinstance(widget, PictureGrid):
         grid = PictureGrid(main_only=widget.main_only)
         grid.preview, grid.border_title = widget.preview, widget.border_title
-        for name in (PictureGrid.first, PictureGrid.zoomed, PictureGrid.pixels):
+        for name in (PictureGrid.path, PictureGrid.stamp, PictureGrid.first, PictureGrid.zoomed, PictureGrid.pixels):
             grid.set_reactive(name, getattr(widget, name.name))
         return FullScreen(grid)
     return None

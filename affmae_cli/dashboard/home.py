@@ -203,7 +203,7 @@ class HomeScreen(Screen[None]):
         row = table.cursor_row
         table.clear(columns=True)
         width = self.size.width - 6
-        path = min(max([len(str(item.path)) for item in found.items] or [8]), 40)
+        path = min(max([len(str(item.path)) for item in found.items] or [16]), 40)
         state = min(max([len(item.state) for item in found.items] or [8]), 24)
         about = max(10, width - 9 - path - state - 8)
         for title, columns in (("kind", 9), ("name", path), ("state", state), ("", about)):

@@ -89,6 +89,8 @@ class Mirror:
                 continue
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith("config.toml"):
+                (path.parent / "control").mkdir(exist_ok=True)
             if name.endswith(_GROWING):
                 self._append(name, path, sizes[name])
             elif name.endswith("run.lock"):
@@ -150,7 +152,6 @@ class Mirror:
         """The lock itself cannot be seen from here, only who held it last; so whether it is held is not known."""
         text = self._get(name, 0, 512)
         path.write_bytes((text if b" on " in text else b"process 0 on another machine") + b" (over ssh)")
-        (path.parent / "control").mkdir(exist_ok=True)
 
     def _get(self, name: str, offset: int, count: int) -> bytes:
         self._ask(f"G {offset} {count} {name}")
@@ -187,8 +188,9 @@ class Mirror:
         line = self._output.readline()
         if line.endswith(b"\n"):
             return line[:-1].decode("utf-8", "surrogateescape")
-        assert self._process is not None and self._process.stderr is not None
-        self._process.stdin and self._process.stdin.close()
+        assert self._process is not None and self._process.stdin is not None and self._process.stderr is not None
+        with contextlib.suppress(OSError):  # it may hold a request that nobody reads any more
+            self._process.stdin.close()
         said = self._process.stderr.read().decode("utf-8", "replace").strip().splitlines()
         code = self._process.wait()
         self._process = None

@@ -47,6 +47,7 @@ ORIGIN = ".origin"
 LOCK_EVERY_S = 2.0
 _KEPT_EVENTS, _KEPT_PREVIEWS = 200, 400
 _END = 1 << 17
+_MOST_STEPS = 1 << 53
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_lines = msgspec.json.Decoder(dict[str, Any]).decode_lines
 
@@ -289,16 +290,15 @@ class RunModel:
         systems: list[dict[str, Any]] = []
         for record in records:
             kind = record.get("kind")
-            if kind == StepLogged.kind and type(record.get("step")) is int and isinstance(record.get("losses"), dict):
+            if kind == StepLogged.kind and _is_step(record):
                 steps.append(record)
             elif kind == SystemSampled.kind and _is_time(record.get("time")):
                 systems.append(record)
-            elif isinstance(kind, str) and _is_time(record.get("time", 0)):
-                if kind == RunStarted.kind or kind == RunEnded.kind:
+            elif isinstance(kind, str):
+                if kind in (RunStarted.kind, RunEnded.kind):
                     self._take_steps(steps)
                     steps = []
-                with contextlib.suppress(TypeError, ValueError, AttributeError, KeyError):  # a damaged line
-                    self._take_event(_event(record))
+                self._take_event(_event(record))
         self._take_steps(steps)
         self._take_systems(systems)
 
@@ -439,12 +439,24 @@ def _records(lines: Lines) -> Sequence[dict[str, Any]]:
 
 
 def _event(record: dict[str, Any]) -> Event | None:
-    """The event of a decoded line; None for one of an unknown kind, or without a field that it must have."""
-    return from_line(msgspec.json.encode(record).decode())
+    """The event of a decoded line; None for an unknown kind, or where a field is missing or has no such value."""
+    event = from_line(msgspec.json.encode(record).decode())
+    if event is None or not _is_time(event.time):
+        return None
+    try:
+        msgspec.convert(msgspec.to_builtins(event), type(event))
+    except (msgspec.MsgspecError, TypeError):
+        return None
+    return event if 0 <= getattr(event, "step", 0) < _MOST_STEPS else None
 
 
 def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _is_step(record: dict[str, Any]) -> bool:
+    step = record.get("step")
+    return type(step) is int and 0 <= step < _MOST_STEPS and isinstance(record.get("losses"), dict)
 
 
 def _is_time(value: Any) -> bool:

@@ -258,6 +258,7 @@ class RunScreen(Screen[None]):
 
     def action_tab(self, name: str) -> None:
         """See a tab."""
+        self.set_focus(None)  # what is hidden while it has the focus would hand it on and bring its tab back
         self.query_one(TabbedContent).active = name
 
     def action_pause(self) -> None:

@@ -59,7 +59,8 @@ class OverviewPane(Pane):
         self._take_picture(model)
         self._take_classes(model)
         now = self.query_one("#overview-now", Panel)
-        now.update(in_columns(self._now(model, now), now.size.width, 2 if now.size.width >= 70 else 1))
+        columns = 2 if now.size.width >= 70 else 1
+        now.update(in_columns(self._now(model, now, now.size.width // columns - columns + 1), now.size.width, columns))
         events = self.query_one("#overview-events", Panel)
         events.update(Text("\n").join(event_lines(model, events.size.width)[-max(1, events.size.height) :]))
         broken = model.status.kind in ("failed", "gone")
@@ -102,14 +103,14 @@ class OverviewPane(Pane):
             lines.append(figure("best", f"{number(best)} at step {model.best.step:,}", width))
         panel.update(Text("\n").join(lines))
 
-    def _now(self, model: RunModel, panel: Panel) -> list[Text]:
-        lines = [*training_lines(model, panel), *machine_lines(model, panel)]
-        return lines if panel.size.width >= 70 else [*lines, *verdict_lines(model, panel)]
+    def _now(self, model: RunModel, panel: Panel, width: int) -> list[Text]:
+        lines = [*training_lines(model, panel, width), *machine_lines(model, panel, width)]
+        return lines if panel.size.width > width else [*lines, *verdict_lines(model, panel)]
 
 
-def training_lines(model: RunModel, panel: Panel) -> list[Text]:
+def training_lines(model: RunModel, panel: Panel, width: int) -> list[Text]:
     """Loss, speed, wait for data, memory."""
-    step, width = model.latest, panel.size.width
+    step = model.latest
     if step is None:
         return []
     speed = _history(panel, model.steps, "images_per_s", "images_per_s")
@@ -132,9 +133,9 @@ def training_lines(model: RunModel, panel: Panel) -> list[Text]:
     return lines
 
 
-def machine_lines(model: RunModel, panel: Panel) -> list[Text]:
+def machine_lines(model: RunModel, panel: Panel, width: int) -> list[Text]:
     """Memory, load, power and temperature of the GPU with their history; of the CPU where there is none."""
-    system, width = model.system, panel.size.width
+    system = model.system
     if system is None:
         return []
     peak = model.latest.memory_peak_gib if model.latest else math.nan

@@ -41,6 +41,7 @@ COMPARISONS = (
 )
 """Curves in which runs are compared: title, columns, column. Losses and IoU are never in one chart."""
 _GAP = 2
+_X = "step of the runs"  # zoomed by themselves, since runs differ in length
 
 
 class RunsPane(Pane):
@@ -95,7 +96,7 @@ class RunsPane(Pane):
         yield FilterInput("runs (name, task, state, preset)", id="runs-filter")
         yield DataTable(id="runs-table", cursor_type="row", cell_padding=_GAP // 2, classes="panel")
         with Horizontal(id="runs-bottom"):
-            yield Chart(ChartSpec("compared", "", lambda _: [], may_log=True, may_smooth=True), x_name="step of runs")
+            yield Chart(ChartSpec("compared", "", lambda _: [], x_name=_X))
             with VerticalScroll(id="runs-side", can_focus=False):
                 yield Panel("this run", id="runs-about")
 
@@ -292,7 +293,9 @@ class RunsPane(Pane):
                 name = one_line(model.root.name)
                 curves.append(curve_of(getattr(model, columns), column, name, self._color(model.root)))
         empty = f"no {title} in {'these runs' if len(compared) > 1 else 'this run'}; n shows another curve"
-        chart.spec = ChartSpec("compared", title, lambda _: [], empty, may_log=True, may_smooth=columns == "steps")
+        chart.spec = ChartSpec(
+            "compared", title, lambda _: [], empty, may_log=True, may_smooth=columns == "steps", x_name=_X
+        )
         chart.show(curves)
 
     def _draw_about(self) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.text import Text
 from textual.app import ComposeResult
-from textual.containers import Grid, Horizontal
+from textual.containers import Horizontal
 
-from affmae_cli.dashboard.chart import Chart
 from affmae_cli.dashboard.charts import machine_charts
+from affmae_cli.dashboard.panes.chart_grid import ChartGrid
 from affmae_cli.dashboard.panes.overview import machine_lines, training_lines, verdict_lines
 from affmae_cli.dashboard.panes.pane import Pane, Panel, figure
 from affmae_cli.dashboard.run_model import RunModel
@@ -22,35 +22,21 @@ class SystemPane(Pane):
         with Horizontal(id="system-figures"):
             yield Panel("machine", id="system-machine")
             yield Panel("this run", id="system-run")
-        yield Grid(id="system-grid")
+        yield ChartGrid()
 
     def focus_first(self) -> None:
         """The first chart."""
-        charts = self.query(Chart)
-        (charts.first() if charts else self).focus()
+        if not self.query_one(ChartGrid).focus_first():
+            self.focus()
 
     def take(self, model: RunModel) -> None:
         """Draw figures and charts; a chart that has no values is left out."""
         super().take(model)
         machine, run = self.query_one("#system-machine", Panel), self.query_one("#system-run", Panel)
         machine.update(Text("\n").join(_machine(model, machine)))
-        run.update(Text("\n").join([*training_lines(model, run), *verdict_lines(model, run)]))
-        specs = {spec.key: spec for spec in machine_charts(model)}
-        grid = self.query_one("#system-grid", Grid)
-        present = [chart.spec.key for chart in grid.query(Chart)]
-        if present != list(specs):
-            grid.remove_children()
-            minutes = {key: "step" if key == "data_wait" else "minute" for key in specs}
-            grid.mount_all(Chart(spec, x_name=minutes[key]) for key, spec in specs.items())
-            self.call_after_refresh(self._draw)
-        width = self.size.width
-        grid.styles.grid_size_columns = max(1, min(len(specs), 1 if width < 100 else 2 if width < 160 else 3))
-        self._draw()
-
-    def _draw(self) -> None:
-        if self.model is not None:
-            for chart in self.query(Chart):
-                chart.take(self.model)
+        lines = training_lines(model, run, run.size.width)
+        run.update(Text("\n").join([*lines, *verdict_lines(model, run)]))
+        self.query_one(ChartGrid).take(model, machine_charts(model))
 
 
 def _machine(model: RunModel, panel: Panel) -> list[Text]:
@@ -66,7 +52,7 @@ def _machine(model: RunModel, panel: Panel) -> list[Text]:
         lines.append(figure("GPU", system.gpu, width))
     elif system.gpu_missing:
         lines.append(figure("GPU", f"none: {one_line(system.gpu_missing)}", width))
-    lines += machine_lines(model, panel)
+    lines += machine_lines(model, panel, width)
     if system.gpu:
         clocks = of(system.sm_clock, system.sm_clock_max, "MHz")
         lines.append(figure("GPU clock", clocks, width))
