@@ -26,6 +26,7 @@ from affmae_cli.dashboard.chart import Chart
 from affmae_cli.dashboard.control import DashboardResult, Pictures, TrainerProcess, request
 from affmae_cli.dashboard.dialogs import Answer, HelpScreen, Question
 from affmae_cli.dashboard.export import save_screen
+from affmae_cli.dashboard.panes.runs import RunsPane
 from affmae_cli.dashboard.pixels import pixel_widget
 from affmae_cli.dashboard.plot import ChartView
 from affmae_cli.dashboard.run_screen import TABS, RunScreen
@@ -297,6 +298,5 @@ async def settled(pilot: Pilot[Any], seconds: float = 30.0) -> None:
             for worker in [worker for worker in app.workers if worker.group == "preview"]:
                 await worker.wait()
             await pilot.pause(0.05)
-            if screen.tab == "runs" and not screen.query_one("#runs-about").size.width:
-                continue
-            return
+            if screen.tab != "runs" or screen.query_one(RunsPane).looked:
+                return

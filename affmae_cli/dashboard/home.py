@@ -171,7 +171,9 @@ class HomeScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """Title, next step, table, footer."""
-        yield Static(Text.assemble(("affmae", "bold"), f"   {one_line(str(self._folder))}"), id="home-title")
+        home = Path.home()
+        place = f"~/{self._folder.relative_to(home)}" if self._folder.is_relative_to(home) else str(self._folder)
+        yield Static(Text.assemble(("affmae", "bold"), f"   {one_line(place)}"), id="home-title")
         yield Static("", id="home-next", markup=False)
         yield DataTable(id="home-table", cursor_type="row", classes="panel")
         yield Footer()

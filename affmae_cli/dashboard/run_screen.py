@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.screen import Screen
 from textual.widget import Widget
-from textual.widgets import Footer, Static, TabbedContent, TabPane, Tabs
+from textual.widgets import Footer, TabbedContent, TabPane, Tabs
 from textual.worker import get_current_worker
 
 from affmae_cli.dashboard.alerts import Alerts
@@ -27,7 +28,7 @@ from affmae_cli.dashboard.panes.config import ConfigPane
 from affmae_cli.dashboard.panes.log import LogPane
 from affmae_cli.dashboard.panes.metrics import MetricsPane
 from affmae_cli.dashboard.panes.overview import OverviewPane, progress_line
-from affmae_cli.dashboard.panes.pane import Pane
+from affmae_cli.dashboard.panes.pane import Lines, Pane
 from affmae_cli.dashboard.panes.pictures import PicturesPane
 from affmae_cli.dashboard.panes.runs import RunsPane
 from affmae_cli.dashboard.panes.system import SystemPane
@@ -38,7 +39,7 @@ from affmae_cli.output import printable
 from affmae_engine.errors import AffmaeError
 from affmae_engine.run_dir import CHECKPOINT, STOP
 
-SECONDS_BETWEEN_READS = 0.5
+SECONDS_BETWEEN_READS, SECONDS_BETWEEN_DRAWINGS, SECONDS_WITHOUT_NEWS = 0.5, 1.0, 2.0
 SECONDS_OF_READING, SECONDS_OF_REST = 0.3, 0.1
 """A long run is opened in turns: between them the interpreter is free to draw."""
 TABS: dict[str, type[Pane]] = {
@@ -53,7 +54,7 @@ TABS: dict[str, type[Pane]] = {
 """Tabs by their names, in the order of the keys 1 to 7."""
 
 
-class StatusBar(Static):
+class StatusBar(Lines):
     """State, task, name, progress; below, what is to be said of a run that does not simply run."""
 
     def take(self, model: RunModel, *, paused: bool) -> None:
@@ -71,7 +72,7 @@ class StatusBar(Static):
         elif status.text != "training" and status.kind == "running":
             said.append(status.text)
         lines += [Text(cut(text, width * 2), "not bold") for text in said]
-        self.update(Text("\n").join(lines))
+        self.put(Text("\n").join(lines))
 
 
 class RunScreen(Screen[None]):
@@ -144,7 +145,7 @@ class RunScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """Status, tabs, footer."""
-        yield StatusBar(id="status", markup=False)
+        yield StatusBar(id="status")
         with TabbedContent(initial=self._first_tab):
             for number, (name, pane) in enumerate(TABS.items(), 1):
                 with TabPane(f"{number} {name.capitalize()}", id=name):
@@ -182,15 +183,20 @@ class RunScreen(Screen[None]):
     def _follow(self, root: Path) -> None:
         worker = get_current_worker()
         model = RunModel(root, exit_code=lambda: self._exit_code(root))
+        new, told = True, 0.0
         while not worker.is_cancelled:
             try:
-                model.poll(SECONDS_OF_READING)
-                self.post_message(self.Read(model))
+                new |= model.poll(SECONDS_OF_READING)
+                # Times go on where nothing is new; more often than once a second nobody can see.
+                if time.monotonic() - told >= (SECONDS_BETWEEN_DRAWINGS if new else SECONDS_WITHOUT_NEWS):
+                    self.post_message(self.Read(model))
+                    new, told = False, time.monotonic()
                 for text in self._alerts.of(model):
                     self.post_message(self.Alert(text))
             except Exception as error:  # whatever a run holds must not end the view of it
                 self.post_message(self.Failed(error))
-            self._wake.wait(SECONDS_OF_REST if model.opening else SECONDS_BETWEEN_READS)
+            if self._wake.wait(SECONDS_OF_REST if model.opening else SECONDS_BETWEEN_READS):
+                new, told = True, 0.0
             self._wake.clear()
 
     def on_run_screen_read(self, message: Read) -> None:
@@ -229,7 +235,6 @@ class RunScreen(Screen[None]):
             runs.follow(self.root.parent)
         else:
             runs.leave()
-        pane.take(self.model)
         self.call_after_refresh(self._focus_pane)
 
     def _focus_pane(self) -> None:

@@ -54,7 +54,7 @@ class ConfigPane(Pane):
         for number, text in enumerate(columns):
             panel = self.query_one(f"#config-{number}", Panel)
             panel.display = number < count
-            panel.update(text)
+            panel.put(text)
 
 
 def _blocks(model: RunModel, width: int) -> list[list[Text]]:

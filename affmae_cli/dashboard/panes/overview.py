@@ -8,13 +8,13 @@ import time
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
-from textual.widgets import Digits, Static
+from textual.widgets import Digits
 
 from affmae_cli.dashboard.chart import Chart
 from affmae_cli.dashboard.charts import LOSS, MACHINE, known, main_chart, sparkline
 from affmae_cli.dashboard.colors import class_color, curve_color
 from affmae_cli.dashboard.columns import Columns
-from affmae_cli.dashboard.panes.pane import History, Pane, Panel, bar, figure, in_columns
+from affmae_cli.dashboard.panes.pane import History, Lines, Pane, Panel, bar, figure, in_columns
 from affmae_cli.dashboard.pictures import PictureGrid
 from affmae_cli.dashboard.run_model import RunModel
 from affmae_cli.dashboard.text import cut, duration, gib, number, of, one_line, rate, seconds, share
@@ -32,7 +32,7 @@ class OverviewPane(Pane):
 
     def compose(self) -> ComposeResult:
         """The sentence; chart and figures; pictures and events."""
-        yield Static("", id="headline", markup=False)
+        yield Lines(id="headline")
         with Horizontal(id="overview-top"):
             yield Chart(LOSS, id="overview-chart")
             with Vertical(id="overview-side"):
@@ -51,24 +51,27 @@ class OverviewPane(Pane):
     def take(self, model: RunModel) -> None:
         """Draw everything."""
         super().take(model)
+        shown = {"-classes": bool(worst_classes(model)), "-broken": model.status.kind in ("failed", "gone")}
+        if any(self.has_class(name) != value for name, value in shown.items()):
+            for name, value in shown.items():
+                self.set_class(value, name)
+            self.call_after_refresh(self.take, model)  # once what appeared has its size
         self.query_one(Chart).take(model, main_chart(model))
         said = headline(model)
-        sentence = self.query_one("#headline", Static)
+        sentence = self.query_one("#headline", Lines)
         sentence.set_classes(f"level-{said.level}")
-        sentence.update(Text(f"{_SIGNS[said.level]} {said.text[:1].upper()}{said.text[1:]}"))
+        sentence.put(Text(f"{_SIGNS[said.level]} {said.text[:1].upper()}{said.text[1:]}"))
         self._take_picture(model)
         self._take_classes(model)
         now = self.query_one("#overview-now", Panel)
         columns = 2 if now.size.width >= 70 else 1
-        now.update(in_columns(self._now(model, now, now.size.width // columns - columns + 1), now.size.width, columns))
+        now.put(in_columns(self._now(model, now, now.size.width // columns - columns + 1), now.size.width, columns))
         events = self.query_one("#overview-events", Panel)
-        events.update(Text("\n").join(event_lines(model, events.size.width)[-max(1, events.size.height) :]))
-        broken = model.status.kind in ("failed", "gone")
-        self.set_class(broken, "-broken")
-        if broken:
+        events.put(Text("\n").join(event_lines(model, events.size.width)[-max(1, events.size.height) :]))
+        if shown["-broken"]:
             log = self.query_one("#overview-log", Panel)
             lines = [cut(one_line(text), log.size.width) for text in model.log_tail(1 << 14)[-8:]]
-            log.update(Text("\n".join(lines)))
+            log.put(Text("\n".join(lines)))
 
     def _take_picture(self, model: RunModel) -> None:
         picture = self.query_one(PictureGrid)
@@ -84,7 +87,6 @@ class OverviewPane(Pane):
     def _take_classes(self, model: RunModel) -> None:
         scores = worst_classes(model)
         value = model.evaluated.metrics.get("iou", math.nan) if model.evaluated else math.nan
-        self.set_class(bool(scores), "-classes")
         self.query_one("#overview-score", Digits).update(f"{value:.3f}" if math.isfinite(value) else "")
         panel = self.query_one("#overview-classes", Panel)
         panel.border_title = "mean IoU, and IoU by class"
@@ -101,7 +103,7 @@ class OverviewPane(Pane):
         if model.best is not None and scores:
             best = model.best.metrics.get("iou", math.nan)
             lines.append(figure("best", f"{number(best)} at step {model.best.step:,}", width))
-        panel.update(Text("\n").join(lines))
+        panel.put(Text("\n").join(lines))
 
     def _now(self, model: RunModel, panel: Panel, width: int) -> list[Text]:
         lines = [*training_lines(model, panel, width), *machine_lines(model, panel, width)]

@@ -39,11 +39,27 @@ class Pane(Vertical, can_focus=True):
             self.take(self.model)
 
 
-class Panel(Static):
+class Lines(Static):
+    """Text that changes often; laid out anew only when its height changes, since that redraws the whole screen."""
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__("", id=id, classes=classes, markup=False)
+        self._put: tuple[Text, int] = Text(), -1
+
+    def put(self, text: Text) -> None:
+        """Show this text."""
+        width = max(1, self.size.width)
+        height = sum(max(1, -(-len(row) // width)) for row in text.plain.split("\n"))
+        if (text, height) != self._put:
+            self.update(text, layout=height != self._put[1])
+            self._put = text, height
+
+
+class Panel(Lines):
     """Lines of text below a title."""
 
     def __init__(self, title: str = "", *, id: str | None = None) -> None:
-        super().__init__("", id=id, classes="panel", markup=False)
+        super().__init__(id=id, classes="panel")
         self.border_title = title
 
     def paint(self, color: str) -> str:

@@ -60,11 +60,11 @@ class PicturesPane(Pane):
         grid, slider = self.query_one(PictureGrid), self.query_one("#pictures-slider", Panel)
         if not model.previews:
             grid.path = None
-            slider.update("")
+            slider.put(Text())
         else:
             chosen = model.previews[self.number]
             grid.path, grid.stamp = model.root / chosen.path, chosen.time
-            slider.update(self._slider(model, slider))
+            slider.put(self._slider(model, slider))
         self._take_legend(grid)
         self._take_classes(model)
 
@@ -86,7 +86,7 @@ class PicturesPane(Pane):
         text = Text(no_wrap=False)
         for name, (r, g, b) in grid.preview.legend:
             text.append("■ ", f"rgb({r},{g},{b})").append(f"{one_line(name)}   ")
-        panel.update(text)
+        panel.put(text)
         panel.display = bool(grid.preview.legend)
 
     def _take_classes(self, model: RunModel) -> None:
@@ -107,7 +107,7 @@ class PicturesPane(Pane):
             text.truncate(max(1, width - 1), pad=True)
             cells.append(text)
         rows = [Text(" ").join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
-        panel.update(Text("\n").join(rows))
+        panel.put(Text("\n").join(rows))
 
     def action_time(self, by: int) -> None:
         """Earlier and later."""

@@ -46,7 +46,8 @@ _X = "step of the runs"  # zoomed by themselves, since runs differ in length
 
 class RunsPane(Pane):
     """order: the column that sorts. marked: runs that are compared. pinned: runs that stay on top. shown: which of
-    `COMPARISONS`; None picks the one of the first run's task."""
+    `COMPARISONS`; None picks the one of the first run's task. looked: whether the folder, and the run under the cursor,
+    was read."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Open", tooltip="Show this run in all tabs"),
@@ -88,6 +89,7 @@ class RunsPane(Pane):
         self._listed: list[Path] = []
         self._under: Path | None = None
         self._problem = ""
+        self.looked = False
         self._drawn: object = None
         self._wake = threading.Event()
 
@@ -138,6 +140,7 @@ class RunsPane(Pane):
         message.stop()
         self.runs, self._read, self._problem = message.runs, message.read, message.problem
         self._draw()
+        self.looked = self._under is None or self._under in self._read
 
     def _draw(self) -> None:
         self._draw_table()
@@ -310,13 +313,13 @@ class RunsPane(Pane):
                 f"{cut(one_line(n), 24):<24} {cut(one_line(a), value):<{value}} {cut(one_line(b), value)}"
                 for n, a, b in rows
             ]
-            panel.update(Text("\n".join(lines) or "the same settings"))
+            panel.put(Text("\n".join(lines) or "the same settings"))
         elif compared:
             model = compared[-1]
             panel.border_title = one_line(model.root.name)
             status = one_line(model.status.text) + (f"\n{one_line(model.status.hint)}" if model.status.hint else "")
             hint = "\n\nspace marks runs to compare; two marked runs also show the settings in which they differ"
-            panel.update(Text(f"{headline(model).text}\n\n{status}").append(hint, "dim"))
+            panel.put(Text(f"{headline(model).text}\n\n{status}").append(hint, "dim"))
         else:
             panel.border_title = "this run"
-            panel.update(Text("no run here yet" if not self.runs else "reading the run", "dim"))
+            panel.put(Text("no run here yet" if not self.runs else "reading the run", "dim"))

@@ -33,9 +33,9 @@ class SystemPane(Pane):
         """Draw figures and charts; a chart that has no values is left out."""
         super().take(model)
         machine, run = self.query_one("#system-machine", Panel), self.query_one("#system-run", Panel)
-        machine.update(Text("\n").join(_machine(model, machine)))
+        machine.put(Text("\n").join(_machine(model, machine)))
         lines = training_lines(model, run, run.size.width)
-        run.update(Text("\n").join([*lines, *verdict_lines(model, run)]))
+        run.put(Text("\n").join([*lines, *verdict_lines(model, run)]))
         self.query_one(ChartGrid).take(model, machine_charts(model))
 
 
