@@ -56,7 +56,6 @@ class ThemedApp(App[Any]):
         return {"rule": "#808080"}
 
     def action_theme(self) -> None:
-        """Dark or light."""
         self.theme = (colors.LIGHT if self.current_theme.dark else colors.DARK).name
 
 
@@ -90,7 +89,6 @@ class DashboardApp(ThemedApp):
         self.chart_views: dict[str, ChartView] = {}
 
     def on_mount(self) -> None:
-        """Open the run."""
         self.push_screen(RunScreen(self._root, self._exit_code, self._first_tab, self._pixels))
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
@@ -130,7 +128,6 @@ class DashboardApp(ThemedApp):
             self.notify(problem, severity="error", markup=False)
 
     def action_help(self) -> None:
-        """Every key, by where it works."""
         screen = next((s for s in reversed(self.screen_stack) if isinstance(s, RunScreen)), None)
         if screen is None or isinstance(self.screen, HelpScreen):
             return

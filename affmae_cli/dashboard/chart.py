@@ -57,37 +57,30 @@ class Chart(Widget, can_focus=True):
         self._drawn: object = None
 
     def take(self, model: RunModel, spec: ChartSpec | None = None) -> None:
-        """Draw what is known of a run now, or another chart of it."""
         self.spec, self.model = spec or self.spec, model
         self.show(self.spec.curves(model))
 
     def show(self, curves: Sequence[Curve]) -> None:
-        """Draw these curves."""
         self.curves, self._drawn = curves, None
         self._retitle()
         self.refresh()
 
     def on_mount(self) -> None:
-        """Look as the charts that were there before."""
         views: Mapping[str, ChartView] = getattr(self.app, "chart_views", {})
         self.view = views.get(self.spec.x_name, self.view)
 
     def watch_view(self) -> None:
-        """Draw otherwise."""
         self._drawn = None
         self._retitle()
 
     def on_resize(self) -> None:
-        """Draw in another size."""
         self._drawn = None
 
     def notify_style_update(self) -> None:
-        """Draw in the colors of another theme."""
         super().notify_style_update()
         self._drawn = None
 
     def render_line(self, y: int) -> Strip:
-        """One line of the chart."""
         if self._drawn is None:
             self._drawn = self._draw()
         strips = self._drawn
@@ -101,11 +94,9 @@ class Chart(Widget, can_focus=True):
         return (float(min(x[0] for x in known)), float(max(x[-1] for x in known))) if known else (0.0, 1.0)
 
     def action_log(self) -> None:
-        """Logarithmic or linear."""
         self._see(replace(self.view, log=not self.view.log))
 
     def action_smooth(self) -> None:
-        """Moving means or single values."""
         self._see(replace(self.view, smoothing=not self.view.smoothing))
 
     def action_cursor(self, direction: int) -> None:
@@ -135,13 +126,11 @@ class Chart(Widget, can_focus=True):
         self._see(replace(self.view, span=self._within(at - share * width, width)))
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
-        """The cursor follows the mouse."""
         at = self._x_at(event)
         if at is not None:
             self._see(replace(self.view, cursor=at))
 
     def on_leave(self) -> None:
-        """The mouse left, and so does the cursor."""
         if self.view.cursor is not None:
             self._see(replace(self.view, cursor=None))
 
@@ -152,7 +141,6 @@ class Chart(Widget, can_focus=True):
             self.action_zoom(1, self._x_at(event))
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Zoom out with Ctrl."""
         if event.ctrl:
             event.stop()
             self.action_zoom(-1, self._x_at(event))

@@ -46,7 +46,6 @@ class Question(ModalScreen[str | None]):
         self._question, self._answers = question, answers
 
     def compose(self) -> ComposeResult:
-        """The question, a button for each answer, and how to cancel."""
         with Vertical(id="question"):
             yield Label(self._question, id="question-text", markup=False)
             for answer in self._answers:
@@ -56,7 +55,6 @@ class Question(ModalScreen[str | None]):
             yield Label("Esc  cancel", classes="meaning", markup=False)
 
     def on_key(self, event: events.Key) -> None:
-        """An answer's own key."""
         for answer in self._answers:
             if event.key == answer.key:
                 event.stop()
@@ -67,7 +65,6 @@ class Question(ModalScreen[str | None]):
         self.dismiss((event.button.id or "").removeprefix("answer-"))
 
     def action_cancel(self) -> None:
-        """No answer."""
         self.dismiss(None)
 
 
@@ -81,7 +78,6 @@ class HelpScreen(ModalScreen[None]):
         self._keys = keys
 
     def compose(self) -> ComposeResult:
-        """One page that scrolls where it does not fit."""
         # Two columns of headings, about equally high.
         columns: list[Table] = []
         half = sum(len(keys) + 2 for keys in self._keys.values()) / 2
@@ -113,12 +109,10 @@ class FullScreen(Screen[None]):
         self.widget = widget
 
     def compose(self) -> ComposeResult:
-        """The widget and its keys."""
         yield self.widget
         yield Footer(show_command_palette=False)
 
     def take(self, model: RunModel) -> None:
-        """Draw what is known of the run now."""
         if isinstance(self.widget, Chart) and self.widget.model is not None:
             self.widget.take(model)
 

@@ -144,7 +144,6 @@ class FormScreen(Screen[list[str] | None]):
         self._filled = dict(values or {})
 
     def compose(self) -> ComposeResult:
-        """What it does, the fields, the command line."""
         yield Static(Text.assemble((f"affmae {self.command_name}", "bold"), f"   {self._about}"), classes="form-about")
         with VerticalScroll(classes="form", can_focus=False):
             group = ""
@@ -172,7 +171,6 @@ class FormScreen(Screen[list[str] | None]):
         return Input(value, placeholder=field.default, compact=True, id=f"field-{field.name}")
 
     def on_mount(self) -> None:
-        """Write in the first field."""
         self.query("Input, Checkbox, Select").first().focus()
         self._show_line()
 
@@ -206,7 +204,6 @@ class FormScreen(Screen[list[str] | None]):
         return [field.title for field in self.fields if field.required and not values.get(field.name)]
 
     def action_run(self) -> None:
-        """Run the command line that is shown."""
         try:
             words = words_of(self.fields, self.values())
         except ValueError as error:
@@ -218,5 +215,4 @@ class FormScreen(Screen[list[str] | None]):
         self.dismiss([self.command_name, *words])
 
     def action_back(self) -> None:
-        """Run nothing."""
         self.dismiss(None)

@@ -170,7 +170,6 @@ class HomeScreen(Screen[None]):
         self.found: Folder | None = None
 
     def compose(self) -> ComposeResult:
-        """Title, next step, table, footer."""
         home = Path.home()
         place = f"~/{self._folder.relative_to(home)}" if self._folder.is_relative_to(home) else str(self._folder)
         yield Static(Text.assemble(("affmae", "bold"), f"   {one_line(place)}"), id="home-title")
@@ -179,7 +178,6 @@ class HomeScreen(Screen[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Look, now and again and again."""
         self.query_one(DataTable).border_title = "in this folder"
         self._look()
         self.set_interval(SECONDS_BETWEEN_LOOKS, self._look)
@@ -190,7 +188,6 @@ class HomeScreen(Screen[None]):
         self.app.call_from_thread(self._show, found)
 
     def on_resize(self) -> None:
-        """Columns are as wide as there is room for."""
         if self.found is not None:
             found, self.found = self.found, None
             self._show(found)
@@ -223,7 +220,6 @@ class HomeScreen(Screen[None]):
 
     @on(DataTable.RowSelected)
     def action_open(self) -> None:
-        """Watch the run, or fill in the form that uses what is selected."""
         at = self.query_one(DataTable).cursor_row
         items = self.found.items if self.found else ()
         if at < len(items):
@@ -234,14 +230,12 @@ class HomeScreen(Screen[None]):
                 self._form(item.form, item.values)
 
     def action_next(self) -> None:
-        """The form of the next step."""
         if self.found is not None and self.found.form:
             self._form(self.found.form, self.found.values)
         else:
             self.action_open()
 
     def action_form(self, name: str) -> None:
-        """A form, with what the next step would fill in if it is that one."""
         found = self.found
         self._form(name, found.values if found is not None and found.form == name else {})
 
@@ -267,7 +261,6 @@ class HomeApp(ThemedApp):
         self._folder, self._commands = folder, commands
 
     def on_mount(self) -> None:
-        """Open it."""
         self.push_screen(HomeScreen(self._folder, self._commands))
 
     def leave_by_signal(self, _number: int) -> None:
@@ -275,7 +268,6 @@ class HomeApp(ThemedApp):
         self.exit(None)
 
     def action_help(self) -> None:
-        """All keys."""
         keys = [b for b in HomeScreen.BINDINGS if isinstance(b, Binding) and b.show]
         found = [(self.get_key_display(b), b.description) for b in keys]
         forms = [("^r", "Run the command that is shown"), ("tab", "Next field"), ("esc", "Back")]

@@ -140,7 +140,6 @@ class PictureGrid(Widget, can_focus=True):
         return [tile for tile in tiles if self.first <= tile.row < last] or list(tiles)
 
     def watch_path(self, _before: Path | None, path: Path | None) -> None:
-        """Read another picture. Until it was read, the one before stays in sight."""
         if path is None:
             self.preview = Preview(problem="no preview yet")
             self.redraw()
@@ -148,7 +147,6 @@ class PictureGrid(Widget, can_focus=True):
             self._read(path)
 
     def watch_stamp(self) -> None:
-        """The file was written again."""
         if self.path is not None:
             self._read(self.path)
 
@@ -157,7 +155,6 @@ class PictureGrid(Widget, can_focus=True):
         self.post_message(self.Loaded(path, read_preview(path)))
 
     def on_picture_grid_loaded(self, message: Loaded) -> None:
-        """Draw what was read, unless another picture was asked for since."""
         if message.path == self.path:
             self.preview = message.preview
             self.first = min(self.first, max(0, self.preview.rows - 1))
@@ -171,18 +168,15 @@ class PictureGrid(Widget, can_focus=True):
         self.refresh()
 
     def on_resize(self) -> None:
-        """Another size."""
         self.redraw()
 
     watch_first = watch_zoomed = watch_pixels = on_resize
 
     def notify_style_update(self) -> None:
-        """Titles have the colors of the theme."""
         super().notify_style_update()
         self._strips = None
 
     def render_line(self, y: int) -> Strip:
-        """One line of the tiles."""
         if self._strips is None:
             self._strips = self._draw()
         return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width, self.rich_style)

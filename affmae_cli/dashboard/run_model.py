@@ -216,7 +216,6 @@ class RunModel:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the run computes on the CPU."""
         return self.started is not None and "CPU (" in self.started.device
 
     @property

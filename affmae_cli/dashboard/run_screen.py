@@ -58,7 +58,6 @@ class StatusBar(Lines):
     """State, task, name, progress; below, what is to be said of a run that does not simply run."""
 
     def take(self, model: RunModel, *, paused: bool) -> None:
-        """Draw it."""
         status, width = model.status, max(20, self.size.width)
         self.set_classes(f"state-{status.kind}")
         right = progress_line(model)
@@ -144,7 +143,6 @@ class RunScreen(Screen[None]):
         self._seen: object = None
 
     def compose(self) -> ComposeResult:
-        """Status, tabs, footer."""
         yield StatusBar(id="status")
         with TabbedContent(initial=self._first_tab):
             for number, (name, pane) in enumerate(TABS.items(), 1):
@@ -153,14 +151,12 @@ class RunScreen(Screen[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Begin to read."""
         self.query_one(Tabs).can_focus = False  # its arrow keys would take ours
         for grid in self.query(PictureGrid):
             grid.pixels = self._pixels
         self._follow(self.root)
 
     def on_unmount(self) -> None:
-        """Let the threads end at once."""
         self.workers.cancel_all()
         self._wake.set()
 
@@ -200,7 +196,6 @@ class RunScreen(Screen[None]):
             self._wake.clear()
 
     def on_run_screen_read(self, message: Read) -> None:
-        """Draw what is new, unless the display is paused."""
         if message.model.root != self.root:
             return
         ended = self.model.status.ended
@@ -211,7 +206,6 @@ class RunScreen(Screen[None]):
             self.refresh_bindings()
 
     def on_run_screen_failed(self, message: Failed) -> None:
-        """Say it, once for each kind."""
         text = f"{type(message.error).__name__}: {message.error}"
         if text not in self._failures:
             self._failures.add(text)
@@ -225,7 +219,6 @@ class RunScreen(Screen[None]):
             self.app.screen.take(self.model)
 
     def on_resize(self) -> None:
-        """The status depends on the width."""
         self.call_after_refresh(lambda: self.query_one(StatusBar).take(self.model, paused=self.paused))
 
     @on(TabbedContent.TabActivated)
@@ -254,7 +247,6 @@ class RunScreen(Screen[None]):
         self.refresh_bindings()
 
     def watch_paused(self) -> None:
-        """Say so, or draw the newest."""
         self._draw()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -262,22 +254,18 @@ class RunScreen(Screen[None]):
         return action not in ("checkpoint", "stop") or not (self.model.opening or self.model.status.ended)
 
     def action_tab(self, name: str) -> None:
-        """See a tab."""
         self.set_focus(None)  # what is hidden while it has the focus would hand it on and bring its tab back
         self.query_one(TabbedContent).active = name
 
     def action_pause(self) -> None:
-        """Hold the display still, or resume it."""
         self.paused = not self.paused
 
     def action_copy(self) -> None:
-        """Copy the run's path to the clipboard of the terminal."""
         path = self.model.place if ":" in self.model.place else str(self.root.absolute())
         self.app.copy_to_clipboard(path)
         self.notify(f"copied: {printable(path)}", markup=False)
 
     def action_enlarge(self) -> None:
-        """The focused chart or picture, or the first one, on the whole screen."""
         widget = self.focused if isinstance(self.focused, (Chart, PictureGrid)) else None
         found = widget or next((w for w in self.pane.query("Chart, PictureGrid") if w.display), None)
         screen = enlarged(found) if found is not None else None
@@ -285,12 +273,10 @@ class RunScreen(Screen[None]):
             self.app.push_screen(screen)
 
     def action_checkpoint(self) -> None:
-        """Ask for a checkpoint."""
         self._request(CHECKPOINT)
 
     @work
     async def action_stop(self) -> None:
-        """Ask whether to stop, then ask the trainer to."""
         answers = [Answer("stop", "s", "Stop after a checkpoint", "the trainer saves and ends; it can be resumed")]
         if await self.ask(Question(f"Stop {printable(self.root.name)}?", answers)) == "stop":
             self._request(STOP)

@@ -21,7 +21,6 @@ class ChartGrid(VerticalScroll, can_focus=False):
     """Draws charts of a run; those that it no longer has are removed, new ones are added."""
 
     def compose(self) -> ComposeResult:
-        """The grid in what scrolls."""
         yield Grid(classes="charts")
 
     def focus_first(self) -> bool:
@@ -32,7 +31,6 @@ class ChartGrid(VerticalScroll, can_focus=False):
         return bool(charts)
 
     def take(self, model: RunModel, specs: Sequence[ChartSpec]) -> None:
-        """Draw these charts of what is known of the run now."""
         grid = self.query_one(".charts", Grid)
         present = {chart.spec.key: chart for chart in grid.query(Chart)}
         wanted = {spec.key: spec for spec in specs}

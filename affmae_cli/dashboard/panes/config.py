@@ -28,17 +28,14 @@ class ConfigPane(Pane):
         self._drawn: object = None
 
     def compose(self) -> ComposeResult:
-        """Columns that scroll together."""
         with VerticalScroll(id="config-scroll"), Horizontal(id="config-columns"):
             for number in range(3):
                 yield Panel(id=f"config-{number}")
 
     def focus_first(self) -> None:
-        """Keys scroll."""
         self.query_one(VerticalScroll).focus()
 
     def take(self, model: RunModel) -> None:
-        """Draw it when it changed."""
         super().take(model)
         width = self.size.width
         if self._drawn == (model.root, model.config, model.problem, width):

@@ -56,7 +56,6 @@ class LogView(ScrollView, can_focus=True):
         return True
 
     def on_resize(self) -> None:
-        """Wrap anew."""
         at_end = self.is_vertical_scroll_end
         self._wrap()
         if at_end:
@@ -80,7 +79,6 @@ class LogView(ScrollView, can_focus=True):
         return bool(found)
 
     def render_line(self, y: int) -> Strip:
-        """One row."""
         number, blank = y + round(self.scroll_y), self.rich_style
         text = self._rows[number] if number < len(self._rows) else ""
         style = blank + Style(bold=True) if " ERROR " in text or " WARNING " in text else blank
@@ -103,31 +101,25 @@ class LogPane(Pane):
     ]
 
     def compose(self) -> ComposeResult:
-        """The search, the text."""
         yield FilterInput("search", id="log-search")
         yield LogView()
 
     def focus_first(self) -> None:
-        """The text."""
         self.query_one(LogView).focus()
 
     def take(self, model: RunModel) -> None:
-        """Show the end of the log."""
         super().take(model)
         self.query_one(LogView).show(model.log_tail())
 
     def action_search(self) -> None:
-        """Write what is searched for."""
         self.query_one(FilterInput).open()
 
     def action_find(self, direction: int) -> None:
-        """The next place."""
         view = self.query_one(LogView)
         if not view.find(direction):
             self.notify("nothing found" if view.wanted else "press / to search", markup=False)
 
     def action_end(self) -> None:
-        """The newest lines."""
         self.query_one(LogView).scroll_end(animate=False)
 
     @on(Input.Changed, "#log-search")

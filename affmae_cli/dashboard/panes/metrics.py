@@ -31,7 +31,6 @@ class FilterInput(Input):
         self.focus()
 
     def action_close(self) -> None:
-        """All again."""
         self.value, self.display = "", False
         for ancestor in self.ancestors:
             if isinstance(ancestor, Pane):
@@ -53,24 +52,20 @@ class MetricsPane(Pane):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("slash", "filter", "Filter", key_display="/")]
 
     def compose(self) -> ComposeResult:
-        """The filter, the charts."""
         yield FilterInput("charts", id="metrics-filter")
         yield ChartGrid()
 
     def focus_first(self) -> None:
-        """The first chart."""
         if not self.query_one(ChartGrid).focus_first():
             self.focus()
 
     def take(self, model: RunModel) -> None:
-        """Draw the charts that the filter lets through."""
         super().take(model)
         wanted = pattern(self.query_one(FilterInput).value)
         specs = [spec for spec in run_charts(model) if wanted.search(f"{spec.title} {spec.key}")]
         self.query_one(ChartGrid).take(model, specs)
 
     def action_filter(self) -> None:
-        """Choose charts."""
         self.query_one(FilterInput).open()
 
     @on(Input.Changed, "#metrics-filter")

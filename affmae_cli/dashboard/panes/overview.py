@@ -45,11 +45,9 @@ class OverviewPane(Pane):
         yield Panel("end of the log", id="overview-log")
 
     def focus_first(self) -> None:
-        """The chart."""
         self.query_one(Chart).focus()
 
     def take(self, model: RunModel) -> None:
-        """Draw everything."""
         super().take(model)
         shown = {"-classes": bool(worst_classes(model)), "-broken": model.status.kind in ("failed", "gone")}
         if any(self.has_class(name) != value for name, value in shown.items()):

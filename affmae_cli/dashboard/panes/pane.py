@@ -26,15 +26,12 @@ class Pane(Vertical, can_focus=True):
     model: RunModel | None = None
 
     def take(self, model: RunModel) -> None:
-        """Draw what is known of the run now."""
         self.model = model
 
     def focus_first(self) -> None:
-        """Give the keys to what the tab is about."""
         self.focus()
 
     def on_resize(self) -> None:
-        """Text depends on the width."""
         if self.model is not None:
             self.take(self.model)
 

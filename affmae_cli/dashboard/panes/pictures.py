@@ -34,7 +34,6 @@ class PicturesPane(Pane):
     at: reactive[int | None] = reactive(None, init=False)
 
     def compose(self) -> ComposeResult:
-        """The slider, the pictures, legend, classes."""
         yield Panel("preview", id="pictures-slider")
         yield PictureGrid(id="pictures-grid")
         yield Panel(id="pictures-legend")
@@ -42,7 +41,6 @@ class PicturesPane(Pane):
             yield Panel("IoU and Dice of held-out images", id="pictures-classes")
 
     def focus_first(self) -> None:
-        """The pictures."""
         self.query_one(PictureGrid).focus()
 
     @property
@@ -53,7 +51,6 @@ class PicturesPane(Pane):
         return known[-1] if known else len(previews) - 1
 
     def take(self, model: RunModel) -> None:
-        """Draw the preview that was chosen."""
         if self.model is not None and self.model.root != model.root:
             self.at = None
         super().take(model)
@@ -69,7 +66,6 @@ class PicturesPane(Pane):
         self._take_classes(model)
 
     def on_picture_grid_loaded(self) -> None:
-        """The legend is in the picture."""
         self.call_after_refresh(lambda: self._take_legend(self.query_one(PictureGrid)))
 
     def _slider(self, model: RunModel, panel: Panel) -> Text:
@@ -110,14 +106,12 @@ class PicturesPane(Pane):
         panel.put(Text("\n").join(rows))
 
     def action_time(self, by: int) -> None:
-        """Earlier and later."""
         if self.model is not None and self.model.previews:
             last = len(self.model.previews) - 1
             number = min(max(self.number + by, 0), last)
             self.at = None if number == last else self.model.previews[number].step
 
     def watch_at(self) -> None:
-        """Another preview."""
         if self.model is not None:
             self.take(self.model)
 
@@ -128,7 +122,6 @@ class PicturesPane(Pane):
         grid.first = min(max(grid.first + by, 0), max(0, grid.preview.rows - grid.zoomed))
 
     def action_size(self, by: int) -> None:
-        """More or fewer images at a time."""
         grid = self.query_one(PictureGrid)
         rows = max(1, grid.preview.rows)
         grid.zoomed = min(max((grid.zoomed or rows) + by, 1), rows)

@@ -94,7 +94,6 @@ class RunsPane(Pane):
         self._wake = threading.Event()
 
     def compose(self) -> ComposeResult:
-        """Table above, chart and difference below."""
         yield FilterInput("runs (name, task, state, preset)", id="runs-filter")
         yield DataTable(id="runs-table", cursor_type="row", cell_padding=_GAP // 2, classes="panel")
         with Horizontal(id="runs-bottom"):
@@ -103,11 +102,9 @@ class RunsPane(Pane):
                 yield Panel("this run", id="runs-about")
 
     def focus_first(self) -> None:
-        """The table."""
         self.query_one(DataTable).focus()
 
     def take(self, model: RunModel) -> None:
-        """The table is read from the folder, see `follow`."""
         super().take(model)
         self._draw()
 
@@ -136,7 +133,6 @@ class RunsPane(Pane):
         self._wake.set()
 
     def on_runs_pane_listed(self, message: Listed) -> None:
-        """Draw what was found."""
         message.stop()
         self.runs, self._read, self._problem = message.runs, message.read, message.problem
         self._draw()
@@ -148,7 +144,6 @@ class RunsPane(Pane):
         self._draw_about()
 
     def watch_order(self) -> None:
-        """Draw anew."""
         self._draw()
         self._wake.set()
 
@@ -178,37 +173,30 @@ class RunsPane(Pane):
 
     @on(DataTable.RowSelected)
     def action_open(self) -> None:
-        """Show the run in all tabs."""
         root = self._under_cursor()
         if root is not None:
             self.post_message(self.Chosen(root))
 
     def action_mark(self) -> None:
-        """Add the run under the cursor to the comparison, or take it out."""
         root = self._under_cursor()
         if root is not None:
             self.marked = tuple(r for r in self.marked if r != root) if root in self.marked else (*self.marked, root)
 
     def action_pin(self) -> None:
-        """Keep the run under the cursor on top, or let it go."""
         root = self._under_cursor()
         if root is not None:
             self.pinned = tuple(r for r in self.pinned if r != root) if root in self.pinned else (*self.pinned, root)
 
     def action_order(self) -> None:
-        """Sort by the next column."""
         self.order, self.reverse = (self.order + 1) % len(COLUMNS), False
 
     def action_reverse(self) -> None:
-        """Sort the other way round."""
         self.reverse = not self.reverse
 
     def action_filter(self) -> None:
-        """Choose runs."""
         self.query_one(FilterInput).open()
 
     def action_curve(self) -> None:
-        """Compare another curve."""
         self.shown = (self._comparison() + 1) % len(COMPARISONS)
 
     def _under_cursor(self) -> Path | None:

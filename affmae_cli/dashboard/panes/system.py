@@ -25,7 +25,6 @@ class SystemPane(Pane):
         yield ChartGrid()
 
     def focus_first(self) -> None:
-        """The first chart."""
         if not self.query_one(ChartGrid).focus_first():
             self.focus()
 
