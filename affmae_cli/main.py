@@ -13,9 +13,25 @@ from typing import Annotated, Any
 import typer
 
 from affmae_cli import output
-from affmae_cli.commands import bench, check, demo, doctor, finetune, ingest, predict, presets, pretrain, watch
-from affmae_cli.errors import ErrorGroup
+from affmae_cli.commands import (
+    bench,
+    check,
+    demo,
+    doctor,
+    finetune,
+    import_,
+    ingest,
+    predict,
+    presets,
+    pretrain,
+    share,
+    slurm,
+    watch,
+)
+from affmae_cli.errors import ErrorGroup, report
 from affmae_cli.processes import led
+from affmae_engine.errors import ResourceError
+from affmae_engine.platforms import require_supported
 
 STORY = """
 Pretraining and segmentation for electron microscopy.
@@ -28,7 +44,10 @@ Pretraining and segmentation for electron microscopy.
 [bold]affmae watch[/bold]                              see how a run is doing
 """
 
-ORDER = ("ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "check", "presets", "doctor")
+ORDER = (
+    "ingest", "pretrain", "finetune", "predict", "watch", "demo", "bench", "check", "share", "import", "slurm",
+    "presets", "doctor",
+)  # fmt: skip
 """The commands in the order of the help."""
 
 
@@ -56,6 +75,9 @@ app.command()(watch.watch)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(check.check)
+app.command()(share.share)
+app.command("import")(import_.import_)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(slurm.slurm)
 app.command()(presets.presets)
 app.command()(doctor.doctor)
 
@@ -100,4 +122,9 @@ def main() -> None:
     # two such processes stall each other. A short spin costs nothing on an idle machine (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     output.prepare_streams()
+    try:
+        require_supported()
+    except ResourceError as error:
+        report(error)
+        raise SystemExit(error.exit_code) from error
     app(prog_name="affmae")

@@ -1,7 +1,7 @@
 """Options that several commands share, as annotated types, so that each help text exists once.
 
-Options that set a field of the configuration are passed to `settings.resolve` as `flags`, under the name in
-`settings.FLAGS`. All other fields are reached by `--set`; they get no flag of their own.
+Options that set a field of the configuration are passed to `settings.resolve` as `flags`, by their names in
+`settings.FLAGS`. All other fields are set with `--set` and have no flag.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PresetOption = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
-        help="Settings for a card and purpose; see `affmae presets`. `auto` picks by the card found.",
+        help="Settings for a GPU and purpose; see `affmae presets`. `auto` picks by the GPU found.",
         autocompletion=_complete_preset,
         rich_help_panel=_SETTINGS,
     ),
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="TOML file over the preset.", rich_help_panel=_SETTINGS),
+    typer.Option("--config", metavar="FILE", help="TOML file that overrides the preset.", rich_help_panel=_SETTINGS),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -57,8 +57,8 @@ BatchOption = Annotated[
     typer.Option(
         "--batch",
         metavar="auto|N",
-        help="Images at a time on one device; `auto` measures what fits. Changes memory and speed, the result "
-        "only by rounding and by what dropout draws: `train.batch_size` stays the batch of a step.",
+        help="Images per forward pass on one device; `auto` measures what fits. It changes memory and speed, and the "
+        "result only by rounding and by what dropout draws: `train.batch_size` stays the batch of a step.",
         rich_help_panel=_SETTINGS,
     ),
 ]
@@ -68,15 +68,18 @@ SeedOption = Annotated[
 ]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
-    typer.Option("--device", help="Where to compute; `auto` takes the card if there is one."),
+    typer.Option("--device", help="Where to compute; `auto` takes the GPU if there is one."),
 ]
 OutOption = Annotated[
-    Path | None, typer.Option("-o", "--out", metavar="PATH", help="Where to write; by default a new, named place.")
+    Path | None, typer.Option("-o", "--out", metavar="PATH", help="Where to write; by default a new name.")
 ]
 ModelOption = Annotated[
     Path | None,
     typer.Option(
-        "-m", "--model", metavar="RUN", help="Run, checkpoint or weights file; by default the newest that is finished."
+        "-m",
+        "--model",
+        metavar="RUN",
+        help="Run, checkpoint, weights file, model package or hf:ORG/NAME; by default the newest finished run.",
     ),
 ]
 
@@ -91,16 +94,23 @@ def _trust(ctx: typer.Context, wanted: bool) -> bool:
 
 TrustSizesOption = Annotated[
     bool,
-    typer.Option("--trust-sizes", help="Open files of suspicious size or compression that you know.", callback=_trust),
+    typer.Option("--trust-sizes", help="Skip limits on size and compression (trusted files only).", callback=_trust),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 ResumeOption = Annotated[
-    Path | None, typer.Option("--resume", metavar="RUN", help="Continue this very run, with its own settings.")
+    Path | None,
+    typer.Option("--resume", metavar="RUN", help="Resume RUN from its last checkpoint, with its settings."),
 ]
 InitFromOption = Annotated[
-    Path | None, typer.Option("--init-from", metavar="RUN", help="Start a new run from the weights of another.")
+    Path | None,
+    typer.Option("--init-from", metavar="RUN", help="Start from these weights: run, model package, hf:ORG/NAME."),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check the data, print the settings, the length and the memory of the run, and stop."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the result, warnings and errors.")]
 NoTuiOption = Annotated[bool, typer.Option("--no-tui", help="Show a small progress view instead of the dashboard.")]

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,6 @@ from affmae_engine.errors import ResourceError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-
-    from affmae_cli.settings import Resolved
 
 
 @cache
@@ -67,41 +65,6 @@ def show(renderable: RenderableType) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON document to stdout. Paths become strings, non-finite numbers null; ASCII only."""
     _write(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def show_dry_run(resolved: Resolved, *, as_json: bool = False) -> None:
-    """Print a resolved configuration to stdout: TOML with the source of every value that is not a default, or JSON."""
-    if as_json:
-        print_json(
-            {
-                "task": resolved.task,
-                "preset": resolved.preset,
-                "config": resolved.config.model_dump(mode="json"),
-                "sources": resolved.sources,
-            }
-        )
-        return
-    title = f"affmae {resolved.task}, preset {resolved.preset}" if resolved.task else f"preset {resolved.preset}"
-    show(f"# {title}\n\n{config_toml(resolved.config.model_dump(), resolved.sources)}")
-
-
-def config_toml(sections: Mapping[str, Mapping[str, Any]], sources: Mapping[str, str], *, prefix: str = "") -> str:
-    """Sections of a configuration as TOML, with the source of a value as a comment where `sources` has one.
-
-    Args:
-        sections: field values by section and field name; None becomes a comment, as TOML has no such value.
-        sources: source by "section.field".
-        prefix: put before each table's name, for example "task.finetune.".
-    """
-    tables = []
-    for section, values in sections.items():
-        lines = [f"[{prefix}{section}]"]
-        for name, value in values.items():
-            line = f"# {name} is not set" if value is None else f"{name} = {toml_value(value)}"
-            source = sources.get(f"{section}.{name}")
-            lines.append(f"{line:<40}  # {printable(source)}" if source else line)
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables) + "\n"
 
 
 def toml_value(value: Any) -> str:

@@ -27,9 +27,9 @@ from affmae_cli.errors import report
 from affmae_engine.errors import AffmaeError, DivergedError, Interrupted, PeerLost
 
 if TYPE_CHECKING:
-    from affmae_engine.config import RunConfig
     from affmae_engine.run_dir import RunDir
     from affmae_engine.runtime.distributed import Ranks
+    from affmae_engine.train.task import Task
 
 _SHARED = (Interrupted, DivergedError)
 """Ends of a training that all processes come to in the same step; only the first one tells them."""
@@ -47,19 +47,18 @@ def several() -> bool:
 
 def led(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, which may train, run in the first process and followed by the others."""
+    if not several():
+        return command
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
-        if not several():
-            command(*arguments, **options)
-            return
-        from affmae_engine.runtime.distributed import joined
+        from affmae_engine.runtime.distributed import peer_lost_error, process_group
 
-        with joined() as ranks:
+        with process_group() as ranks, ranks.at_forced_end(lambda: _report_once(peer_lost_error(), ranks)):
             try:
                 if ranks.first:
                     command(*arguments, **options)
-                    ranks.text(json.dumps({"done": True}))
+                    ranks.broadcast_text(json.dumps({"done": True}))
                 else:
                     _follow(ranks)
             except BaseException as error:
@@ -69,7 +68,7 @@ def led(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def announced(run: RunDir, config: RunConfig, task: str, data: Path, *, resume: bool) -> Iterator[None]:
+def announced(run: RunDir, task: Task, data: Path, *, resume: bool) -> Iterator[None]:
     """Around a training of the first process: the others, if there are any, are told to join it."""
     if not several():
         yield
@@ -77,8 +76,8 @@ def announced(run: RunDir, config: RunConfig, task: str, data: Path, *, resume: 
     from affmae_engine.runtime.distributed import current_ranks
 
     where = {"run": str(run.root.absolute()), "data": str(data.absolute())}
-    settings = config.model_dump(mode="json")
-    current_ranks().text(json.dumps({**where, "task": task, "config": settings, "resume": resume}))
+    settings = task.config.model_dump(mode="json")
+    current_ranks().broadcast_text(json.dumps({**where, "task": task.name, "config": settings, "resume": resume}))
     try:
         yield
     except BaseException as error:
@@ -88,7 +87,7 @@ def announced(run: RunDir, config: RunConfig, task: str, data: Path, *, resume: 
 def _follow(ranks: Ranks) -> None:
     """Train whatever is announced, until the first process is done."""
     while True:
-        message = json.loads(ranks.text(""))
+        message = json.loads(ranks.broadcast_text(""))
         if "failed" in message:
             os._exit(int(message["failed"]))
         if "done" in message:
@@ -104,29 +103,34 @@ def _join(message: dict[str, Any]) -> None:
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import RunDir
     from affmae_engine.runtime.signals import StopRequest
-    from affmae_engine.train.finetuning import finetune_task
-    from affmae_engine.train.loop import fit
-    from affmae_engine.train.pretraining import pretrain_task
+    from affmae_engine.train.finetuning import FinetuneTask
+    from affmae_engine.train.pretraining import PretrainTask
+    from affmae_engine.train.trainer import Trainer
 
     config, store = RunConfig.model_validate(message["config"]), Store.open(Path(message["data"]))
-    make_task = pretrain_task if message["task"] == "pretrain" else finetune_task
-    config, task = make_task(config, store)[:2]  # the weights will be those of the first process
+    # The weights will be those of the first process.
+    task: Task = PretrainTask(config, store) if message["task"] == "pretrain" else FinetuneTask(config, store)
     with StopRequest().installed() as stop:
-        fit(RunDir(Path(message["run"])), config, task, resume=message["resume"], stop=stop)
+        Trainer(RunDir(Path(message["run"])), task, resume=message["resume"], stop=stop).fit()
+
+
+def _report_once(error: AffmaeError, ranks: Ranks) -> None:
+    """Print an error of a training, unless rank 0 does."""
+    if ranks.first:
+        report(error)
+    elif not isinstance(error, (*_SHARED, PeerLost)):
+        report(AffmaeError(f"process {ranks.rank}: {error.message}", error.hint))
 
 
 def _leave(raised: BaseException, ranks: Ranks) -> NoReturn:
-    """Say what went wrong where no other process does, and end."""
+    """Print what went wrong, unless another process does, and end."""
     training = isinstance(raised, _WhileTraining)
     error = raised.__cause__ if training and raised.__cause__ is not None else raised
     if isinstance(error, KeyboardInterrupt):
         error = Interrupted("interrupted")
     code = error.exit_code if isinstance(error, (AffmaeError, typer.Exit)) else 1
     if isinstance(error, AffmaeError):
-        if ranks.first:
-            report(error)
-        elif not isinstance(error, (*_SHARED, PeerLost)):
-            report(AffmaeError(f"process {ranks.rank}: {error.message}", error.hint))
+        _report_once(error, ranks)
     elif not isinstance(error, (typer.Exit, BrokenPipeError)):
         traceback.print_exception(error)
     with contextlib.suppress(Exception):
@@ -136,5 +140,5 @@ def _leave(raised: BaseException, ranks: Ranks) -> NoReturn:
         if training and isinstance(error, _SHARED):
             ranks.wait()  # the launcher ends the others as soon as one has left
         elif not training and ranks.first:
-            ranks.text(json.dumps({"failed": code}))
+            ranks.broadcast_text(json.dumps({"failed": code}))
     os._exit(code)

@@ -21,13 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from affmae_cli import output
-from affmae_engine.events import Evaluated, Event, RunEnded, RunStarted, StepLogged, SystemSampled, Warned
+from affmae_engine.events import Evaluated, Event, RunEnded, RunStarted, StepLogged, SystemSampled, Warned, line
 
 if TYPE_CHECKING:
-    from affmae_engine.config import RunConfig
     from affmae_engine.run_dir import RunDir
-    from affmae_engine.train.loop import Summary
+    from affmae_engine.train.metrics import Sink
     from affmae_engine.train.task import Task
+    from affmae_engine.train.trainer import Trainer
 
 SECONDS_BETWEEN_LINES = 2.0
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -35,45 +35,48 @@ _SHOW_CURSOR = b"\x1b[?25h"
 _STOPPING = "stopping after this step; Ctrl-C once more leaves at once, without a checkpoint"
 
 
-def watched_fit(
+@contextlib.contextmanager
+def watched_trainer(
     run: RunDir,
-    config: RunConfig,
     task: Task,
     *,
     data: Path,
     resume: bool = False,
     quiet: bool = False,
     tensorboard: bool = False,
-) -> Summary:
-    """`fit` with signals caught and progress shown on stderr, or in the dashboard of the process that started this one.
+) -> Iterator[Trainer]:
+    """A trainer whose progress is shown on stderr, or in the dashboard of the process that started this one.
+
+    Signals are caught, and other processes of the same training are told to join it, inside the block.
 
     Args:
-        run: as for `fit`.
-        config: as for `fit`.
-        task: as for `fit`.
+        run: as for `Trainer`.
+        task: as for `Trainer`.
         data: the dataset, which other processes of the same training open too.
-        resume: as for `fit`.
+        resume: as for `Trainer`.
         quiet: show warnings only.
         tensorboard: write TensorBoard files too.
 
     Raises:
         ConfigError: TensorBoard files were asked for and the package is missing.
-        AffmaeError: as `fit`.
     """
     from affmae_cli.processes import announced
     from affmae_cli.tensorboard_copy import tensorboard_copy
     from affmae_cli.trainer_process import announcer, is_trainer
     from affmae_engine.runtime.signals import StopRequest
-    from affmae_engine.train.loop import fit
+    from affmae_engine.train.trainer import Trainer
 
-    with announced(run, config, task.name, data, resume=resume), contextlib.ExitStack() as stack:
-        copies = [stack.enter_context(tensorboard_copy(run))] if tensorboard else []
+    with announced(run, task, data, resume=resume), contextlib.ExitStack() as stack:
+        sinks: list[Sink] = [stack.enter_context(tensorboard_copy(run))] if tensorboard else []
+        stop = StopRequest()
         if is_trainer():
-            stop = stack.enter_context(StopRequest().installed())
-            return fit(run, config, task, sinks=[announcer(run), *copies], resume=resume, stop=stop)
-        view = stack.enter_context(watching(output.console(), quiet=quiet))
-        stop = stack.enter_context(StopRequest(view.on_signal).installed())
-        return fit(run, config, task, sinks=[view, *copies], resume=resume, stop=stop)
+            sinks.insert(0, announcer(run))
+        else:
+            view = stack.enter_context(watching(output.console(), quiet=quiet))
+            sinks.insert(0, view)
+            stop = StopRequest(view.on_signal)
+        stack.enter_context(stop.installed())
+        yield Trainer(run, task, sinks=sinks, resume=resume, stop=stop)
 
 
 @contextlib.contextmanager
@@ -121,8 +124,6 @@ class PlainLines:
         _write(self._console, f"{_STOPPING}\n".encode())
 
     def _print(self, event: Event) -> None:
-        from affmae_engine.runtime.formatting import line
-
         text = line(event, self._total)
         if text:
             style = "yellow" if isinstance(event, Warned) else ""
@@ -189,8 +190,6 @@ class LiveView:
             self._curve.add(self._smooth["loss"])
 
     def _remember(self, event: Event) -> None:
-        from affmae_engine.runtime.formatting import line
-
         text = Text(
             output.printable(line(event, 0)).replace("\n", " "), style="dim", overflow=self._overflow, no_wrap=True
         )

@@ -20,21 +20,10 @@ def resolve_continuation(
     Raises:
         ConfigError: a setting differs that a resumed run must keep; all of them are listed with both values.
     """
-    from affmae_cli.preset_files import preset_names
-    from affmae_cli.settings import FIELDS, resolve
+    from affmae_cli.settings import resolve
     from affmae_engine.train.resume import check_continuation
 
-    own = run.read_config().model_dump()
-    unset = [path for path in FIELDS if own[path.partition(".")[0]][path.partition(".")[2]] is None]
-    # config.toml holds every field but those that are None, so no preset shines through.
-    resolved = resolve(
-        task,
-        preset=preset_names()[0],
-        config_file=run.config,
-        overrides=overrides,
-        flags=flags,
-        unset=unset,
-    )
+    resolved = resolve(task, overrides=overrides, flags=flags, run=run)
     check_continuation(run, resolved.config)
     return resolved.config
 

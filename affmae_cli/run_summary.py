@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +21,8 @@ from affmae_cli.dashboard.charts import sparkline
 from affmae_cli.dashboard.status import Kind
 from affmae_cli.dashboard.text import curve_name, one_line
 from affmae_cli.dashboard.verdicts import Level, headline, worst_classes
-from affmae_engine.runtime.formatting import duration, line, number, rate
+from affmae_engine.events import line
+from affmae_engine.runtime.formatting import duration, number, rate
 
 if TYPE_CHECKING:
     from affmae_cli.dashboard.run_model import RunModel
@@ -68,7 +70,8 @@ def summary(state: RunModel, *, width: int = 80) -> RenderableType:
 
 def summary_json(state: RunModel) -> dict[str, Any]:
     """The same for scripts."""
-    latest, system = state.latest, state.system
+    latest = state.latest
+    figures = msgspec.structs.asdict(state.system) if state.system else {}
     return {
         "run": state.root,
         "task": state.task,
@@ -84,7 +87,7 @@ def summary_json(state: RunModel) -> dict[str, Any]:
         "images_per_s": latest.images_per_s if latest else math.nan,
         "megapixels_per_s": state.megapixels_per_s,
         "data_wait": state.data_wait,
-        "system": {name: value for name, value in vars(system).items() if name != "time"} if system else {},
+        "system": {name: value for name, value in figures.items() if name != "time"},
         "headline": headline(state).text,
         "verdicts": [verdict.text for verdict in state.verdicts],
         "preview": preview(state),

@@ -56,7 +56,7 @@ def train_in_dashboard() -> int:
     """
     from affmae_cli.dashboard.app import run_dashboard
 
-    trainer = Trainer.start()
+    trainer = TrainerProcess.start()
     root = trainer.wait_for_run()
     if root is None:
         return trainer.exit_code()
@@ -72,7 +72,7 @@ def train_in_dashboard() -> int:
     return trainer.see_out(root, asked=result.outcome == "stop")
 
 
-class Trainer:
+class TrainerProcess:
     """A trainer that this process started, seen from outside. Use `start`."""
 
     def __init__(self, process: subprocess.Popen[bytes], pipe: int, words: IO[bytes]) -> None:
@@ -82,7 +82,7 @@ class Trainer:
         self._interrupted = False
 
     @classmethod
-    def start(cls) -> Trainer:
+    def start(cls) -> TrainerProcess:
         """Run this process's own command line again, in a new session, without the terminal."""
         words = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the trainer)
         ours, theirs = os.pipe()
@@ -179,7 +179,7 @@ class Trainer:
 
 
 def is_trainer() -> bool:
-    """Whether this process was started by `Trainer.start`."""
+    """Whether this process was started by `TrainerProcess.start`."""
     return PIPE in os.environ
 
 

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from affmae_engine import atomic
-from affmae_engine.errors import CorruptError, InputError, human_bytes, one_line
+from affmae_engine import atomic, model_package
+from affmae_engine.errors import CorruptError, InputError, ResourceError, human_bytes, one_line
 from affmae_engine.run_dir import RunDir
-from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors, write_weights
+from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors, write_tensors, write_weights
 
 MANIFEST_SCHEMA = 1
 _LARGEST_JSON = 16 << 20
@@ -74,7 +73,7 @@ def save(
         return final
     with atomic.committed_folder(final) as folder:
         write_weights(folder / WEIGHTS, weights, metadata)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}, folder / OPTIMIZER)
+        write_tensors(folder / OPTIMIZER, optimizer)
         (folder / STATE).write_text(json.dumps(state, allow_nan=False), "utf-8")
         files = {
             name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
@@ -126,6 +125,24 @@ def newest_valid(run: RunDir, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def check_space(run: RunDir, weights: dict[str, Tensor], keep: int) -> None:
+    """Raises ResourceError when the disk cannot hold the checkpoints of a run.
+
+    Args:
+        run: the run.
+        weights: the model's tensors; the optimizer keeps two moments of each.
+        keep: newest checkpoints that stay, besides the best one and the one that is being written.
+    """
+    one = 3 * sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    needed = one * max(1, keep + 2 - len(run.checkpoint_steps()))
+    free = shutil.disk_usage(run.root).free
+    if free < needed:
+        raise ResourceError(
+            f"the checkpoints of this run need {human_bytes(needed)}, and {run.root} has {human_bytes(free)} left",
+            "free some space, choose another -o/--out, or keep fewer with --set train.keep_checkpoints=1",
+        )
+
+
 def set_aside_newer(run: RunDir, step: int) -> list[Path]:
     """Rename checkpoints newer than `step` (damaged ones) out of the way, so that they no longer count."""
     moved = []
@@ -174,7 +191,8 @@ def load_weights(path: Path, *, which: Literal["best", "last"] = "best") -> tupl
     """Weights to predict with or to start from, after checking their hashes where a manifest lies beside them.
 
     Args:
-        path: a run directory, a checkpoint folder, or a .safetensors file.
+        path: a run directory, a checkpoint folder, a .safetensors file, or a model package (a folder, a ZIP file, or
+            `hf:ORG/NAME`; see `model_package`).
         which: of a run directory, the checkpoint with the best held-out score, or the newest. A run that was never
             evaluated has no best one; its newest is taken.
 
@@ -191,6 +209,9 @@ def load_weights(path: Path, *, which: Literal["best", "last"] = "best") -> tupl
 
 def weights_file(path: Path, *, which: Literal["best", "last"] = "best") -> Path:
     """The verified weights file that `load_weights` reads; same arguments and errors."""
+    packaged = model_package.located(path)
+    if packaged is not None:
+        return packaged
     if not path.exists():
         raise InputError(f"no such run, checkpoint or weights file: {path}")
     if path.is_file():

@@ -8,42 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 import stat
-import time
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
 
 from affmae_engine import atomic
 from affmae_engine.config import RunConfig, without_removed
-from affmae_engine.errors import BusyError, ConfigError, CorruptError, InputError, ResourceError
+from affmae_engine.errors import ConfigError, CorruptError, InputError
+from affmae_engine.runtime.locks import FileLock, Holder, holder_of
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
-_HOLDER = re.compile(r"process (\d+) on (.+)")
-_LOCK_ATTEMPTS = 5
 STOP, CHECKPOINT = REQUESTS = ("stop", "checkpoint")
 """What can be asked of a trainer in control/: stop as after Ctrl-C; save a checkpoint now."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The trainer of a run. state: "held" (it is alive), "free" (none), "unknown" (the file system cannot tell).
-    process and host: of the present or the last one, where the lock file names it."""
-
-    state: Literal["held", "free", "unknown"]
-    process: int | None = None
-    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,48 +167,16 @@ class RunDir:
 
     def holder(self) -> Holder:
         """Whether a trainer works here, without disturbing it."""
-        try:
-            with self.lock.open("rb") as handle:
-                found = _HOLDER.fullmatch(handle.read(512).decode("utf-8", "replace").strip())
-                process, host = (int(found[1]), found[2]) if found else (None, "")
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released with the handle, an instant later
-                except BlockingIOError:
-                    return Holder("held", process, host)
-        except FileNotFoundError:
-            return Holder("free")
-        except OSError:
-            return Holder("unknown")
-        # Not every network file system passes locks on: that another machine's lock looks free proves nothing.
-        return Holder("free" if host in ("", socket.gethostname()) else "unknown", process, host)
+        return holder_of(self.lock)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for this process; the kernel releases the lock when the holder dies.
+    def locked(self) -> FileLock:
+        """The lock that the run's trainer holds, for a `with` block.
 
-        Raises:
+        Raises (on entering):
             BusyError: another process trains in this run directory.
             ResourceError: the folder cannot be written to, or its file system has no locks.
         """
-        with contextlib.ExitStack() as stack:
-            with atomic.translated_write_errors(self.lock):
-                handle = stack.enter_context(self.lock.open("a+", encoding="utf-8"))
-            try:
-                _take_lock(handle.fileno())
-            except BlockingIOError as error:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                raise BusyError(
-                    f"{self.root} is in use by {holder}", "wait for it, stop it, or choose another run directory"
-                ) from error
-            except OSError as error:
-                raise ResourceError(
-                    f"cannot lock {self.lock}: {error.strerror}", "choose a run directory on another file system"
-                ) from error
-            with contextlib.suppress(OSError):  # only tells others who holds it; a full disk is reported elsewhere
-                os.ftruncate(handle.fileno(), 0)
-                os.write(handle.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-            yield
+        return FileLock(self.lock, f"{self.root} is in use", "wait for it, stop it, or choose another run directory")
 
 
 def create(root: Path, *, overwrite: bool = False) -> RunDir:
@@ -287,18 +241,6 @@ def free_name(folder: Path, stem: str) -> Path:
     while candidate.exists():
         candidate, number = folder / f"{stem}-{number}", number + 1
     return candidate
-
-
-def _take_lock(descriptor: int) -> None:
-    # A viewer that looks whether the lock is held has it for an instant (`RunDir.holder`).
-    for attempt in range(_LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if attempt == _LOCK_ATTEMPTS - 1:
-                raise
-            time.sleep(0.02)
 
 
 def _nearest_runs(root: Path) -> str:

@@ -7,6 +7,7 @@ Reading one runs no code: the tensors are safetensors, the metadata is validated
 from __future__ import annotations
 
 import contextlib
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ class WeightsMetadata(BaseModel):
     task: Task
     """What the weights were trained for: a masked autoencoder, or a segmenter."""
     step: int = 0
-    """Optimizer steps taken; set by the loop."""
+    """Optimizer steps taken; set by the trainer."""
     model: dict[str, Any]
     """The `[model]` section (`ModelConfig`)."""
     image_size: Annotated[int, Field(gt=0, le=1 << 16)]
@@ -48,7 +49,7 @@ class WeightsMetadata(BaseModel):
     ignore_label: int | None = None
     """Label value that was neither trained on nor scored."""
     config: dict[str, dict[str, Any]] = {}
-    """The whole resolved configuration of the run; set by the loop."""
+    """The whole resolved configuration of the run; set by the trainer."""
 
     @classmethod
     def of_run(cls, task: Task, config: RunConfig, **known: Any) -> WeightsMetadata:
@@ -58,11 +59,15 @@ class WeightsMetadata(BaseModel):
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write a weights file; the caller makes it atomic. Tensors go to the host one by one, without a device copy."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        path,
-        metadata={METADATA_KEY: metadata.model_dump_json()},
-    )
+    write_tensors(path, tensors, {METADATA_KEY: metadata.model_dump_json()})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; the caller makes it atomic. Its permissions follow the umask."""
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    path.chmod(permissions)  # safetensors makes files that their owner alone may read
 
 
 @contextlib.contextmanager

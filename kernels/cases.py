@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 OPERATIONS = (
+    "training_crops",
+    "warped_crops",
     "neighbourhoods",
     "stem",
     "cluster_attention",

@@ -47,6 +47,8 @@ def choose_backend(backend: str, op: str, device: torch.device, unsupported: str
         return Choice("reference", "asked for")
     if backend == "auto" and device.type == "cpu":
         return Choice("reference", "the tensors are on the CPU")
+    if backend == "auto" and device.type == "meta" and not precompile.rehearsing():
+        return Choice("reference", "the tensors have no data")
     obstacle = None if precompile.rehearsing() else launch.obstacle(device.type, device.index or 0)
     if obstacle is None and unsupported is None:
         return Choice("triton", "asked for" if backend == "triton" else "fastest on this card")

@@ -32,7 +32,7 @@ _rehearsing = False
 
 
 def rehearsing() -> bool:
-    """Whether kernel launches are noted instead of made (see `rehearse`)."""
+    """Whether kernel launches are noted instead of made (see `rehearse` and `without_launching`)."""
     return _rehearsing
 
 
@@ -99,6 +99,14 @@ def rehearse(computation: Callable[[], object], *, workers: int | None = None) -
         _compile_aside(jobs, workers)
     # What the processes compiled is in the cache by now; what they could not raises here.
     return list({id(kernel): kernel for kernel in (job.compile() for job in jobs)}.values())
+
+
+@contextlib.contextmanager
+def without_launching() -> Iterator[None]:
+    """Inside, operations on meta tensors choose their Triton kernels, whose launches do nothing: shapes and allocations
+    are those of a GPU. Nothing is compiled."""
+    with _noting({}):
+        yield
 
 
 def _compile_aside(jobs: list[_Launch], workers: int) -> None:

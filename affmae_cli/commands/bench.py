@@ -59,7 +59,7 @@ def speed(
     ] = "trainer",
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="STORE", help="Dataset: also time pretraining with the data loader."),
+        typer.Option("--data", metavar="STORE", help="Dataset: also time training with the data loader."),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also list the most expensive kernels.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="Start every case with empty compiler caches.")] = False,

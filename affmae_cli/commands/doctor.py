@@ -131,6 +131,7 @@ def _machine(found: Diagnosis) -> tuple[str, Table]:
     rows["memory"] = _memory(machine.ram_bytes, machine.ram_free_bytes) or machine.problems.get("memory", "unknown")
     rows["disk"] = _disk(machine)
     rows["system"] = machine.platform or machine.problems.get("platform", "unknown")
+    rows |= {f"extra {extra}": _extra(extra, names) for extra, names in machine.extras.items() if names}
     rows["versions"] = ", ".join(f"{name} {number or 'not installed'}" for name, number in machine.versions.items())
     rows["preset"] = f"{_preset(found.card)} (what `affmae pretrain` takes by itself)"
     rows["tried on"] = found.device
@@ -222,6 +223,10 @@ def _card(card: Card) -> str:
     memory = _memory(card.total_bytes, card.free_bytes)
     bf16 = "bf16" if card.bf16 else "no bf16"
     return f"{card.name}, {memory}, compute capability {card.capability[0]}.{card.capability[1]}, {bf16}"
+
+
+def _extra(extra: str, missing: list[str]) -> str:
+    return f'{", ".join(missing)} not installed: pip install "affmae[{extra}]"'
 
 
 def _memory(total: int | None, free: int | None) -> str:

@@ -44,10 +44,9 @@ if TYPE_CHECKING:
     from affmae_engine.config import RunConfig
     from affmae_engine.data.labels.gather import LabelledSet
     from affmae_engine.data.store import Store
-    from affmae_engine.events import Evaluated
     from affmae_engine.run_dir import RunDir
-    from affmae_engine.train.loop import Summary
-    from affmae_engine.train.task import Task
+    from affmae_engine.train.finetuning import FinetuneTask
+    from affmae_engine.train.trainer import Summary
     from affmae_engine.train.transfer import TransferReport
 
 _LABELS_HELP = "Label maps named like their images, one stack, or a folder with a folder of binary masks per class."
@@ -105,21 +104,30 @@ def finetune(
         given |= {"val_images": val_images, "val_labels": val_labels}
         given |= {"preset": preset != "auto", "config": config, "out": out}
         refuse_with_resume(**given, init_from=init_from, overwrite=overwrite, dry_run=dry_run)
-        run, summary, report = *_continue(resume, set_, flags, quiet=quiet, tensorboard=tensorboard), None
+        run, task = _continued(resume, set_, flags)
     else:
         from affmae_cli.settings import resolve
 
         resolved = resolve("finetune", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         resolved, note = _follow(resolved, init_from)
         if dry_run:
-            output.show_dry_run(resolved, as_json=json)
+            from affmae_cli.dry_run import show_dry_run
+            from affmae_engine.train.plan import plan_finetuning
+
+            labelled = sources.gather(resolved.config) if sources.images or sources.labels else None
+            show_dry_run(resolved, plan_finetuning(resolved.config, labelled), as_json=json)
             return
         if note and not quiet:
             output.say(note)
-        run, summary, report = _begin(
-            resolved, sources, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard
-        )
-    _show(run, summary, report, as_json=json, quiet=quiet)
+        run, task = _new(resolved, sources, out, init_from, overwrite=overwrite, quiet=quiet)
+
+    from affmae_cli.progress import watched_trainer
+
+    with watched_trainer(
+        run, task, data=run.data, resume=resume is not None, quiet=quiet, tensorboard=tensorboard
+    ) as trainer:
+        summary = trainer.fit()
+    _show(run, summary, task.transfer if resume is None else None, as_json=json, quiet=quiet)
 
 
 class _Sources:
@@ -173,7 +181,7 @@ def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
         return resolved, ""
     from affmae_engine.train.transfer import follow_origin, read_origin
 
-    chosen = [path for path, source in resolved.sources.items() if not source.startswith("preset")]
+    chosen = [path for path, source in resolved.sources.items() if not source.startswith("preset ")]
     config, note = follow_origin(resolved.config, read_origin(init_from), init_from, chosen=chosen)
     changed = {
         f"model.{name}": f"{init_from}"
@@ -183,7 +191,7 @@ def _follow(resolved: Resolved, init_from: Path | None) -> tuple[Resolved, str]:
     return replace(resolved, config=config, sources={**resolved.sources, **changed}), note
 
 
-def _begin(
+def _new(
     resolved: Resolved,
     sources: _Sources,
     out: Path | None,
@@ -191,9 +199,8 @@ def _begin(
     *,
     overwrite: bool,
     quiet: bool,
-    tensorboard: bool,
-) -> tuple[RunDir, Summary, TransferReport | None]:
-    from affmae_cli.progress import watched_fit
+) -> tuple[RunDir, FinetuneTask]:
+    """A new run directory with its data, and what is trained in it."""
     from affmae_engine.run_dir import RunDir, create, free_name
     from affmae_engine.runtime.device import pick_device
     from affmae_engine.train.environment import command_line, write_environment
@@ -209,10 +216,11 @@ def _begin(
             output.say(line)
     run = create(out or free_name(Path("runs"), f"finetune-{Path(sources.images[0]).stem}"), overwrite=overwrite)
     try:
-        config, task, report, store = _prepare(run, resolved.config, labelled, sources, init_from)
+        task, store = _prepare(run, resolved.config, labelled, sources, init_from)
     except BaseException:
         shutil.rmtree(run.data, ignore_errors=True)  # it is not a run yet, and the next attempt starts afresh
         raise
+    report = task.transfer
     if report is not None and not quiet:
         output.say(f"weights from {report.source} ({report.task}, step {report.step}):")
         output.console().print(_transfer_table(report))
@@ -224,18 +232,18 @@ def _begin(
         "transfer": [vars(group) for group in report.groups()] if report is not None else None,
     }
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
-    write_environment(run, "finetune", choice, store=store, command=command, backend=config.kernels.backend)
-    run.write_config(config, "finetune")
-    return run, watched_fit(run, config, task, data=run.data, quiet=quiet, tensorboard=tensorboard), report
+    write_environment(run, "finetune", choice, store=store, command=command, backend=task.config.kernels.backend)
+    run.write_config(task.config, "finetune")
+    return run, task
 
 
 def _prepare(
     run: RunDir, config: RunConfig, labelled: LabelledSet, sources: _Sources, init_from: Path | None
-) -> tuple[RunConfig, Task, TransferReport | None, Store]:
+) -> tuple[FinetuneTask, Store]:
     """Collect the labelled images into the run, and make the task of it."""
     from affmae_engine.data.labels.gather import write_labelled_store
     from affmae_engine.runtime.signals import StopRequest
-    from affmae_engine.train.finetuning import finetune_task
+    from affmae_engine.train.finetuning import FinetuneTask
 
     with StopRequest().installed() as stop:
         store, val_names = write_labelled_store(
@@ -243,19 +251,16 @@ def _prepare(
         )
     if val_names:
         config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"val_images": val_names})})
-    config, task, report = finetune_task(config, store, init_from=init_from)
-    return config, task, report, store
+    return FinetuneTask(config, store, init_from=init_from), store
 
 
-def _continue(
-    root: Path, set_: list[str] | None, flags: dict[str, Any], *, quiet: bool, tensorboard: bool
-) -> tuple[RunDir, Summary]:
-    from affmae_cli.progress import watched_fit
+def _continued(root: Path, set_: list[str] | None, flags: dict[str, Any]) -> tuple[RunDir, FinetuneTask]:
+    """The run to resume, and what is trained in it."""
     from affmae_cli.resume import resolve_continuation
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import open_run
-    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_task
-    from affmae_engine.train.finetuning import finetune_task
+    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_origin, recorded_task
+    from affmae_engine.train.finetuning import FinetuneTask
     from affmae_engine.train.resume import check_length
 
     run = open_run(root)
@@ -264,9 +269,9 @@ def _continue(
     asked = resolve_continuation(run, "finetune", overrides=set_, flags=flags)
     store = Store.open(run.data)
     check_same_data(recorded_data(run), store)
-    config, task, _ = finetune_task(asked, store)
-    check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, data=run.data, resume=True, quiet=quiet, tensorboard=tensorboard)
+    task = FinetuneTask(asked, store, init_from=recorded_origin(run))
+    check_length(run, task.config.train.steps)
+    return run, task
 
 
 def _transfer_table(report: TransferReport) -> Table:
@@ -287,10 +292,11 @@ def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_js
     from dataclasses import asdict
 
     from affmae_cli.score_table import show_scores
+    from affmae_engine.events import best_evaluation
     from affmae_engine.predict.score import Score
     from affmae_engine.runtime.formatting import duration, number
 
-    best = _best_evaluation(run)
+    best = best_evaluation(run.metrics)
     if as_json:
         transfer = [vars(group) for group in report.groups()] if report is not None else None
         per_class = best.per_class if best is not None else {}
@@ -302,16 +308,3 @@ def _show(run: RunDir, summary: Summary, report: TransferReport | None, *, as_js
     output.show(f"{run.root}: {summary.step} steps in {duration(summary.seconds)}{score}")
     if not quiet:
         output.say(f"affmae predict STACK -m {run.root}", label="next", style="bold cyan")
-
-
-def _best_evaluation(run: RunDir) -> Evaluated | None:
-    """The last evaluation that was the best so far."""
-    from affmae_engine.events import Evaluated, from_line
-
-    best = None
-    with run.metrics.open(encoding="utf-8") as lines:
-        for line in lines:
-            event = from_line(line)
-            if isinstance(event, Evaluated) and event.best:
-                best = event
-    return best

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from affmae_cli import output
+from affmae_cli import dry_run, output
 from affmae_cli.options import JsonOption, TaskOption
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ def presets(
         return
     shown = settings.resolve(task, preset=name, environ={})
     if json or task:
-        output.show_dry_run(shown, as_json=json)
+        dry_run.show_config(shown, as_json=json)
         return
-    output.show_dry_run(shown)
+    dry_run.show_config(shown)
     for each in settings.TASKS:
         overlay = _overlay(shown, settings.resolve(each, preset=name, environ={}))
         if overlay:
@@ -45,7 +45,7 @@ def _overlay(base: Resolved, special: Resolved) -> str:
         different = {key: value for key, value in values.items() if value != plain[section][key]}
         if different:
             changed[section] = different
-    return output.config_toml(changed, special.sources, prefix=f"task.{special.task}.") if changed else ""
+    return dry_run.config_toml(changed, special.sources, prefix=f"task.{special.task}.") if changed else ""
 
 
 def _show_list(json: bool) -> None:
@@ -56,7 +56,7 @@ def _show_list(json: bool) -> None:
     from affmae_cli import preset_files, settings
 
     table = Table(box=box.SIMPLE_HEAD)
-    for title in ("preset", "card", "size", "crop", "batch", "for"):
+    for title in ("preset", "GPU", "size", "crop", "batch", "for"):
         table.add_column(title, no_wrap=title != "for")
     records = []
     for preset in preset_files.list_presets():

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from affmae_cli.settings import Resolved
     from affmae_engine.data.store import Store
     from affmae_engine.run_dir import RunDir
-    from affmae_engine.train.loop import Summary
+    from affmae_engine.train.pretraining import PretrainTask
+    from affmae_engine.train.trainer import Summary
 
 DEFAULT_DATA = Path("data/em.zarr")
 
@@ -83,29 +84,34 @@ def pretrain(
         refuse_with_resume(
             preset=preset != "auto", config=config, out=out, init_from=init_from, overwrite=overwrite, dry_run=dry_run
         )
-        run, summary = _continue(resume, data, set_, flags, quiet=quiet, tensorboard=tensorboard)
+        run, task, store = _continued(resume, data, set_, flags)
     else:
         from affmae_cli.settings import resolve
 
         resolved = resolve("pretrain", preset=preset, config_file=config, overrides=set_, flags=flags, quiet=quiet)
         if dry_run:
-            output.show_dry_run(resolved, as_json=json)
+            store = _open_store(data)
+            # Only now, for loading torch takes seconds.
+            from affmae_cli.dry_run import show_dry_run
+            from affmae_engine.train.plan import plan_pretraining
+
+            show_dry_run(resolved, plan_pretraining(resolved.config, store, init_from=init_from), as_json=json)
             return
-        run, summary = _begin(resolved, data, out, init_from, overwrite=overwrite, quiet=quiet, tensorboard=tensorboard)
+        run, task, store = _new(resolved, data, out, init_from, overwrite=overwrite)
+
+    from affmae_cli.progress import watched_trainer
+
+    with watched_trainer(
+        run, task, data=store.path, resume=resume is not None, quiet=quiet, tensorboard=tensorboard
+    ) as trainer:
+        summary = trainer.fit()
     _show(run, summary, as_json=json, quiet=quiet)
 
 
-def _begin(
-    resolved: Resolved,
-    data: list[Path] | None,
-    out: Path | None,
-    init_from: Path | None,
-    *,
-    overwrite: bool,
-    quiet: bool,
-    tensorboard: bool,
-) -> tuple[RunDir, Summary]:
-    from affmae_cli.progress import watched_fit
+def _new(
+    resolved: Resolved, data: list[Path] | None, out: Path | None, init_from: Path | None, *, overwrite: bool
+) -> tuple[RunDir, PretrainTask, Store]:
+    """A new run directory, and what is trained in it."""
     from affmae_engine.run_dir import RunDir, create, free_name
 
     if out is not None and out.exists() and not overwrite:
@@ -116,10 +122,10 @@ def _begin(
     # Only now, for loading torch takes seconds: a mistyped name is told at once.
     from affmae_engine.runtime.device import pick_device
     from affmae_engine.train.environment import command_line, write_environment
-    from affmae_engine.train.pretraining import pretrain_task
+    from affmae_engine.train.pretraining import PretrainTask
 
     choice = pick_device(resolved.config.train)
-    config, task = pretrain_task(resolved.config, store, init_from=init_from)
+    task = PretrainTask(resolved.config, store, init_from=init_from)
     run = create(out or free_name(Path("runs"), f"pretrain-{store.path.stem}"), overwrite=overwrite)
     command = {
         "line": command_line(),
@@ -128,25 +134,19 @@ def _begin(
         "init_from": init_from and str(init_from.absolute()),
     }
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
-    write_environment(run, "pretrain", choice, store=store, command=command, backend=config.kernels.backend)
-    run.write_config(config, "pretrain")
-    return run, watched_fit(run, config, task, data=store.path, quiet=quiet, tensorboard=tensorboard)
+    write_environment(run, "pretrain", choice, store=store, command=command, backend=task.config.kernels.backend)
+    run.write_config(task.config, "pretrain")
+    return run, task, store
 
 
-def _continue(
-    root: Path,
-    data: list[Path] | None,
-    set_: list[str] | None,
-    flags: dict[str, Any],
-    *,
-    quiet: bool,
-    tensorboard: bool,
-) -> tuple[RunDir, Summary]:
-    from affmae_cli.progress import watched_fit
+def _continued(
+    root: Path, data: list[Path] | None, set_: list[str] | None, flags: dict[str, Any]
+) -> tuple[RunDir, PretrainTask, Store]:
+    """The run to resume, and what is trained in it."""
     from affmae_cli.resume import resolve_continuation
     from affmae_engine.run_dir import open_run
-    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_task
-    from affmae_engine.train.pretraining import pretrain_task
+    from affmae_engine.train.environment import check_same_data, recorded_data, recorded_origin, recorded_task
+    from affmae_engine.train.pretraining import PretrainTask
     from affmae_engine.train.resume import check_length
 
     run = open_run(root)
@@ -156,9 +156,9 @@ def _continue(
     asked = resolve_continuation(run, "pretrain", overrides=set_, flags=flags)
     store = _open_store(data or [Path(recorded["path"])])
     check_same_data(recorded, store)
-    config, task = pretrain_task(asked, store, init_from=None)
-    check_length(run, config.train.steps)
-    return run, watched_fit(run, config, task, data=store.path, resume=True, quiet=quiet, tensorboard=tensorboard)
+    task = PretrainTask(asked, store, init_from=recorded_origin(run))
+    check_length(run, task.config.train.steps)
+    return run, task, store
 
 
 def _open_store(data: list[Path] | None) -> Store:

@@ -12,16 +12,15 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from affmae_cli.dashboard.columns import Columns
 from affmae_cli.dashboard.status import Life, Status, status_of
-from affmae_cli.dashboard.tail import Lines, LineTail, tail_bytes
+from affmae_cli.dashboard.tail import LineTail, tail_bytes
 from affmae_cli.dashboard.verdicts import Verdict, verdicts_of
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import AffmaeError
@@ -35,21 +34,23 @@ from affmae_engine.events import (
     RunStarted,
     StepLogged,
     SystemSampled,
-    from_line,
+    from_lines,
 )
-from affmae_engine.run_dir import REQUESTS, Holder, RunDir
+from affmae_engine.run_dir import REQUESTS, RunDir
+from affmae_engine.runtime.locks import Holder
 from affmae_engine.train.schedule import due
 
 STEP_COLUMNS = ("lr", "grad_norm", "images_per_s", "data_wait", "step_s", "memory_gib", "skipped")
 """Fields of a `step` event that are drawn over the steps, besides its losses ("losses.NAME")."""
+SYSTEM_COLUMNS = (
+    "gpu_memory_used", "gpu_utilisation", "power", "temperature", "sm_clock", "host_memory_used", "cpu", "disk_free",
+)  # fmt: skip
+"""Fields of a `system` event that are drawn over time."""
 ORIGIN = ".origin"
 """File in a copy of a folder of another machine, with HOST:PATH of what it is a copy of."""
 LOCK_EVERY_S = 2.0
 _KEPT_EVENTS, _KEPT_PREVIEWS = 200, 400
 _END = 1 << 17
-_MOST_STEPS = 1 << 53
-_decode = msgspec.json.Decoder(dict[str, Any]).decode
-_decode_lines = msgspec.json.Decoder(dict[str, Any]).decode_lines
 
 
 class RunModel:
@@ -57,7 +58,7 @@ class RunModel:
 
     steps: columns over the step: "losses.NAME" (the total is "losses.loss") and `STEP_COLUMNS`. held_out: over the
     step: each metric, "CLASS.iou" and "CLASS.dice" by class, "rank.1" and on by encoder stage. systems: over seconds
-    since 1970: the numbers of `SystemSampled`; "gpu1.NAME" and on for further GPUs.
+    since 1970: `SYSTEM_COLUMNS`; "gpu1.NAME" and on for further GPUs.
     place: the run's path as people know it, HOST:PATH for a copy.
     started, latest, evaluated, best, system, ended: the newest event of that kind, None before there is one; `ended` is
     None again once a trainer resumes. events: notable events, oldest first. previews: newest last.
@@ -121,7 +122,7 @@ class RunModel:
                 self._forget()
                 self.opening = found = True
             if lines.data:
-                self.apply(_records(lines))
+                self.apply(from_lines(lines.data))
                 found = True
             if not lines.more or self._clock() > until:
                 break
@@ -146,8 +147,8 @@ class RunModel:
             head = file.read(1 << 14)
         end = tail_bytes(self.run.metrics, _END)
         if len(head) == 1 << 14:
-            self.apply(_records(Lines(head[: head.rfind(b"\n") + 1], 0, False, False)))
-        self.apply(_records(Lines(end[: end.rfind(b"\n") + 1], 0, False, False)))
+            self.apply(from_lines(head[: head.rfind(b"\n") + 1]))
+        self.apply(from_lines(end[: end.rfind(b"\n") + 1]))
         self.opening = False
         self._read_config()
         self.status = status_of(self, self._life(holder, None))
@@ -283,59 +284,54 @@ class RunModel:
 
     # Taking in events
 
-    def apply(self, records: Iterable[dict[str, Any]]) -> None:
-        """Take in decoded lines in order; those that are no events of a known kind are skipped."""
-        steps: list[dict[str, Any]] = []
-        systems: list[dict[str, Any]] = []
-        for record in records:
-            kind = record.get("kind")
-            if kind == StepLogged.kind and _is_step(record):
-                steps.append(record)
-            elif kind == SystemSampled.kind and _is_time(record.get("time")):
-                systems.append(record)
-            elif isinstance(kind, str):
-                if kind in (RunStarted.kind, RunEnded.kind):
+    def apply(self, events: Iterable[Event | None]) -> None:
+        """Take in events in order; None, which stands for a damaged or unknown line, is skipped."""
+        steps: list[StepLogged] = []
+        systems: list[SystemSampled] = []
+        for event in events:
+            if isinstance(event, StepLogged):
+                steps.append(event)
+            elif isinstance(event, SystemSampled):
+                systems.append(event)
+            elif event is not None:
+                if isinstance(event, RunStarted | RunEnded):
                     self._take_steps(steps)
                     steps = []
-                self._take_event(_event(record))
+                self._take_event(event)
         self._take_steps(steps)
         self._take_systems(systems)
 
-    def _take_steps(self, records: list[dict[str, Any]]) -> None:
-        last = next((found for r in reversed(records) if isinstance(found := _event(r), StepLogged)), None)
-        if last is None:
+    def _take_steps(self, events: list[StepLogged]) -> None:
+        if not events:
             return
         rows = [
-            {name: _number(r.get(name)) for name in STEP_COLUMNS}
-            | {f"losses.{name}": _number(value) for name, value in r["losses"].items()}
-            for r in records
+            {name: getattr(event, name) for name in STEP_COLUMNS}
+            | {f"losses.{name}": value for name, value in event.losses.items()}
+            for event in events
         ]
+        last = events[-1]
         if self.latest is not None and self.current and last.time > self.latest.time:
-            self._intervals.append((last.time - self.latest.time) / len(records))
-        self.steps.extend([r["step"] for r in records], rows)
-        self._lines += len(records)
+            self._intervals.append((last.time - self.latest.time) / len(events))
+        self.steps.extend([event.step for event in events], rows)
+        self._lines += len(events)
         self.latest = last
         self._listen(last.time, progress=True)
 
-    def _take_systems(self, records: list[dict[str, Any]]) -> None:
-        last = next((found for r in reversed(records) if isinstance(found := _event(r), SystemSampled)), None)
-        if last is None:
+    def _take_systems(self, events: list[SystemSampled]) -> None:
+        if not events:
             return
         rows = []
-        for record in records:
-            row = {name: _number(value) for name, value in record.items() if name not in ("time", "step")}
-            others = record.get("other_gpus")
-            for number, other in enumerate(others if isinstance(others, list) else [], 1):
-                row |= {f"gpu{number}.{name}": _number(value) for name, value in other.items()}
-            rows.append({name: value for name, value in row.items() if value is not None})
-        self.systems.extend([r["time"] for r in records], rows)
-        self.system = last
-        self._listen(last.time)
+        for event in events:
+            row = {name: getattr(event, name) for name in SYSTEM_COLUMNS}
+            for number, other in enumerate(event.other_gpus, 1):
+                row |= {f"gpu{number}.{name}": value for name, value in other.items()}
+            rows.append(row)
+        self.systems.extend([event.time for event in events], rows)
+        self.system = events[-1]
+        self._listen(events[-1].time)
 
-    def _take_event(self, event: Event | None) -> None:
+    def _take_event(self, event: Event) -> None:
         match event:
-            case None:
-                return
             case RunStarted():
                 self._begin(event)
             case Evaluated():
@@ -424,40 +420,3 @@ def _place(root: Path) -> str:
             origin = (folder / ORIGIN).read_text("utf-8").strip()
             return origin if folder == root else f"{origin}/{root.name}"
     return str(root)
-
-
-def _records(lines: Lines) -> Sequence[dict[str, Any]]:
-    """Decoded lines; of a chunk with a damaged line, all others."""
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _decode_lines(lines.data)
-    found = []
-    for line in lines.data.splitlines():
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            found.append(_decode(line))
-    return found
-
-
-def _event(record: dict[str, Any]) -> Event | None:
-    """The event of a decoded line; None for an unknown kind, or where a field is missing or has no such value."""
-    event = from_line(msgspec.json.encode(record).decode())
-    if event is None or not _is_time(event.time):
-        return None
-    try:
-        msgspec.convert(msgspec.to_builtins(event), type(event))
-    except (msgspec.MsgspecError, TypeError):
-        return None
-    return event if 0 <= getattr(event, "step", 0) < _MOST_STEPS else None
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _is_step(record: dict[str, Any]) -> bool:
-    step = record.get("step")
-    return type(step) is int and 0 <= step < _MOST_STEPS and isinstance(record.get("losses"), dict)
-
-
-def _is_time(value: Any) -> bool:
-    """Whether this is seconds since 1970 that a calendar can show."""
-    return isinstance(value, (int, float)) and 0 <= value < 1e11

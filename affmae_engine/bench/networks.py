@@ -38,7 +38,7 @@ from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, layer_decay_groups, set_learning_rate
 from affmae_engine.train.precompile import compile_kernels
-from affmae_engine.train.step import EAGER_STEPS, Losses, TrainStep, seed_forward
+from affmae_engine.train.step import EAGER_STEPS, Finish, Losses, TrainStep, seed_forward
 
 Family = Literal["affmae", "vit-mae"]
 SpeedTask = Literal["pretrain", "finetune", "predict"]
@@ -121,6 +121,10 @@ class Measurement:
     """With the trainer's data loader."""
     data_wait: float | None = None
     """Share of that time in which the device waited for data."""
+    clahe_images_per_s: float | None = None
+    """With the data loader and CLAHE."""
+    clahe_wait: float | None = None
+    """Share of that time in which the device waited for data."""
     kernels: list[tuple[str, float, float]] = field(default_factory=list)
     """(name, milliseconds, launches) per step of the most expensive kernels."""
 
@@ -200,13 +204,14 @@ def _measure(result: Measurement, case: SpeedCase, choice: DeviceChoice, *, prof
     # What else was asked for.
     if profile:
         result.kernels = top_kernels(step, device)
-    if data is not None and case.task == "pretrain" and case.protocol == "trainer":
+    if data is not None and case.task != "predict" and case.protocol == "trainer":
         from affmae_engine.bench.loading import with_loading
 
         del step
         _empty_cache(device)
         try:
-            result.data_images_per_s, result.data_wait = with_loading(case, model, choice, Path(data))
+            result.data_images_per_s, result.data_wait = with_loading(case, model, choice, Path(data), clahe=False)
+            result.clahe_images_per_s, result.clahe_wait = with_loading(case, model, choice, Path(data), clahe=True)
         except Exception as error:  # the other figures stand
             result.note = f"with the dataset: {first_line(error)}"
 
@@ -251,8 +256,8 @@ def make_step(case: SpeedCase, model: nn.Module, choice: DeviceChoice, batches: 
     return step
 
 
-def train_step(case: SpeedCase, model: nn.Module, choice: DeviceChoice) -> TrainStep:
-    """The trainer's step with the trainer's optimizer."""
+def train_step(case: SpeedCase, model: nn.Module, choice: DeviceChoice, finish: Finish | None = None) -> TrainStep:
+    """The trainer's step with the trainer's optimizer; `finish` as of `TrainStep`."""
     optim = OptimConfig()
     optimizer = build_adamw(layer_decay_groups(model, optim, encoder_layers(case.model)), optim)
     set_learning_rate(optimizer, WARMUP_RATE * optim.lr)
@@ -266,6 +271,7 @@ def train_step(case: SpeedCase, model: nn.Module, choice: DeviceChoice) -> Train
         accumulate=1,
         clip_norm=optim.clip_norm,
         record=choice.device.type == "cuda",
+        finish=finish,
     )
 
 

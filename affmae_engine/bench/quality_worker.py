@@ -35,11 +35,11 @@ from affmae_engine.runtime.device import pick_device
 from affmae_engine.runtime.memory import out_of_memory
 from affmae_engine.runtime.signals import StopRequest
 from affmae_engine.train.environment import write_environment
-from affmae_engine.train.finetuning import finetune_task
-from affmae_engine.train.loop import fit
-from affmae_engine.train.pretraining import pretrain_task
+from affmae_engine.train.finetuning import FinetuneTask
+from affmae_engine.train.pretraining import PretrainTask
 from affmae_engine.train.step import EAGER_STEPS
 from affmae_engine.train.task import Task
+from affmae_engine.train.trainer import Trainer
 
 WARMUP_STEPS = {"cuda": EAGER_STEPS + 8 * PREFETCH + 6, "cpu": 3}
 """Steps that count as start-up: they compile, record, and use up what eight loader processes prepared ahead."""
@@ -132,8 +132,9 @@ def train_part(part: Part, config: RunConfig, store: Store, parts: Parts, runs: 
         pace = Pace(_warmup(config), lambda step, total: tell({"event": "step", "step": step, "total": total}))
         _free_memory()
         shutil.rmtree(run.root, ignore_errors=True)  # of an interrupted attempt
-        config, task = _task(config, part, store, parts, runs, result)
-        _fit(run, config, task, store, pace)
+        task = _task(config, part, store, parts, runs, result)
+        config = task.config
+        _fit(run, task, store, pace)
         result.status, result.steps = "ok", config.train.steps
         result.images = config.train.steps * config.train.batch_size
         _take_scores(result, pace)
@@ -170,8 +171,8 @@ def calibrate(part: Part, config: RunConfig, store: Store, parts: Parts, runs: P
     config = config.model_copy(update={"train": config.train.model_copy(update=train)})
     try:
         shutil.rmtree(run.root, ignore_errors=True)
-        config, task = _task(config, part, store, parts, runs, PartResult.of(part), init=False)
-        _fit(run, config, task, store, pace)
+        task = _task(config, part, store, parts, runs, PartResult.of(part), init=False)
+        _fit(run, task, store, pace)
     except Interrupted:
         # The trainer leaves a checkpoint when it is stopped, with the micro-batch in use.
         state = run.read_json(run.checkpoint(run.checkpoint_steps()[0]) / STATE)
@@ -187,27 +188,27 @@ def calibrate(part: Part, config: RunConfig, store: Store, parts: Parts, runs: P
 
 def _task(
     config: RunConfig, part: Part, store: Store, parts: Parts, runs: Path, result: PartResult, *, init: bool = True
-) -> tuple[RunConfig, Task]:
+) -> Task:
     """The trainer's task for a part; notes in `result` how many labeled sections it sees."""
     if part.fraction is None:
-        return pretrain_task(config, store, parts=Split(list(parts.pretrain), list(parts.test)))
+        return PretrainTask(config, store, parts=Split(list(parts.pretrain), list(parts.test)))
     train = share_of_labels(parts.train, part.fraction, part.seed)
     result.sections = len(train)
     origin = weights_of(part, runs) if init and part.init == "pretrained" else None
     if origin is not None and not origin.is_file():
         raise AffmaeError("its pretraining gave no weights")
-    tuned, task, _ = finetune_task(config, store, init_from=origin, parts=Split(train, list(parts.test)))
-    return tuned, task
+    return FinetuneTask(config, store, init_from=origin, parts=Split(train, list(parts.test)))
 
 
-def _fit(run: RunDir, config: RunConfig, task: Task, store: Store, pace: Pace) -> None:
+def _fit(run: RunDir, task: Task, store: Store, pace: Pace) -> None:
+    config = task.config
     run_dir.create(run.root)
     command = {"line": "affmae bench quality", "init_from": None}
     write_environment(
         run, task.name, pick_device(config.train), store=store, command=command, backend=config.kernels.backend
     )
     run.write_config(config, task.name)
-    fit(run, config, task, sinks=[pace], stop=pace.stop)
+    Trainer(run, task, sinks=[pace], stop=pace.stop).fit()
 
 
 def _take_scores(result: PartResult, pace: Pace) -> None:

@@ -292,13 +292,19 @@ def _loading_table(results: Mapping[SpeedCase, Measurement]) -> Table:
             TITLES[case.family],
             figure(found.images_per_s),
             figure(found.data_images_per_s),
-            f"{found.data_wait:.0%}" if found.data_wait is not None else "",
+            _share(found.data_wait),
+            figure(found.clahe_images_per_s),
+            _share(found.clahe_wait),
         )
         for case, found in results.items()
         if found.data_images_per_s is not None
     ]
-    columns = (*_ROW, "network", "images/s", "with loading", "waiting for data")
+    columns = (*_ROW, "network", "images/s", "with loading", "waiting", "and with CLAHE", "waiting for both")
     return Table("With data loading", columns, rows)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 _ROW = ("task", "size", "px", "batch", "protocol")

@@ -1,17 +1,10 @@
-"""Geometry of a training crop: where it is cut, how it is resized, how it is turned.
-
-Every draw is a pure function of a numpy Generator. Resizing is antialiased (the filter grows with the reduction), so
-that a reduced crop shows averaged pixels and not a moire of picked ones.
-"""
+"""Geometry of a pretraining crop: where it is cut, and how it is turned. Pure functions of a numpy Generator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -21,19 +14,6 @@ class Crop:
     y: int
     x: int
     edge: int
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Quarter turns counter-clockwise, then a mirror image left to right: together the 8 symmetries of a square."""
-
-    quarters: int = 0
-    mirrored: bool = False
-
-    def apply(self, square_YX: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The turned square, as a contiguous array."""
-        turned = np.rot90(square_YX, self.quarters)
-        return np.ascontiguousarray(turned[:, ::-1] if self.mirrored else turned)
 
 
 def draw_crop(rng: np.random.Generator, shape_YX: tuple[int, int], size: int, scale: tuple[float, float]) -> Crop:
@@ -48,15 +28,6 @@ def draw_crop(rng: np.random.Generator, shape_YX: tuple[int, int], size: int, sc
     return Crop(y, x, edge)
 
 
-def draw_turn(rng: np.random.Generator) -> Turn:
-    """One of the 8 symmetries of a square, all equally likely."""
-    return Turn(int(rng.integers(4)), bool(rng.integers(2)))
-
-
-def resize(square_YX: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Resample a square to `size` x `size` pixels: bicubic, antialiased. Pixel areas, not pixel centres, correspond."""
-    if square_YX.shape == (size, size):
-        return square_YX
-    plane_11YX = torch.from_numpy(np.ascontiguousarray(square_YX))[None, None]
-    resized = F.interpolate(plane_11YX, (size, size), mode="bicubic", align_corners=False, antialias=True)
-    return resized[0, 0].numpy()
+def draw_turn(rng: np.random.Generator) -> int:
+    """One of the 8 symmetries of a square, all equally likely: quarter turns, plus 4 for a mirror image."""
+    return int(rng.integers(4)) + 4 * int(rng.integers(2))

@@ -3,15 +3,18 @@
 Sample i is a pure function of (seed, i): image, section, place, size, turn and mask all come from it, so nothing
 depends on workers, ranks or on where a run was resumed. Only the chunks under the crop are read. Unusual: images are
 chosen in proportion to their pixels, not once per file; blank images are left out and (nearly) uniform crops, such as
-empty resin or padding, are drawn again a few times.
+empty resin or padding, are drawn again a few times. A sample is made in two parts: `raw` reads in a data-loading
+process, `finish` computes for a whole batch, on the GPU where there is one.
 
 Axes: Z Y X image, C H W sample, V visible and Q masked tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from affmae_engine.config import RunConfig
-from affmae_engine.data.augment import Crop, draw_crop, draw_turn, resize
+from affmae_engine.data.augment import Crop, draw_crop, draw_turn
 from affmae_engine.data.loading import sample_error
 from affmae_engine.data.normalise import IntensityMap, Normalisation
 from affmae_engine.data.split import Region
@@ -27,6 +30,7 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.patches import canvas_of
+from affmae_kernels.training_crops import training_crops
 
 MAX_DRAWS = 6
 """Crops drawn for one sample before a uniform one is accepted."""
@@ -104,20 +108,25 @@ def croppable_planes(
     return planes, notes
 
 
-def load_crop(store: Store, plane: Plane, z: int, crop: Crop, size: int) -> NDArray[np.float32]:
-    """One normalised crop, resized to [size, size]. `crop` counts from the first row of the plane.
+def read_crop(store: Store, plane: Plane, z: int, crop: Crop) -> NDArray[Any]:
+    """The stored gray values [edge, edge] of a crop. `crop` counts from the first row of the plane.
 
     Raises:
         CorruptError, InputError, ResourceError: it cannot be read; the message names the image and the section.
     """
     try:
         y0 = plane.y0 + crop.y
-        stored_ZYX = store.read(
-            plane.name, slice(z, z + 1), slice(y0, y0 + crop.edge), slice(crop.x, crop.x + crop.edge)
-        )
-        return plane.intensity.equalise(resize(plane.intensity.standardise(stored_ZYX[0]), size))
+        return store.read(plane.name, slice(z, z + 1), slice(y0, y0 + crop.edge), slice(crop.x, crop.x + crop.edge))[0]
     except Exception as error:
         raise sample_error(error, f"section {z} of image {plane.name!r}") from error
+
+
+def load_crop(store: Store, plane: Plane, z: int, crop: Crop, size: int) -> NDArray[np.float32]:
+    """One crop as a training image [size, size], not turned; raises as `read_crop`."""
+    raw = _record(read_crop(store, plane, z, crop), plane.intensity, crop.edge, turn=0, as_uint8=False)
+    batch = {name: tensor[None] for name, tensor in raw.items()}
+    clahe = plane.intensity.clahe
+    return training_crops(batch["crop"], batch["window"], batch["intensity"], size, clahe=clahe)[0].numpy()
 
 
 class PretrainDataset:
@@ -148,6 +157,9 @@ class PretrainDataset:
                 "add images, or choose a smaller data.crop_size",
             )
         self._ends = np.cumsum([plane.pixels for plane in self.planes])
+        self._largest = max(self.size, math.ceil(self.size * config.data.crop_scale[1]))
+        # What is stored as bytes travels as bytes; a batch has one dtype.
+        self._as_uint8 = all(store[plane.name].dtype == np.uint8 for plane in self.planes)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -163,17 +175,35 @@ class PretrainDataset:
         Raises:
             CorruptError, InputError, ResourceError: the crop cannot be read; the message names its image.
         """
+        batch = self.finish({name: tensor[None] for name, tensor in self.raw(index).items()})
+        return {name: tensor[0] for name, tensor in batch.items()}
+
+    def raw(self, index: int, /) -> dict[str, Tensor]:
+        """Sample `index` for `finish`: what `training_crops` takes, "visible" and "masked"; raises as `sample`."""
         rng = self._generator(index)
         for _ in range(MAX_DRAWS):
             plane, z = self._draw_section(rng)
             crop = draw_crop(rng, plane.shape_YX, self.size, self.config.data.crop_scale)
-            square_YX = load_crop(self.store, plane, z, crop, self.size)
-            if square_YX.std() >= UNIFORM_STD:
+            gray_YX = read_crop(self.store, plane, z, crop)
+            if gray_YX.std(dtype=np.float32) >= UNIFORM_STD * plane.intensity.std:
                 break
-        if self.config.data.flips:
-            square_YX = draw_turn(rng).apply(square_YX)
+        turn = draw_turn(rng) if self.config.data.flips else 0
+        record = _record(gray_YX, plane.intensity, self._largest, turn=turn, as_uint8=self._as_uint8)
         visible_V, masked_Q = draw_mask(self.canvas_hw, self.config.mask, seed=self.seed, index=index)
-        return {"image": as_channels(square_YX, self.config.model.channels), "visible": visible_V, "masked": masked_Q}
+        return {**record, "visible": visible_V, "masked": masked_Q}
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of `sample`s from one of `raw` samples, on the device where those are."""
+        image_BYX = training_crops(
+            batch["crop"],
+            batch["window"],
+            batch["intensity"],
+            self.size,
+            clahe=self.config.data.clahe,
+            backend=self.config.kernels.backend,
+        )
+        image_BCYX = image_BYX[:, None].repeat(1, self.config.model.channels, 1, 1)
+        return {"image": image_BCYX, "visible": batch["visible"], "masked": batch["masked"]}
 
     def describe(self, index: int) -> str:
         """Image and section that sample `index` reads first."""
@@ -187,6 +217,25 @@ class PretrainDataset:
         pixel = rng.integers(self._ends[-1])
         plane = self.planes[int(np.searchsorted(self._ends, pixel, side="right"))]
         return plane, int(rng.integers(plane.z0, plane.z1))
+
+
+def _record(
+    gray_YX: NDArray[Any], intensity: IntensityMap, largest: int, *, turn: int, as_uint8: bool
+) -> dict[str, Tensor]:
+    """A crop of edge <= `largest` as `training_crops` takes it: "crop" [E, E], "window" [2], "intensity" [4].
+
+    Gray values that are not sent as bytes are normalized here, in double precision where that is needed.
+    """
+    edge, mean, std = len(gray_YX), intensity.mean, intensity.std
+    if not as_uint8:
+        gray_YX, mean, std = intensity.standardise(gray_YX), 0.0, 1.0
+    crop_YX = np.zeros((largest, largest), gray_YX.dtype)
+    crop_YX[:edge, :edge] = gray_YX
+    return {
+        "crop": torch.from_numpy(crop_YX),
+        "window": torch.tensor([edge, turn], dtype=torch.int32),
+        "intensity": torch.tensor([mean, std, intensity.low, intensity.high], dtype=torch.float32),
+    }
 
 
 def as_channels(square_YX: NDArray[np.float32], channels: int) -> Tensor:

@@ -22,8 +22,7 @@ import time
 import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from types import FrameType
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from affmae_engine.errors import AffmaeError, ConfigError, InputError, ResourceError
+from affmae_engine.runtime.signals import signals_blocked
 
 TIMEOUT_S = 300.0
 """Seconds to wait for one micro-batch before the data source counts as hung."""
@@ -41,7 +41,6 @@ MAX_RESTARTS = 2
 PREFETCH = 2
 """Micro-batches that each worker prepares ahead."""
 
-_GRACE_S = 20
 _POLL_S = 1.0
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC)
@@ -50,7 +49,11 @@ _log = logging.getLogger(__name__)
 
 
 class Samples(Protocol):
-    """Samples by index; picklable. May have `describe(index) -> str`, which names the image for error messages."""
+    """Samples by index; picklable.
+
+    May have `describe(index) -> str`, which names the image for error messages, and the two parts of `sample`:
+    `raw(index)`, which reads, and `finish(batch)`, which computes samples from a batch of raw ones on any device.
+    """
 
     def sample(self, index: int, /) -> dict[str, Tensor]:
         """Sample `index`, the same whenever it is asked for."""
@@ -66,6 +69,7 @@ def batches(
     world: int = 1,
     workers: int | Literal["auto"] = "auto",
     timeout: float = TIMEOUT_S,
+    raw: bool = False,
 ) -> Generator[dict[str, Tensor], None, None]:
     """Micro-batches of this rank from step `first` on, without end. Close the generator to end its workers.
 
@@ -77,6 +81,7 @@ def batches(
         rank, world: this process and the number of processes.
         workers: data-loading processes; 0 loads in this process, `auto` see `worker_count`.
         timeout: seconds to wait for a worker before giving up.
+        raw: leave `finish` to the caller, where the dataset has it; see `Samples`.
 
     Yields:
         dicts of stacked tensors [micro_batch, ...], in pinned memory where there is CUDA.
@@ -92,16 +97,21 @@ def batches(
             "choose train.batch_size as a multiple of both",
         )
     plan = _Plan(batch_size, micro_batch, rank, world)
-    return _stream(_MicroBatches(dataset, plan), first * plan.per_step, worker_count(workers), timeout)
+    return _stream(
+        _MicroBatches(dataset, plan, raw=raw and hasattr(dataset, "raw")),
+        first * plan.per_step,
+        worker_count(workers),
+        timeout,
+    )
 
 
 def worker_count(setting: int | Literal["auto"]) -> int:
-    """Data-loading processes: as set, or up to 8 with one core left free, shared among the ranks of this machine."""
+    """Data-loading processes: as set, or up to 15 with one core left free, shared among the ranks of this machine."""
     if setting != "auto":
         return setting
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(0, min(8, cores // ranks - 1))
+    return max(0, min(15, cores // ranks - 1))
 
 
 def sample_error(error: Exception, what: str) -> AffmaeError:
@@ -151,14 +161,15 @@ class _Failure:
 class _MicroBatches(Dataset):
     """Item k is a whole micro-batch, or the failure that stood in its way."""
 
-    def __init__(self, samples: Samples, plan: _Plan) -> None:
-        self.samples, self.plan = samples, plan
+    def __init__(self, samples: Samples, plan: _Plan, *, raw: bool) -> None:
+        self.samples, self.plan, self.raw = samples, plan, raw
 
     def __getitem__(self, item: int) -> dict[str, Tensor] | _Failure:
         records = []
+        read = getattr(self.samples, "raw") if self.raw else self.samples.sample  # noqa: B009
         try:
             for index in self.plan.indices(item):
-                records.append(self.samples.sample(index))
+                records.append(read(index))
             return {name: torch.stack([record[name] for record in records]) for name in records[0]}
         except Exception as error:
             what = self.describe(self.plan.indices(item)[min(len(records), self.plan.micro_batch - 1)])
@@ -231,7 +242,9 @@ def _loader(items: _MicroBatches, first: int, workers: int) -> DataLoader:
     context = multiprocessing.get_context("forkserver")
     # Imported once by the server, so that a worker starts in milliseconds and shares that memory.
     context.set_forkserver_preload(["affmae_engine.data.dataset", "affmae_engine.data.segmentation"])
-    with _one_thread_each():
+    resource_tracker.ensure_running()  # else the fork server starts it, which unblocks signals
+    # A signal for the whole process group must not end the fork server, or its workers end before the step does.
+    with _one_thread_each(), signals_blocked():
         forkserver.ensure_running()
     return DataLoader(
         items,
@@ -278,16 +291,12 @@ def _start_worker(_worker: int) -> None:
         threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_with(trainer: Any) -> None:
     trainer.join()
     os._exit(1)
-
-
-def _end_later(_number: int, _frame: FrameType | None) -> None:
-    signal.alarm(_GRACE_S)
 
 
 def _end(loader: Any) -> None:

@@ -13,28 +13,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from skimage.exposure import equalize_adapthist
 
 from affmae_engine.errors import CorruptError
+from affmae_kernels.training_crops import OUTLIER, equalize
 
 if TYPE_CHECKING:
     from affmae_engine.config import DataConfig
     from affmae_engine.data.statistics import Statistics
     from affmae_engine.data.store import Store
-
-OUTLIER = 10.0
-"""Largest magnitude of a normalised pixel, in standard deviations: one hot pixel must not own the squared error."""
-
-CLAHE_TILE = 64
-"""Edge of a CLAHE tile in pixels: an eighth of the paper's 512-pixel image."""
-
-CLAHE_CLIP = 0.01
-"""Contrast limit of CLAHE, as a share of the pixels of a tile."""
-
-# CLAHE spreads grey values over 0..1; these make that zero mean and unit deviation up to some ten per cent.
-_CLAHE_CENTRE = 0.5
-_CLAHE_SCALE = 0.25
 
 
 @dataclass(frozen=True)
@@ -74,22 +62,9 @@ class IntensityMap:
         """The CLAHE part, on planes [..., Y, X] that `standardise` returned; gives them back when CLAHE is off."""
         if not self.clahe or not self.high > self.low:
             return standardised
-        planes = standardised.reshape(-1, *standardised.shape[-2:])
-        equalised = [self._equalise_plane(plane) for plane in planes]
-        return np.stack(equalised).reshape(standardised.shape)
-
-    def _equalise_plane(self, plane_YX: NDArray[np.float32]) -> NDArray[np.float32]:
-        # Clipped last: rounding may leave 1.0000001, which the library refuses.
-        unit = np.clip((plane_YX - self.low) / (self.high - self.low), 0, 1)
-        if unit.min() == unit.max():
-            return np.zeros_like(plane_YX)
-        kernel = tuple(min(CLAHE_TILE, side) for side in unit.shape)
-        # The library stretches its input to its own minimum and maximum; two extra pixels at the limits, in a margin
-        # that is cut off again, keep that stretch the same for every part of an image.
-        padded = np.pad(unit, ((0, 1), (0, 0)), mode="edge")
-        padded[-1, 0], padded[-1, -1] = 0.0, 1.0
-        equalised = equalize_adapthist(padded, kernel_size=kernel, clip_limit=CLAHE_CLIP)[:-1]
-        return ((equalised - _CLAHE_CENTRE) / _CLAHE_SCALE).astype(np.float32)
+        planes = torch.from_numpy(np.ascontiguousarray(standardised)).reshape(-1, *standardised.shape[-2:])
+        low, high = (torch.full((len(planes),), limit) for limit in (self.low, self.high))
+        return equalize(planes, low, high).numpy().reshape(standardised.shape)
 
 
 @dataclass(frozen=True)

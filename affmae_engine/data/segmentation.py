@@ -10,6 +10,7 @@ Axes: Z Y X in the source, C H W in the sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,19 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.labels import IGNORE
 from affmae_engine.data.labels.problems import listed
 from affmae_engine.data.normalise import Normalisation
-from affmae_engine.data.segmentation_augment import change_intensities, draw_warp, fold, sample_image, sample_labels
+from affmae_engine.data.segmentation_augment import (
+    change_intensities,
+    draw_intensities,
+    draw_warp,
+    largest_reach,
+    source_coordinates,
+    window_of,
+)
 from affmae_engine.data.split import Region
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError
+from affmae_kernels.training_crops import equalize
+from affmae_kernels.warped_crops import Planes, warped_crops
 
 _FOCUSED = 1 / 3
 """Smallest share of the crops that are placed on a pixel of a drawn class."""
@@ -179,24 +189,106 @@ class SegmentationDataset:
         self.samples_per_epoch = max(1, round(pixels / self.size**2))
         widest = max(store[section.name].dtype.itemsize for section in self.sections)
         self._keep = pixels * (widest + np.dtype(np.int16).itemsize) <= _KEPT_BYTES
+        # What is stored as bytes travels as bytes; a batch has one dtype, and windows of one size.
+        self._as_uint8 = all(store[section.name].dtype == np.uint8 for section in self.sections)
+        longest = max(max(section.height, section.width) for section in self.sections)
+        self._largest = min(longest, 2 * math.ceil(largest_reach(self.size, self.settings)) + 5)
+        self._clahe, self._backend = normalisation.clahe, config.kernels.backend
+        self._label_dtype = np.uint8 if classes <= 255 else np.int16
+        self._offsets: dict[Section, int] = {}
+        self._on_device: tuple[Tensor, Tensor] | None = None
         self._kept: dict[Section, tuple[np.ndarray, NDArray[np.int16]]] = {}
 
     def sample(self, index: int, /) -> dict[str, Tensor]:
         """{"image": float32 [1, H, W], "labels": int64 [H, W] with `IGNORE` outside the image}."""
+        batch = self.finish({name: tensor[None] for name, tensor in self.raw(index).items()})
+        return {name: tensor[0] for name, tensor in batch.items()}
+
+    def raw(self, index: int, /) -> dict[str, Tensor]:
+        """Sample `index` for `finish`: what was drawn, and the window that it touches unless `keep_on` keeps it all."""
         rng = np.random.default_rng([self.seed, _SAMPLE_STREAM, index])
-        section, centre = self._place(rng)
-        warp_2HW = draw_warp(rng, self.size, self.settings, flips=self.flips)
-        y, above = fold(warp_2HW[0] + np.float32(centre[0]), section.height)
-        x, beside = fold(warp_2HW[1] + np.float32(centre[1]), section.width)
-        rows, columns = _window(y, section.height), _window(x, section.width)
-        inside_2HW = np.stack([y - rows.start, x - columns.start])
-        intensities = self._maps[section.name]
-        stored_YX, labels_YX = self._read(section, rows, columns)
-        image_YX = intensities.standardise(stored_YX)
-        image_HW = intensities.equalise(sample_image(image_YX, inside_2HW))
-        image_HW = change_intensities(rng, image_HW, self.settings.photometric)
-        labels_HW = np.where(above | beside, IGNORE, sample_labels(labels_YX, inside_2HW)).astype(np.int64)
-        return {"image": torch.from_numpy(image_HW[None]), "labels": torch.from_numpy(labels_HW)}
+        section, center = self._place(rng)
+        warp = draw_warp(rng, self.size, self.settings, flips=self.flips)
+        change = draw_intensities(rng, self.settings.photometric)
+        noise_seed = rng.integers(2**31)
+        intensity = self._maps[section.name]
+        # Other gray values than bytes are normalized here, in double precision where that is needed.
+        mean, std = (intensity.mean, intensity.std) if self._as_uint8 else (0.0, 1.0)
+        drawn = {
+            "matrix": torch.from_numpy(warp.matrix_22),
+            "lattice": torch.from_numpy(warp.lattice_2PP),
+            "center": torch.tensor(center, dtype=torch.float32),
+            "shape": torch.tensor([section.height, section.width], dtype=torch.int32),
+            "intensity": torch.tensor([mean, std, intensity.low, intensity.high], dtype=torch.float32),
+            "change": torch.from_numpy(change),
+            "noise_seed": torch.tensor(noise_seed, dtype=torch.int32),
+        }
+        if self._offsets:
+            return {**drawn, "offset": torch.tensor(self._offsets[section])}
+        reach = warp.reach(self.size)
+        rows = window_of(center[0], reach[0], section.height)
+        columns = window_of(center[1], reach[1], section.width)
+        image_YX, labels_YX = self._read(section, rows, columns)
+        if not self._as_uint8:
+            image_YX = intensity.standardise(image_YX)
+        return {
+            **drawn,
+            "window": self._padded(image_YX, np.uint8 if self._as_uint8 else np.float32),
+            "truth": self._padded(labels_YX, self._label_dtype),
+            "start": torch.tensor([rows.start, columns.start], dtype=torch.int32),
+        }
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of `sample`s from one of `raw` samples, on the device where those are."""
+        # Where each pixel comes from.
+        place_B2HW = source_coordinates(batch["matrix"], batch["lattice"], self.size, self.settings.elastic)
+        place_B2HW = place_B2HW + batch["center"][..., None, None]
+
+        # Normalize, interpolate, equalize, change intensities.
+        backend, outside = self._backend, int(np.array(IGNORE).astype(self._label_dtype))
+        image_BHW, labels_BHW = warped_crops(
+            self._planes(batch), place_B2HW, batch["intensity"], outside=outside, backend=backend
+        )
+        if self._clahe:
+            image_BHW = equalize(image_BHW, batch["intensity"][:, 2], batch["intensity"][:, 3], backend=backend)
+        if self.settings.photometric:
+            image_BHW = change_intensities(image_BHW, batch["change"], batch["noise_seed"])
+        if outside != IGNORE:
+            labels_BHW = labels_BHW.masked_fill(labels_BHW == outside, IGNORE)
+        return {"image": image_BHW[:, None], "labels": labels_BHW}
+
+    def keep_on(self, device: torch.device, most_bytes: int) -> None:
+        """Keep all sections on a device from here on, if their gray values are bytes and take no more than that."""
+        pixels = sum(section.height * section.width for section in self.sections)
+        size = pixels * (1 + np.dtype(self._label_dtype).itemsize)
+        if self._offsets or not self._as_uint8 or size > most_bytes:
+            return
+        gray, labels, start = [], [], 0
+        for section in self.sections:
+            gray.append(torch.from_numpy(section.image(self.store).ravel()))
+            classes_YX = section.labels(self.store, self.settings.ignore_label).astype(self._label_dtype)
+            labels.append(torch.from_numpy(classes_YX.ravel()))
+            self._offsets[section] = start
+            start += section.height * section.width
+        self._on_device = torch.cat(gray).to(device), torch.cat(labels).to(device)
+
+    def _planes(self, batch: dict[str, Tensor]) -> Planes:
+        """Where the pixels of a batch are: in the sections on the device, or in the windows of the batch."""
+        shape_B2 = batch["shape"]
+        if self._on_device is not None:
+            gray_N, labels_N = self._on_device
+            width_B = shape_B2[:, 1].contiguous()
+            return Planes(gray_N, labels_N, batch["offset"], width_B, torch.zeros_like(shape_B2), shape_B2)
+        window_BYX, truth_BYX = batch["window"], batch["truth"]
+        count, height, width = window_BYX.shape
+        offset_B = torch.arange(count, device=shape_B2.device) * (height * width)
+        width_B = torch.full((count,), width, dtype=torch.int32, device=shape_B2.device)
+        return Planes(window_BYX.flatten(), truth_BYX.flatten(), offset_B, width_B, batch["start"], shape_B2)
+
+    def _padded(self, values_YX: np.ndarray, dtype: Any) -> Tensor:
+        padded_YX = np.zeros((self._largest, self._largest), dtype)
+        padded_YX[: values_YX.shape[0], : values_YX.shape[1]] = values_YX
+        return torch.from_numpy(padded_YX)
 
     def _read(self, section: Section, y: slice, x: slice) -> tuple[np.ndarray, NDArray[np.integer]]:
         """Intensities and classes of a window."""
@@ -210,7 +302,7 @@ class SegmentationDataset:
         return image_YX[y, x], labels_YX[y, x]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_kept": {}, "_on_device": None}
 
     def describe(self, index: int, /) -> str:
         """Which section sample `index` is cut from, for error messages."""
@@ -237,7 +329,3 @@ class SegmentationDataset:
 def _kept_inside(centre: float, length: int, size: int) -> float:
     half = (size - 1) / 2
     return float(np.clip(centre, half, length - 1 - half)) if length > size else (length - 1) / 2
-
-
-def _window(coordinate: NDArray[np.float32], length: int) -> slice:
-    return slice(max(0, int(coordinate.min())), min(length, int(np.ceil(coordinate.max())) + 1))

@@ -1,23 +1,26 @@
-"""Augmentation of an image and its labels in step: one warp (affine and elastic together) and intensity changes.
+"""Augmentation of images and their labels in step: one warp (affine and elastic together) and intensity changes.
 
-What is unusual. A warp is drawn as the source coordinates of every output pixel, so image and labels are each
-interpolated once, whatever was combined, and only the window that these coordinates touch has to be read. Outside the
-image the coordinates are folded back (the image is mirrored); labels there become `IGNORE`, since mirrored anatomy is
-context, not truth. The elastic part is a cubic B-spline over a coarse lattice of random displacements: no larger
-than asked for, smooth, and without folds, as the lattice spacing is at least four times the displacement (2-D
-uniform cubic B-splines are one-to-one below 0.48 spacings, Choi and Lee 2000).
+What is unusual. A warp gives the source coordinates of every output pixel, so image and labels are each interpolated
+once, whatever was combined, and only the window that these coordinates touch has to be read. Outside the image the
+coordinates are folded back (the image is mirrored); labels there become `IGNORE`, since mirrored anatomy is context,
+not truth. The elastic part is a cubic B-spline over a coarse lattice of random displacements: no larger than asked for,
+smooth, and without folds, as the lattice spacing is at least four times the displacement (2-D uniform cubic B-splines
+are one-to-one below 0.48 spacings, Choi and Lee 2000).
 
-Everything is a pure function of a numpy Generator. Axes: YX image, 2 = (y, x) coordinates in source pixels.
+What is drawn is a pure function of a numpy Generator; what is computed runs for a whole batch on any device.
+Axes: B samples, 2 = (y, x) coordinates in source pixels, Y X window, H W output pixels, P control points.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.ndimage import map_coordinates
+from torch import Tensor
 
 from affmae_engine.config import FinetuneConfig
 
@@ -25,16 +28,28 @@ _SMALLEST_SPACING = 32
 """Smallest distance of two control points of the elastic lattice, in pixels."""
 
 
-def draw_warp(
-    rng: np.random.Generator, size: int, config: FinetuneConfig, *, flips: bool, margin: float = 0.0
-) -> NDArray[np.float32]:
-    """Source coordinates [2, size, size] of the pixels of a square, relative to the centre of the square.
+@dataclass(frozen=True)
+class Warp:
+    """Where the pixels of a square come from, relative to its center: matrix @ (y, x) + spline displacement."""
+
+    matrix_22: NDArray[np.float32]
+    lattice_2PP: NDArray[np.float32]
+    """Displacements of the control points; without points if there is no elastic part."""
+
+    def reach(self, size: int) -> tuple[float, float]:
+        """The largest distances from the center, along y and x, in a square of edge `size`."""
+        elastic = np.abs(self.lattice_2PP).max(initial=0.0, axis=(1, 2))
+        y, x = (size - 1) / 2 * np.abs(self.matrix_22).sum(1) + elastic
+        return float(y), float(x)
+
+
+def draw_warp(rng: np.random.Generator, size: int, config: FinetuneConfig, *, flips: bool) -> Warp:
+    """A random warp.
 
     Args:
         size: edge of the output, in pixels.
         config: `rotation`, `scale` (shear goes up to half of it) and `elastic`.
         flips: mirror and turn by quarters as well.
-        margin: largest shift of the centre along each axis, in pixels.
     """
     angle = math.radians(rng.uniform(-config.rotation, config.rotation))
     if flips:
@@ -45,74 +60,102 @@ def draw_warp(
     matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shear], [0.0, 1.0]]) / magnification
     if flips and rng.integers(2):
         matrix[:, 1] *= -1
-    shift = rng.uniform(-margin, margin, size=2)
-    axis = np.arange(size, dtype=np.float32) - (size - 1) / 2
-    y, x = axis[:, None], axis[None, :]
-    warp = np.empty((2, size, size), dtype=np.float32)
-    for row in range(2):
-        warp[row] = np.float32(matrix[row, 0]) * y + np.float32(matrix[row, 1]) * x + np.float32(shift[row])
+    lattice = np.zeros((2, 0, 0), np.float32)
     if config.elastic > 0:
-        warp += _displacement(rng, size, config.elastic)
-    return warp
+        points = _spline_basis(size, config.elastic).shape[1]
+        amplitude = rng.uniform(0, config.elastic) / math.sqrt(2)  # each axis; together no longer than `elastic`
+        lattice = rng.uniform(-amplitude, amplitude, size=(2, points, points)).astype(np.float32)
+    return Warp(matrix.astype(np.float32), lattice)
 
 
-def fold(coordinate: NDArray[np.float32], length: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Mirror coordinates into [0, length - 1] about the outermost pixels, and say which ones lay outside the image."""
-    outside = (coordinate < -0.5) | (coordinate > length - 0.5)
-    if length == 1:
-        return np.zeros_like(coordinate), outside
-    last = np.float32(length - 1)
-    return np.abs(np.mod(coordinate + last, 2 * last) - last), outside
+def largest_reach(size: int, config: FinetuneConfig) -> float:
+    """A bound of `Warp.reach` over all warps that can be drawn."""
+    angle = math.radians(min(config.rotation, 45.0))
+    row = (math.cos(angle) + math.sin(angle) + config.scale / 2) / (1 - config.scale)
+    return (size - 1) / 2 * row + config.elastic / math.sqrt(2)
 
 
-def sample_image(image_YX: NDArray[np.float32], coordinate_2HW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bilinear values at coordinates inside the image."""
-    return map_coordinates(image_YX, coordinate_2HW, order=1, mode="nearest", output=np.float32)
+def source_coordinates(matrix_B22: Tensor, lattice_B2PP: Tensor, size: int, largest: float) -> Tensor:
+    """Source coordinates [B, 2, size, size] of the pixels of squares, relative to their centers.
+
+    Args:
+        matrix_B22, lattice_B2PP: of `Warp`s.
+        size: edge of the squares.
+        largest: the displacement that the lattices were drawn for (`FinetuneConfig.elastic`).
+    """
+    axis = torch.arange(size, dtype=torch.float32, device=matrix_B22.device) - (size - 1) / 2
+    of_y, of_x = matrix_B22[:, :, 0, None, None], matrix_B22[:, :, 1, None, None]  # [B, 2, 1, 1]
+    place_B2HW = of_y * axis[:, None] + of_x * axis
+    if lattice_B2PP.shape[-1]:
+        basis_HP = _spline_basis(size, largest).to(axis.device)
+        place_B2HW = place_B2HW + basis_HP @ lattice_B2PP @ basis_HP.T
+    return place_B2HW
 
 
-def sample_labels(labels_YX: NDArray, coordinate_2HW: NDArray[np.float32]) -> NDArray:
-    """Nearest values at coordinates inside the image."""
-    y, x = np.rint(coordinate_2HW).astype(np.intp)
-    return labels_YX[y, x]
+def window_of(center: float, reach: float, length: int) -> slice:
+    """The pixels along an axis that folded coordinates within `reach` of `center` touch, with their neighbors."""
+    low, high, last = center - reach, center + reach, length - 1
+    if low < 0 or high > last:
+        low, high = min(low, 2 * last - high), max(high, -low)
+    return slice(max(0, math.floor(low) - 1), min(length, math.ceil(high) + 2))
 
 
-def change_intensities(rng: np.random.Generator, image_YX: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
-    """Random gamma, contrast, brightness and noise of a normalised image (zero mean, unit deviation).
+def draw_intensities(rng: np.random.Generator, strength: float) -> NDArray[np.float32]:
+    """Random (gamma, contrast, brightness, noise) for `change_intensities`.
 
     Args:
         strength: largest relative change of contrast, and of brightness in standard deviations; gamma goes from
             1/(1 + strength) to 1 + strength over the range of the image, noise up to strength/2 deviations.
     """
-    if strength == 0:
-        return image_YX
     gamma = math.exp(rng.uniform(-1, 1) * math.log1p(strength))
     contrast = math.exp(rng.uniform(-1, 1) * math.log1p(strength))
-    brightness = rng.uniform(-strength, strength)
-    noise = rng.uniform(0, strength / 2)
-    low, high = float(image_YX.min()), float(image_YX.max())
-    span = max(high - low, 1e-6)
-    bent = ((image_YX - low) / span) ** gamma * span + low
-    grain = rng.standard_normal(image_YX.shape, dtype=np.float32)
-    return (contrast * bent + brightness + noise * grain).astype(np.float32)
+    return np.array([gamma, contrast, rng.uniform(-strength, strength), rng.uniform(0, strength / 2)], np.float32)
 
 
-def _displacement(rng: np.random.Generator, size: int, largest: float) -> NDArray[np.float32]:
-    spacing = max(_SMALLEST_SPACING, math.ceil(4 * largest))
-    basis = _spline_basis(size, spacing)
-    points = basis.shape[1]
-    amplitude = rng.uniform(0, largest) / math.sqrt(2)  # each axis; so that the vector is no longer than `largest`
-    lattice = rng.uniform(-amplitude, amplitude, size=(2, points, points)).astype(np.float32)
-    return (basis @ lattice @ basis.T).astype(np.float32, copy=False)
+def change_intensities(image_BHW: Tensor, change_B4: Tensor, seed_B: Tensor) -> Tensor:
+    """Gamma, contrast, brightness and noise of normalized images (zero mean, unit deviation).
+
+    Args:
+        image_BHW: float32.
+        change_B4: float32, of `draw_intensities`.
+        seed_B: int32, of the noise.
+    """
+    gamma, contrast, brightness, noise = (change_B4[:, i, None, None] for i in range(4))
+    low, high = image_BHW.amin((1, 2), keepdim=True), image_BHW.amax((1, 2), keepdim=True)
+    span = (high - low).clamp(min=1e-6)
+    bent = ((image_BHW - low) / span) ** gamma * span + low
+    return contrast * bent + brightness + noise * gaussian_noise(seed_B, image_BHW.shape[1:])
+
+
+def gaussian_noise(seed_B: Tensor, shape_HW: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 [B, H, W], a pure function of the seeds on every device.
+
+    A 32-bit hash of seed and pixel (Wellons' lowbias32) gives two 16-bit uniform numbers, and those one normal one
+    (Box and Muller 1958), of magnitude 4.9 at most.
+    """
+    pixel = torch.arange(math.prod(shape_HW), dtype=torch.int32, device=seed_B.device).view(1, *shape_HW)
+    bits = _hash(pixel ^ _hash(seed_B[:, None, None]))
+    first, second = ((half + 0.5) / 65536 for half in ((bits >> 16) & 0xFFFF, bits & 0xFFFF))
+    return torch.sqrt(-2 * torch.log(first)) * torch.cos(2 * math.pi * second)
+
+
+def _hash(bits: Tensor) -> Tensor:
+    """A permutation of the int32 numbers that scatters neighbors; products wrap around."""
+    bits = bits ^ ((bits >> 16) & 0xFFFF)
+    bits = bits * 0x7FEB352D
+    bits = bits ^ ((bits >> 15) & 0x1FFFF)
+    bits = bits * (0x846CA68B - (1 << 32))
+    return bits ^ ((bits >> 16) & 0xFFFF)
 
 
 @lru_cache(maxsize=8)
-def _spline_basis(size: int, spacing: int) -> NDArray[np.float32]:
+def _spline_basis(size: int, largest: float) -> Tensor:
     """Uniform cubic B-spline weights [size, control points]; every row sums to 1."""
-    position = np.arange(size) / spacing
+    position = np.arange(size) / max(_SMALLEST_SPACING, math.ceil(4 * largest))
     cell = np.floor(position).astype(int)
     t = position - cell
     weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
     basis = np.zeros((size, cell[-1] + 4), dtype=np.float32)
     for k in range(4):
         basis[np.arange(size), cell + k] = weights[:, k]
-    return basis
+    return torch.from_numpy(basis)

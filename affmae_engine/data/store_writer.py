@@ -8,16 +8,13 @@ ledger by the next one and continued or removed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import zarr
@@ -39,7 +36,8 @@ from affmae_engine.data.store_layout import (
     label_attributes,
     safe_name,
 )
-from affmae_engine.errors import BusyError, ConfigError
+from affmae_engine.errors import ConfigError
+from affmae_engine.runtime.locks import FileLock
 
 _ZSTD_LEVEL = 3
 _WRITE_ALL = {"write_empty_chunks": True}  # an all-zero chunk is a fact about the image, not an absence
@@ -60,7 +58,7 @@ class StoreWriter:
     def __init__(self, path: Path, *, class_names: Sequence[str] = ()) -> None:
         self.paths = StorePaths(path)
         self._class_names = tuple(class_names)
-        self._lock_file: IO[str] | None = None
+        self._lock = FileLock(self.paths.lock, f"{path} is being written", "wait for it, or choose another -o/--out")
 
     def __enter__(self) -> Self:
         root = self.paths.root
@@ -69,11 +67,11 @@ class StoreWriter:
         atomic.ensure_folder(root)
         with atomic.translated_write_errors(root):
             self.paths.private.mkdir(exist_ok=True)
-        self._acquire()
+        self._lock.acquire()
         try:
             self._prepare()
         except BaseException:
-            self._release()
+            self._lock.release()
             raise
         return self
 
@@ -85,7 +83,7 @@ class StoreWriter:
             if kind is None:
                 self._write_group()
         finally:
-            self._release()
+            self._lock.release()
 
     @property
     def images(self) -> dict[str, StoredImage]:
@@ -181,28 +179,6 @@ class StoreWriter:
             return tuple(str(name) for name in attributes.get("class_names", ()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return ()  # a new store, or one whose root is being repaired
-
-    def _acquire(self) -> None:
-        with atomic.translated_write_errors(self.paths.lock):
-            handle = self.paths.lock.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            handle.close()
-            raise BusyError(
-                f"{self.paths.root} is being written by {holder}", "wait for it, or choose another -o/--out"
-            ) from error
-        with contextlib.suppress(OSError):  # only tells others who holds it; a full disk is reported elsewhere
-            os.ftruncate(handle.fileno(), 0)
-            os.write(handle.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-        self._lock_file = handle
-
-    def _release(self) -> None:
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
 
 
 class ImageWriter:

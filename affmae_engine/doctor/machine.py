@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,6 +54,8 @@ class Machine:
     runs: Path | None = None
     """Where runs are written, or will be once that folder exists."""
     disk_free_bytes: int | None = None
+    extras: dict[str, list[str]] = field(default_factory=dict)
+    """Packages that are missing for each extra of affmae (`pip install "affmae[EXTRA]"`); none for one that works."""
     problems: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,6 +73,7 @@ def look_around(runs: Path) -> Machine:
         "torch": torch.__version__,
         "triton": installed("triton"),
     }
+    machine.extras = _attempt(problems, "extras", missing_by_extra) or {}
     machine.platform = _attempt(problems, "platform", platform.platform)
     machine.cpus = _attempt(problems, "processors", _processors)
     machine.ram_bytes, machine.ram_free_bytes = _attempt(problems, "memory", _memory) or (None, None)
@@ -88,6 +92,20 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def missing_by_extra() -> dict[str, list[str]]:
+    """The packages that are not installed, by extra; extras for developers are left out. Empty when run from source."""
+    try:
+        requirements = requires("affmae") or []
+    except PackageNotFoundError:
+        return {}
+    missing: dict[str, list[str]] = {}
+    for requirement in requirements:
+        extra, name = re.search(r"extra == ['\"]([\w-]+)", requirement), re.match(r"[\w.-]+", requirement)
+        if extra and name and extra[1] != "dev":
+            missing.setdefault(extra[1], []).extend([] if installed(name[0]) else [name[0]])
+    return missing
 
 
 def find_cards() -> list[Card]:

@@ -64,14 +64,15 @@ def perlin_field(canvas_hw: tuple[int, int], lattice: int, random: np.random.Gen
     """
     phase_y, phase_x = random.random(2)
     angle = random.uniform(0, 2 * np.pi, (lattice + 2, lattice + 2))
+    gradient_x, gradient_y = np.cos(angle), np.sin(angle)
     y_h = (np.arange(canvas_hw[0]) + 0.5) / canvas_hw[0] * lattice + phase_y
     x_w = (np.arange(canvas_hw[1]) + 0.5) / canvas_hw[1] * lattice + phase_x
     row_h, column_w = y_h.astype(np.int64), x_w.astype(np.int64)
     v_h1, u_1w = (y_h - row_h)[:, None], (x_w - column_w)[None]
 
     def corner(down: int, right: int) -> NDArray[np.float64]:
-        angle_hw = angle[np.ix_(row_h + down, column_w + right)]
-        return np.cos(angle_hw) * (u_1w - right) + np.sin(angle_hw) * (v_h1 - down)
+        cell = np.ix_(row_h + down, column_w + right)
+        return gradient_x[cell] * (u_1w - right) + gradient_y[cell] * (v_h1 - down)
 
     fade_u, fade_v = _fade(u_1w), _fade(v_h1)
     top = corner(0, 0) + fade_u * (corner(0, 1) - corner(0, 0))

@@ -12,12 +12,9 @@ Axes: C classes, R rows of a band, X columns.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
 import struct
 import time
 import zlib
@@ -30,7 +27,8 @@ from typing import IO, Any, Self
 import numpy as np
 
 from affmae_engine import atomic
-from affmae_engine.errors import BusyError, ConfigError
+from affmae_engine.errors import ConfigError
+from affmae_engine.runtime.locks import FileLock
 
 SYNC_S = 1.0
 """Seconds of work that a power cut may cost. A kill costs none: what was written is in the system's hands."""
@@ -92,19 +90,21 @@ class Journal:
         self._made_from = json.loads(json.dumps(made_from))
         self._shape, self._dtype, self._classes = shape_ZYX, dtype, classes
         self._overwrite = overwrite
+        self._lock = FileLock(
+            self.folder / "lock", f"{output} is being written", "wait for it, or choose another -o/--out"
+        )
         self._records: list[_Record] = []
         self._synced = time.monotonic()
 
     def __enter__(self) -> Self:
         with atomic.translated_write_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
-            self._lock = (self.folder / "lock").open("a+", encoding="utf-8")
+        self._lock.acquire()
         try:
-            self._acquire()
             with atomic.translated_write_errors(self.folder):
                 self._file = self._open()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return self
 
@@ -114,7 +114,7 @@ class Journal:
         self._file.close()
         if not self._records:  # nothing is lost with it
             self.discard()
-        self._lock.close()
+        self._lock.release()
 
     @property
     def position(self) -> tuple[int, int]:
@@ -175,19 +175,6 @@ class Journal:
     def discard(self) -> None:
         """Delete the journal; its output is complete, or nothing of it can be used."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _acquire(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read(200).strip() or "another process"
-            raise BusyError(
-                f"{self.output} is being written by {holder}", "wait for it, or choose another -o/--out"
-            ) from error
-        with contextlib.suppress(OSError):  # only tells others who holds it; a full disk is reported elsewhere
-            os.ftruncate(self._lock.fileno(), 0)
-            os.write(self._lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def _open(self) -> IO[bytes]:
         """The journal, its intact records read; a new one where there is none to go on from."""

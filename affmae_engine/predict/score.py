@@ -18,7 +18,7 @@ from affmae_engine.data.labels.pairing import pair_labels
 from affmae_engine.data.readers import Source, open_sources
 from affmae_engine.errors import InputError
 from affmae_engine.predict.stream import PredictReport
-from affmae_engine.train.segmentation_metrics import Confusion, mean
+from affmae_engine.segmentation_metrics import Confusion, mean
 
 _ROWS_PIXELS = 1 << 24
 

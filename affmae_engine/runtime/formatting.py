@@ -1,23 +1,8 @@
-"""Events as lines of text, for log.txt and for terminals that are not one."""
+"""Durations, scores and rates as short text."""
 
 from __future__ import annotations
 
 import math
-
-from affmae_engine.events import (
-    CheckpointSaved,
-    Evaluated,
-    Event,
-    PreviewSaved,
-    RequestTaken,
-    RunEnded,
-    RunStarted,
-    StepLogged,
-    Warned,
-)
-from affmae_engine.run_dir import CHECKPOINT, STOP
-
-_REQUESTED = {STOP: "stop", CHECKPOINT: "save a checkpoint"}
 
 
 def duration(seconds: float) -> str:
@@ -44,43 +29,3 @@ def number(value: float) -> str:
 def rate(value: float) -> str:
     """Images per second with three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def line(event: Event, total_steps: int) -> str:
-    """One event as one line; "" for a kind that is not shown."""
-    match event:
-        case RunStarted():
-            begin = f"resumed at step {event.step}" if event.resumed else "started"
-            return (
-                f"{event.task} {event.run} {begin}: {event.total_steps} steps of {event.batch_size} images, "
-                f"{event.parameters / 1e6:.1f} M parameters, {event.device}"
-            )
-        case StepLogged():
-            return _step_line(event, total_steps)
-        case Evaluated():
-            figures = "  ".join(f"{name} {number(value)}" for name, value in event.metrics.items())
-            best = "  (best so far)" if event.best else ""
-            return f"held-out at step {event.step}  {figures}{best}"
-        case CheckpointSaved():
-            return f"saved {event.path} in {event.seconds:.1f}s"
-        case PreviewSaved():
-            return f"picture {event.path}"
-        case Warned():
-            return f"warning: {event.message}"
-        case RequestTaken():
-            return f"asked to {_REQUESTED.get(event.request, event.request)}: after this step"
-        case RunEnded():
-            tail = f": {event.message}" if event.message else ""
-            return f"{event.status} at step {event.step} after {duration(event.seconds)}{tail}"
-        case _:
-            return ""
-
-
-def _step_line(event: StepLogged, total_steps: int) -> str:
-    width = len(str(total_steps))
-    losses = "  ".join(f"{name} {number(value)}" for name, value in event.losses.items())
-    skipped = f"  skipped {event.skipped}" if event.skipped else ""
-    return (
-        f"step {event.step:>{width}}/{total_steps}  {losses}  lr {event.lr:.2e}  {rate(event.images_per_s)} images/s  "
-        f"wait {event.data_wait:.0%}  {event.memory_peak_gib:.1f} GiB{skipped}  eta {duration(event.eta_s)}"
-    )

@@ -6,7 +6,7 @@ their size is a matter of memory and speed alone. It always divides a process's 
 Unusual: the size that fits a card is measured, not estimated: forward and backward passes of a few sizes on real
 samples, which change no weight and no random generator. A line through what they took leads to the size, so the card
 is hardly ever driven out of memory, which others on a desktop would feel. The passes are neither compiled nor recorded;
-should the training need more than they did, the loop halves as at any shortage.
+should the training need more than they did, the trainer halves as at any shortage.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def out_of_memory(error: BaseException) -> BaseException | None:
     return None
 
 
-def memory_shortage(error: BaseException) -> str | None:
-    """What an exception says of short memory; None when it is about something else.
+def as_out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
+    """A new out-of-memory error with the text of the one behind an exception; None when there is none.
 
-    The text alone: the exception holds the tensors of what failed.
+    Raised outside the except block, it holds none of the tensors of what failed, which the exception itself does.
     """
     reason = out_of_memory(error)
-    return None if reason is None else str(reason)
+    return None if reason is None else torch.OutOfMemoryError(str(reason))
 
 
 def largest_divisor(share: int, limit: int) -> int:
@@ -154,10 +154,10 @@ def in_smaller_batches(work: Callable[[int], _T], size: int, device: torch.devic
         try:
             return work(size)
         except Exception as error:
-            text = memory_shortage(error)
-            if text is None:
+            shortage = as_out_of_memory(error)
+            if shortage is None:
                 raise
         free_memory(device)
         if size == 1:
-            raise torch.OutOfMemoryError(text)
+            raise shortage
         size //= 2

@@ -1,6 +1,6 @@
-"""A request to stop, made by a signal or by whoever holds the object, and read by the loop once per step.
+"""A request to stop, made by a signal or by whoever holds the object, and read by the trainer once per step.
 
-INT, TERM and HUP only set a flag: the loop finishes its step, saves a checkpoint and raises `Interrupted`. A second
+INT, TERM and HUP only set a flag: the trainer finishes its step, saves a checkpoint and raises `Interrupted`. A second
 INT ends the process at once: the default action is put back, so that not even a blocked call can delay it.
 """
 
@@ -13,6 +13,19 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_OF_THE_GROUP = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """TERM and HUP wait until the end of the block; a process that is started inside never gets them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:

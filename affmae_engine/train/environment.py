@@ -80,6 +80,16 @@ def recorded_task(run: RunDir) -> str:
     return str(run.read_json(run.environment).get("task", ""))
 
 
+def recorded_origin(run: RunDir) -> Path | None:
+    """The weights that a run without a checkpoint starts from (`--init-from`), as it starts again from step 0.
+
+    None for a run that started from random weights, and for one with a checkpoint, which replaces them.
+    """
+    command = run.read_json(run.environment).get("command")
+    origin = command.get("init_from") if isinstance(command, dict) else None
+    return Path(origin) if isinstance(origin, str) and not run.checkpoint_steps() else None
+
+
 def recorded_data(run: RunDir) -> dict[str, Any]:
     """The "data" entry of environment.json.
 

@@ -1,6 +1,6 @@
 """What a run records: events to metrics.jsonl and to the sinks, sums on the device, time on the host.
 
-Nothing here reads the device except `Window.read`, which the loop calls when it logs.
+Nothing here reads the device except `Window.read`, which the trainer calls when it logs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from affmae_engine import atomic
 from affmae_engine.events import CheckpointSaved, Evaluated, Event, PreviewSaved, StepLogged, from_line, to_line
 
 Sink = Callable[[Event], None]
+_REMEMBERED = 9  # laps, and interruptions of a kind, that the time left is estimated from
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Recorder:
             try:
                 sink(event)
             except Exception:
-                _log.exception("a viewer of the run failed and was left out from here on")
+                _log.exception("progress display failed; disabled for the rest of the run")
                 self._sinks.remove(sink)
 
     def sync(self) -> None:
@@ -190,24 +191,24 @@ class Window:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per step, images per second, share of the time spent waiting for data, seconds to the end."""
+    """Seconds per step, images per second, share of the time spent waiting for data."""
 
     step_s: float
     images_per_s: float
     data_wait: float
-    eta_s: float
 
 
 class Stopwatch:
-    """Wall time of training steps, apart from the time in evaluations, previews and checkpoints. Monotonic clock."""
+    """Wall time of training steps, and of what interrupts them: evaluations, previews, checkpoints. Monotonic clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.started = clock()
         self._mark = self.started
-        self._steps = self._all_steps = 0
-        self._waited = self._aside = self._all_aside = 0.0
-        self._recent: deque[float] = deque(maxlen=9)
+        self._steps = 0
+        self._waited = self._aside = 0.0
+        self._recent: deque[float] = deque(maxlen=_REMEMBERED)
+        self._interruptions: dict[str, deque[float]] = {}
 
     @property
     def seconds(self) -> float:
@@ -221,28 +222,39 @@ class Stopwatch:
     def stepped(self) -> None:
         """Count one optimizer step."""
         self._steps += 1
-        self._all_steps += 1
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time that is not training: left out of the pace, part of the estimated time to the end."""
+    def interrupted(self, by: str) -> Iterator[None]:
+        """Time that is not training: left out of the pace, and remembered for the time left. by: its kind."""
         start = self._clock()
         try:
             yield
         finally:
-            self._aside += self._clock() - start
-            self._all_aside += self._clock() - start
+            seconds = self._clock() - start
+            self._aside += seconds
+            self._interruptions.setdefault(by, deque(maxlen=_REMEMBERED)).append(seconds)
 
-    def lap(self, batch_size: int, steps_left: int) -> Pace:
+    def lap(self, batch_size: int) -> Pace:
         """The pace since the last lap. Call it right after the device was read."""
         now = self._clock()
         elapsed = max(now - self._mark - self._aside, 1e-9)
         step_s = elapsed / max(self._steps, 1)
         self._recent.append(step_s)
-        eta_s = steps_left * (statistics.median(self._recent) + self._all_aside / max(self._all_steps, 1))
-        pace = Pace(step_s, self._steps * batch_size / elapsed, min(self._waited / elapsed, 1.0), eta_s)
+        pace = Pace(step_s, self._steps * batch_size / elapsed, min(self._waited / elapsed, 1.0))
         self._mark, self._steps, self._waited, self._aside = now, 0, 0.0, 0.0
         return pace
+
+    def time_left(self, steps: int, interruptions: Mapping[str, int], guesses: Mapping[str, float]) -> float:
+        """Estimated seconds to the end: medians of the last laps, and of the last interruptions of each kind.
+
+        Args:
+            steps: that are left.
+            interruptions: how many are left, by kind.
+            guesses: seconds of an interruption of which there was none yet, by kind; 0 for others.
+        """
+        step_s = statistics.median(self._recent) if self._recent else 0.0
+        usual = {**guesses} | {kind: statistics.median(past) for kind, past in self._interruptions.items()}
+        return steps * step_s + sum(count * usual.get(kind, 0.0) for kind, count in interruptions.items())
 
 
 def _cut_torn_line(path: Path) -> int:

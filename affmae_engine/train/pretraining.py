@@ -1,89 +1,100 @@
-"""Masked-autoencoder pretraining as a `Task` of the training loop (method sections 1 to 5).
+"""Masked-autoencoder pretraining as a `Task` of the trainer (method sections 1 to 5).
 
-What is found from the data (the number of steps) is written into the configuration that is returned, so that a run's
-config.toml says what was used.
+What is found from the data (the number of steps) is written into the task's configuration, so that a run's config.toml
+says what was used.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from affmae_engine.checkpoint import load_weights
-from affmae_engine.config import ModelConfig, RunConfig
+from affmae_engine.config import ModelConfig, OptimConfig, RunConfig
 from affmae_engine.data.dataset import PretrainDataset, croppable_planes
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.split import Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
 from affmae_engine.model.build import Autoencoder, build_autoencoder, encoder_layers
+from affmae_engine.picture_files import Picture
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.pretraining_evaluation import PretrainingEvaluation, choose_crops
-from affmae_engine.train.task import Task
+from affmae_engine.train.schedule import with_steps
+from affmae_engine.train.task import Evaluation, Task
 from affmae_engine.train.transfer import follow_origin
 from affmae_engine.weights import WeightsMetadata
 
 
-def pretrain_task(
-    config: RunConfig, store: Store, *, init_from: Path | None = None, parts: Split | None = None
-) -> tuple[RunConfig, Task]:
-    """Everything that the loop needs to pretrain on a store.
+class PretrainTask(Task):
+    """Pretraining on the images of a dataset; labels are not looked at.
 
     Args:
         config: resolved.
-        store: the images; labels are not looked at.
-        init_from: run, checkpoint or weights to start from; None starts from random weights. When a run is resumed
-            its checkpoint replaces whatever the model starts with, so nothing is loaded then.
+        store: the images.
+        init_from: run, checkpoint or weights to start from; None starts from random weights. A checkpoint that a run
+            is resumed from replaces whatever the model starts with, so nothing is loaded then.
         parts: regions to train on and to hold out; None: as `data.holdout` says.
 
-    Returns:
-        the configuration with the number of steps filled in, and the task.
+    Attributes:
+        config: the configuration with the number of steps filled in.
+        evaluation: the held-out crops.
 
     Raises:
         ConfigError: a mask that does not fit the crop, or weights of another model.
         InputError: no image can be cropped; weights that are not there.
         CorruptError: damaged weights.
     """
-    parts = parts or split(store.images, config.data.holdout, seed=config.train.seed)
-    dataset = PretrainDataset(store, parts.train, config, seed=config.train.seed)
-    if config.train.epochs is not None:
-        steps = max(1, math.ceil(config.train.epochs * dataset.samples_per_epoch / config.train.batch_size))
-        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
-    notes = list(dataset.notes)
-    normalisation = Normalisation.from_store(config.data, store)
-    held_out, _ = croppable_planes(store, parts.val, normalisation, config.image_size)
-    if not held_out:
-        why = "data.holdout is 0" if config.data.holdout == 0 else "there is too little data to hold some out"
-        notes.append(f"{why}: the evaluation uses training images, so it does not show overfitting")
-    crops = choose_crops(held_out or dataset.planes, config.image_size, config.data.crop_scale)
-    evaluation = PretrainingEvaluation(store, crops, config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        model = build_autoencoder(config.model, config.loss, backend=config.kernels.backend)
-    if init_from is not None:
-        notes += load_initial(model, init_from, config)
 
-    task = Task(
-        name="pretrain",
-        model=model,
-        dataset=dataset,
-        losses=reconstruction_losses,
-        evaluate=evaluation.evaluate,
-        preview=evaluation.preview,
-        parameter_groups=lambda optim: layer_decay_groups(model, optim, encoder_layers(config.model)),
-        metadata=WeightsMetadata.of_run(
-            "pretrain",
-            config,
-            normalisation=normalisation.to_dict(),
-            pixel_nm=store.pixel_edge_nm,
-        ),
-        fingerprint=store.fingerprint(),
-        notes=tuple(notes),
-    )
-    return config, task
+    name = "pretrain"
+
+    def __init__(
+        self, config: RunConfig, store: Store, *, init_from: Path | None = None, parts: Split | None = None
+    ) -> None:
+        # Training samples, and the number of steps that the epochs mean.
+        parts = parts or split(store.images, config.data.holdout, seed=config.train.seed)
+        self.dataset = dataset = PretrainDataset(store, parts.train, config, seed=config.train.seed)
+        self.config = config = with_steps(config, dataset.samples_per_epoch)
+        notes = list(dataset.notes)
+        # Held-out crops.
+        normalisation = Normalisation.from_store(config.data, store)
+        held_out, _ = croppable_planes(store, parts.val, normalisation, config.image_size)
+        if not held_out:
+            why = "data.holdout is 0" if config.data.holdout == 0 else "there is too little data to hold some out"
+            notes.append(f"{why}: the evaluation uses training images, so it does not show overfitting")
+        crops = choose_crops(held_out or dataset.planes, config.image_size, config.data.crop_scale)
+        self.evaluation = PretrainingEvaluation(store, crops, config)
+        self.evaluated_images = 2.0 * len(crops)  # once for the losses, once for the ranks of the stages
+        # The network.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            self.model = model = build_autoencoder(config.model, config.loss, backend=config.kernels.backend)
+        if init_from is not None:
+            notes += load_initial(model, init_from, config)
+        self.notes = tuple(notes)
+        self.metadata = WeightsMetadata.of_run(
+            "pretrain", config, normalisation=normalisation.to_dict(), pixel_nm=store.pixel_edge_nm
+        )
+        self.fingerprint = store.fingerprint()
+
+    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Reconstruction losses of a batch of `PretrainDataset` samples."""
+        return reconstruction_losses(model, batch)
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> Evaluation:
+        """Losses on the held-out crops, with fixed masks, and the effective rank of each stage."""
+        return self.evaluation.evaluate(model, device)
+
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
+        """Held-out crops, what is hidden of them, and their reconstructions."""
+        return self.evaluation.preview(model, device)
+
+    def parameter_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """See `layer_decay_groups`."""
+        return layer_decay_groups(self.model, optim, encoder_layers(self.config.model))
 
 
 def reconstruction_losses(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

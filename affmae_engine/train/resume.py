@@ -1,98 +1,12 @@
-"""What may differ between a run and its continuation, and how a refused difference is told.
-
-Every field of the configuration stands in exactly one of three sets; a test fails on a new field that does not.
-"""
+"""Compares the settings of a resumed run with those it had; `config.OnResume` says what may differ."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
-from affmae_engine.config import RunConfig
+from affmae_engine.config import OnResume, RunConfig, on_resume
 from affmae_engine.errors import ConfigError
 from affmae_engine.run_dir import RunDir
-
-KEPT = frozenset(
-    {
-        "model.family",
-        "model.size",
-        "model.dims",
-        "model.depths",
-        "model.heads",
-        "model.mlp_ratio",
-        "model.decoder_dim",
-        "model.decoder_heads",
-        "model.channels",
-        "model.patch_size",
-        "model.cluster_size",
-        "model.neighbours",
-        "model.merging",
-        "model.merge_keep",
-        "model.drop_path",
-        "model.decoder_dropout",
-        "model.decoder_ffn_ratio",
-        "data.crop_size",
-        "data.crop_scale",
-        "data.flips",
-        "data.clahe",
-        "data.normalisation",
-        "data.holdout",
-        "mask.kind",
-        "mask.ratio",
-        "mask.lattices",
-        "loss.step2",
-        "loss.step1",
-        "optim.lr",
-        "optim.min_lr",
-        "optim.betas",
-        "optim.weight_decay",
-        "optim.warmup_steps",
-        "optim.clip_norm",
-        "optim.layer_decay",
-        "train.batch_size",
-        "train.precision",
-        "train.seed",
-        "finetune.class_names",
-        "finetune.ignore_label",
-        "finetune.class_weights",
-        "finetune.val_fraction",
-        "finetune.val_images",
-        "finetune.focal_gamma",
-        "finetune.focal_weight",
-        "finetune.dice_weight",
-        "finetune.elastic",
-        "finetune.rotation",
-        "finetune.scale",
-        "finetune.photometric",
-        "predict.tile",
-        "predict.overlap",
-    }
-)
-"""Fields that decide what is learned or how it is scored: a continuation with others is refused."""
-
-ROUNDING = frozenset({"train.micro_batch", "train.device", "kernels.backend", "kernels.cuda_graph"})
-"""Fields that change the result by rounding, and by what dropout and drop path draw: each forward pass is seeded, and
-they change how many images it sees or which code draws. They may change, which is recorded as a warning."""
-
-FREE = frozenset(
-    {
-        "train.steps",
-        "train.epochs",
-        "train.log_every",
-        "train.eval_every",
-        "train.preview_every",
-        "train.checkpoint_every",
-        "train.checkpoint_minutes",
-        "train.keep_checkpoints",
-        "train.max_nonfinite",
-        "train.max_nonfinite_share",
-        "train.spike_factor",
-        "data.workers",
-        "predict.batch_size",
-    }
-)
-"""Fields that change neither the samples of a step nor what is done with them. More steps are allowed too: the run goes
-on along the longer cosine (`schedule.learning_rate`); fewer are not (`check_length`)."""
 
 
 def check_continuation(run: RunDir, asked: RunConfig) -> None:
@@ -101,7 +15,7 @@ def check_continuation(run: RunDir, asked: RunConfig) -> None:
     Raises:
         ConfigError: a setting differs that must not; lists all of them with both values.
     """
-    changed = _changes(run.read_config(), asked, KEPT)
+    changed = _changes(run.read_config(), asked, OnResume.KEPT)
     if not changed:
         return
     lines = "\n  ".join(
@@ -121,7 +35,7 @@ def rounding_notes(before: RunConfig, now: RunConfig) -> list[str]:
     kept = "up to rounding and the draws of dropout" if draws else "up to rounding"
     return [
         f"{path} is {new} from here on, was {old}: the result stays the same {kept}"
-        for path, (old, new) in _changes(before, now, ROUNDING).items()
+        for path, (old, new) in _changes(before, now, OnResume.ROUNDING).items()
     ]
 
 
@@ -136,10 +50,10 @@ def check_length(run: RunDir, steps: int) -> None:
         raise ConfigError(f"{run.root} is finished ({planned} steps)", "train it longer with --steps")
 
 
-def _changes(before: RunConfig, now: RunConfig, fields: Collection[str]) -> dict[str, tuple[Any, Any]]:
-    """Old and new value of each of the fields that differ."""
+def _changes(before: RunConfig, now: RunConfig, policy: OnResume) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each field of this policy that differs."""
     old, new = _flat(before), _flat(now)
-    return {path: (old[path], new[path]) for path in new if path in fields and old[path] != new[path]}
+    return {path: (old[path], new[path]) for path in new if on_resume(path) is policy and old[path] != new[path]}
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: it waits for the copy to host memory, not for the disk.
+"""Checkpoints written in the background: training waits for the copy to host memory, not for the disk.
 
 One thread writes, one checkpoint at a time. What becomes of it is told when the training asks; until then the last
 complete checkpoint is the one before.

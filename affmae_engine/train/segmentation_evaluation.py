@@ -22,7 +22,7 @@ from affmae_engine.data.segmentation import Section
 from affmae_engine.data.store import Store
 from affmae_engine.picture_files import Picture
 from affmae_engine.predict.infer import ArrayPlane, TileRunner, Tiling, blend
-from affmae_engine.train.segmentation_metrics import Confusion, mean
+from affmae_engine.segmentation_metrics import Confusion, mean
 from affmae_engine.train.task import Evaluation
 from affmae_engine.visualize import comparison_picture
 

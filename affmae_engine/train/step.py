@@ -4,22 +4,20 @@ A step with a non-finite loss or gradient is left out without a branch: the fuse
 and leaves weights and moments as they are, bit for bit. Clipping is the factor that the same kernel divides by. The
 cost of the check is one norm, which clipping needs anyway, and a handful of scalar kernels.
 
-A step that runs out of memory while gradients are gathered has changed nothing: the caller is told and repeats it in
-smaller pieces. With several processes they agree on that just before they exchange gradients, which happens once per
-step, in the backward pass of the last micro-batch.
+A step that runs out of memory has changed nothing: it raises, and the trainer repeats it in smaller pieces. Several
+processes agree on that after the last backward pass, before they sum their gradients in one collective.
 
-On request, everything after the batch's copy is captured once as CUDA graphs and replayed, so that the host launches
-two graphs a step instead of thousands of kernels. The captured functions are the same that run before, so the numbers
-do not change.
+On request, everything after the batch's copy is captured once as two CUDA graphs and replayed: the pass of a
+micro-batch, and the update. So the host launches two graphs a step instead of thousands of kernels; between the two,
+several processes sum their gradients. The captured functions are the same that run before, so the numbers do not
+change.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -28,12 +26,13 @@ from torch import Tensor, nn
 from affmae_engine.errors import ResourceError, one_line
 from affmae_engine.runtime.cuda_graphs import CudaGraphedFunction
 from affmae_engine.runtime.device import DeviceChoice
-from affmae_engine.runtime.distributed import Ranks
-from affmae_engine.runtime.memory import memory_shortage, out_of_memory
+from affmae_engine.runtime.distributed import Ranks, SumOverRanks
+from affmae_engine.runtime.memory import as_out_of_memory
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import GpuAdamW
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+Finish = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 EAGER_STEPS = 3
 """Steps before the capture: they compile kernels, find the largest workspaces and move constants to the device."""
@@ -43,7 +42,7 @@ _LESS = "continue with --resume and a smaller train.micro_batch"
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars on the device: losses averaged over the micro-batches, gradient norm before clipping, step skipped.
+    """Scalars on the device: losses averaged over the batch, gradient norm before clipping, whether it was skipped.
 
     They are overwritten by the next step, so whoever keeps them copies them.
     """
@@ -74,8 +73,9 @@ class TrainStep:
         accumulate: micro-batches per step.
         clip_norm: largest gradient norm; 0 turns clipping off.
         record: replay CUDA graphs after `EAGER_STEPS` steps; every batch must then have the same shapes.
-        ranks: the processes that share a step; graphs are for one alone.
+        ranks: the processes that share a step.
         agree: called once per step with whether this process ran out of memory; returns whether any did.
+        finish: makes training samples of a batch once it is on the device; None: the loader gives samples.
     """
 
     def __init__(
@@ -91,16 +91,19 @@ class TrainStep:
         record: bool = False,
         ranks: Ranks = Ranks(),
         agree: Callable[[bool], bool] = bool,
+        finish: Finish | None = None,
     ) -> None:
-        self._losses, self._optimizer, self._scaler = losses, optimizer, scaler
+        self._model, self._losses, self._optimizer, self._scaler = model, losses, optimizer, scaler
         self._choice, self._accumulate, self._clip_norm = choice, accumulate, clip_norm
-        self._ranks, self._agree, self._agreed = ranks, agree, False
-        self._model = ranks.averaging(model, choice.device)
-        self._to_device = DevicePrefetcher(choice.device)
+        self._ranks, self._agree = ranks, agree
+        self._parts = accumulate * ranks.world
+        self._to_device = DevicePrefetcher(choice.device, finish)
         self._eager_steps = EAGER_STEPS if record else None
         # Not the functions themselves until then: a step that refers to itself would keep the optimizer alive.
         self._graphed_backward: CudaGraphedFunction | None = None
         self._graphed_update: CudaGraphedFunction | None = None
+        self._written: list[Tensor] = []  # the gradients that the captured pass writes
+        self._sum: SumOverRanks | None = None
 
     def __call__(
         self, batches: Iterator[dict[str, Tensor]], *, seed: Callable[[int], None], watch: Stopwatch
@@ -115,82 +118,86 @@ class TrainStep:
         Raises:
             torch.OutOfMemoryError: here or in another process; nothing was changed, and no tensor of the failed pass
                 is kept alive by the exception.
-            ResourceError: memory ran out where the step cannot be repeated: while gradients were exchanged.
+            ResourceError: memory ran out where the step cannot be repeated, in the update.
         """
-        self._agreed = False
-        shortage: str | None = None
+        losses: dict[str, Tensor] = {}
+        shortage: torch.OutOfMemoryError | None = None
         try:
-            sums = self._gradients(batches, seed, watch)
-        except _PeerOutOfMemory as error:
-            shortage = str(error)
+            # Add up the gradients of all micro-batches.
+            for part in range(self._accumulate):
+                batch = self._to_device(_next_batch(batches, self._choice.device, watch))
+                if part == 0 and self._eager_steps == 0:
+                    self._capture(batch)
+                seed(part)
+                shares = (self._graphed_backward or self._backward)(batch)
+                if part == 0:  # a copy, where a replayed pass will overwrite its results with those of the next
+                    losses = {n: share.clone() for n, share in shares.items()} if self._accumulate > 1 else shares
+                else:
+                    losses = {name: total + shares[name] for name, total in losses.items()}
+            if self._ranks.world > 1 and self._sum is None:
+                self._sum = SumOverRanks([*self._gradients(), *losses.values()])
         except Exception as error:
-            shortage = memory_shortage(error)
+            shortage = as_out_of_memory(error)
             if shortage is None:
                 raise
-            if self._agreed:  # the others are in the exchange and cannot be called back
-                raise ResourceError("out of memory while gradients were exchanged", _LESS) from error
+        # Not in the except block: an exception that is raised there keeps the tensors of the failed pass alive.
+        if self._agree(shortage is not None) and shortage is None:
+            shortage = torch.OutOfMemoryError("out of memory in another process")
         if shortage is not None:
-            # Not in the except block: what is raised there keeps the tensors of the failed pass alive.
-            if not self._agreed:
-                self._agree(True)
             self._optimizer.zero_grad(set_to_none=True)
-            raise torch.OutOfMemoryError(shortage)
+            raise shortage
 
-        sums = self._ranks.mean(sums)
+        if self._sum is not None:
+            losses = self._sum_over_ranks(self._sum, losses)
         try:
-            update = (self._graphed_update or self._run_update)({"loss": sums["loss"]})
+            update = (self._graphed_update or self._update)({"loss": losses["loss"]})
         except torch.OutOfMemoryError as error:  # a part of the weights may be updated already
-            raise ResourceError("out of memory while the weights were updated", _LESS) from error
+            raise ResourceError(
+                "out of memory while the weights were updated",
+                "continue with --resume and a smaller train.micro_batch",
+            ) from error
         if self._eager_steps is not None:
             self._eager_steps -= 1
-        return StepResult(sums, update["norm"], update["bad"])
+        return StepResult(losses, update["norm"], update["bad"])
 
-    def _gradients(
-        self, batches: Iterator[dict[str, Tensor]], seed: Callable[[int], None], watch: Stopwatch
-    ) -> dict[str, Tensor]:
-        """Adds the gradients of all micro-batches to the parameters; returns the mean losses."""
-        sums: dict[str, Tensor] = {}
-        for part in range(self._accumulate):
-            batch = self._to_device(_next_batch(batches, self._choice.device, watch))
-            if part == 0 and self._eager_steps == 0:
-                self._capture(batch)
-            seed(part)
-            last = self._ranks.world > 1 and part == self._accumulate - 1
-            run = self._graphed_backward or partial(self._run_backward, exchange=last)
-            shares = run(batch)
-            if part == 0:  # a copy, where a replayed pass will overwrite its results with those of the next
-                sums = {name: share.clone() for name, share in shares.items()} if self._accumulate > 1 else shares
-            else:
-                sums = {name: total + shares[name] for name, total in sums.items()}
-        return sums
-
-    def _run_backward(self, batch: dict[str, Tensor], exchange: bool = False) -> dict[str, Tensor]:
-        """Adds the gradients of one micro-batch; returns its share of the losses.
-
-        Args:
-            batch: on the device.
-            exchange: average the gradients, those of the micro-batches before included, with the other processes.
-        """
-        silent = self._ranks.world > 1 and not exchange
-        with self._model.no_sync() if silent else contextlib.nullcontext():  # type: ignore[operator]
-            with self._choice.autocast():
-                named = self._losses(self._model, batch)
-            if exchange:
-                self._agreed = True
-                if self._agree(False):
-                    raise _PeerOutOfMemory("out of memory in another process")
-            self._scaler.scale(self._share(named["loss"])).backward()
+    def _backward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the gradients of one micro-batch, on the device; returns its share of the mean losses."""
+        with self._choice.autocast():
+            named = self._losses(self._model, batch)
+        self._scaler.scale(self._share(named["loss"])).backward()
         return {name: self._share(value.detach().float()) for name, value in named.items()}
 
     def _share(self, loss: Tensor) -> Tensor:
-        """What a micro-batch's mean contributes to that of the step."""
-        return loss / self._accumulate if self._accumulate > 1 else loss
+        """What a micro-batch's mean contributes to that of the step, over all processes."""
+        return loss / self._parts if self._parts > 1 else loss
 
-    def _run_update(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _sum_over_ranks(self, add_up: SumOverRanks, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums gradients, for the update to read, and losses over all processes."""
+        written = self._written or self._gradients()
+        with self._ranks.peers_expected():
+            sums = add_up([*written, *losses.values()])
+        if self._written and self._accumulate > 1:  # the captured pass adds to them
+            torch._foreach_zero_(self._written)
+        if not self._written:
+            self._read_gradients_from(sums)
+        return dict(zip(losses, sums[len(written) :], strict=True))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained() if p.grad is not None]
+
+    def _read_gradients_from(self, tensors: Sequence[Tensor]) -> None:
+        """Let the update read these as the parameters' gradients."""
+        for parameter, tensor in zip(self._trained(), tensors, strict=False):  # losses follow the gradients
+            parameter.grad = tensor
+
+    def _update(self, total: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clips and updates, unless something is not finite; forgets the gradients."""
         if self._scaler.is_enabled():
             self._scaler.unscale_(self._optimizer)
-        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = self._gradients()
         norm = torch.nn.utils.get_total_norm(grads, foreach=True)
         # x - x is 0 for a finite x and NaN otherwise: four small kernels, where `isfinite` takes four for each tensor.
         both = norm + total["loss"]
@@ -205,26 +212,29 @@ class TrainStep:
         # several add to them.
         if self._eager_steps is None or self._eager_steps > 0:
             self._optimizer.zero_grad(set_to_none=True)
-        elif self._accumulate > 1:
+        elif self._accumulate > 1 and self._sum is None:
             torch._foreach_zero_(grads)
         return {"norm": norm, "bad": bad}
 
     def _capture(self, batch: dict[str, Tensor]) -> None:
-        """Captures the passes of a micro-batch and the update as CUDA graphs; runs neither."""
+        """Captures the pass of a micro-batch and the update as CUDA graphs; runs neither."""
         if self._accumulate > 1:
             for group in self._optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
         pool = torch.cuda.graph_pool_handle()
         try:
-            backward = CudaGraphedFunction(self._run_backward, batch, pool)
+            backward = CudaGraphedFunction(self._backward, batch, pool)
+            if self._sum is not None:
+                self._written = self._gradients()
+                self._read_gradients_from(self._sum.results)
             if isinstance(self._optimizer, GpuAdamW):
-                self._optimizer.prepare()  # the gradients are where the captured pass will write them
+                self._optimizer.prepare()  # the gradients are where the update will find them
             loss = torch.zeros((), device=self._choice.device)
-            self._graphed_update = CudaGraphedFunction(self._run_update, {"loss": loss}, pool)
+            self._graphed_update = CudaGraphedFunction(self._update, {"loss": loss}, pool)
             self._graphed_backward = backward
         except RuntimeError as error:
-            if out_of_memory(error) is not None:
+            if as_out_of_memory(error) is not None:
                 if self._scaler.is_enabled():
                     # Capturing the update may have ended between unscaling and its end: what the scaler noted of that
                     # is dropped, or it would refuse the step that is repeated. Its scale stays.
@@ -234,10 +244,6 @@ class TrainStep:
                 f"the training step could not be captured as CUDA graphs: {one_line(error)}",
                 "go on with --resume, or begin again, with --set kernels.cuda_graph=false; the result stays the same",
             ) from error
-
-
-class _PeerOutOfMemory(Exception):
-    """Another process ran out of memory, so this step is given up everywhere."""
 
 
 def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watch: Stopwatch) -> dict[str, Tensor]:
@@ -251,19 +257,22 @@ def _next_batch(batches: Iterator[dict[str, Tensor]], device: torch.device, watc
 
 
 class DevicePrefetcher:
-    """Copies batches to the device; to a GPU on a stream of its own, while the steps before are still computed."""
+    """Copies batches to the device and finishes them; on a GPU beside the steps before, on a stream of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, finish: Finish | None = None) -> None:
+        self._device, self._finish = device, finish
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._stream is None:
-            return {name: tensor.to(self._device) for name, tensor in batch.items()}
+            return self._finished({name: tensor.to(self._device) for name, tensor in batch.items()})
         compute = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+            moved = self._finished({name: t.to(self._device, non_blocking=True) for name, t in batch.items()})
         compute.wait_stream(self._stream)
         for tensor in moved.values():
             tensor.record_stream(compute)  # its memory is not given to the next batch while it is still read
         return moved
+
+    def _finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch if self._finish is None else self._finish(batch)

@@ -1,18 +1,18 @@
-"""What pretraining and finetuning give to the one training loop: a model, samples and a handful of functions.
+"""What differs between pretraining and finetuning: `PretrainTask` and `FinetuneTask` are the two kinds of `Task`.
 
-The loop never asks what kind of model it trains. Everything that differs between tasks is a field of `Task`.
+The trainer never asks what kind of model it trains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from affmae_engine.config import OptimConfig
+from affmae_engine.config import OptimConfig, RunConfig
 from affmae_engine.picture_files import Picture
 from affmae_engine.weights import WeightsMetadata
 
@@ -43,28 +43,41 @@ class Evaluation:
     effective_rank: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One kind of training.
-
-    model: on the CPU; the loop moves it. dataset: training samples. losses: (model, batch on the device) -> named
-    scalar losses, "loss" first, which is the one that is optimised. evaluate and preview get the model in eval mode,
-    without gradients and under the run's autocast; preview returns pictures by name ("" is the main one).
-    parameter_groups: optimizer groups, each with "params", "weight_decay" and "lr_scale". metadata goes into every
-    weights file (the loop adds step and config). fingerprint identifies the data: a resumed run must find the same.
-    notes: what the user should know of the data; the loop reports them as warnings when it starts.
+class Task(ABC):
+    """One kind of training: its model, its data, its losses and how it is evaluated.
 
     A step may be captured as CUDA graphs: neither model nor losses may wait for the device, copy from the host after
     the first step, or depend on values in their shapes.
     """
 
     name: Literal["pretrain", "finetune"]
+    config: RunConfig
+    """Resolved; what is found from the data (steps, classes) is filled in."""
     model: nn.Module
+    """On the CPU; the trainer moves it."""
     dataset: SampleSource
-    losses: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
-    evaluate: Callable[[nn.Module, torch.device], Evaluation]
-    preview: Callable[[nn.Module, torch.device], dict[str, Picture]]
-    parameter_groups: Callable[[OptimConfig], list[dict[str, Any]]]
+    """Training samples."""
     metadata: WeightsMetadata
+    """What every weights file says of itself; the trainer adds step and configuration."""
     fingerprint: str
+    """Identifies the data: a resumed run must find the same."""
     notes: tuple[str, ...] = ()
+    """What the user should know of the data; the trainer reports them as warnings when it starts."""
+    evaluated_images: float = 0.0
+    """Training images that have as many pixels as an evaluation passes through the network, for the time left."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named scalar losses of a batch on the device, "loss" first, which is the one that is optimized."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, device: torch.device) -> Evaluation:
+        """Held-out figures. `model` is in eval mode, without gradients, under the run's autocast."""
+
+    @abstractmethod
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
+        """Pictures by name ("" is the main one); `model` as in `evaluate`."""
+
+    @abstractmethod
+    def parameter_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Optimizer groups, each with "params", "weight_decay" and "lr_scale"."""

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from affmae_engine.checkpoint import load_weights, weights_file
-from affmae_engine.config import ModelConfig, RunConfig
+from affmae_engine.config import SIZE_FIELDS, ModelConfig, RunConfig
 from affmae_engine.errors import ConfigError, CorruptError
 from affmae_engine.model.affmae import class_head_from_pixel_head
 from affmae_engine.weights import WeightsMetadata, read_metadata
@@ -25,7 +25,7 @@ from affmae_engine.weights import WeightsMetadata, read_metadata
 Outcome = Literal["loaded", "adapted", "skipped", "missing"]
 
 _BOUND = {
-    "affmae": ("family", "size", "channels", "patch_size", "merging", "decoder_ffn_ratio"),
+    "affmae": ("family", "size", *SIZE_FIELDS, "channels", "patch_size", "merging", "decoder_ffn_ratio"),
     "vit-mae": ("family", "size", "channels", "patch_size"),
 }
 """Fields of the model section that decide names and shapes of tensors, by family: they must be those of the weights."""

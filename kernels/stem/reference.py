@@ -28,7 +28,7 @@ def stem(
     masked_B1hw = None
     if visible_BV is not None:
         masked_BT = torch.ones(batch, height // patch * (width // patch), dtype=torch.bool, device=image_BIHW.device)
-        masked_B1hw = masked_BT.scatter(1, visible_BV, False).view(batch, 1, height // patch, width // patch)
+        masked_B1hw = masked_BT.scatter(1, visible_BV, 0).view(batch, 1, height // patch, width // patch)
 
     x_BCHW = _blank(image_BIHW.to(dtype), masked_B1hw)
     for layer, ((weight, bias), norm) in enumerate(zip(convs, norms, strict=True)):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -83,7 +84,11 @@ def on(data: Path, *more: object, steps: int = 1) -> list[object]:
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     root = tmp_path_factory.mktemp("runs") / "finished"
-    return root, run(*on(data, "-o", root, "--set", 'finetune.class_names=["gap", "cell"]', steps=2))
+    before = os.umask(0o007)
+    try:
+        return root, run(*on(data, "-o", root, "--set", 'finetune.class_names=["gap", "cell"]', steps=2))
+    finally:
+        os.umask(before)
 
 
 def test_a_new_run_holds_everything(finished: tuple[Path, Result]) -> None:
@@ -99,6 +104,12 @@ def test_a_new_run_holds_everything(finished: tuple[Path, Result]) -> None:
     assert "6 labelled images: gap " in result.stderr
     assert re.search(r"cell +0\.\d{3} +0\.\d{3}", result.stdout) and "best mean IoU" in result.stdout
     assert f"affmae predict STACK -m {root}" in result.stderr
+
+
+def test_files_of_a_run_follow_the_umask(finished: tuple[Path, Result]) -> None:
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in finished[0].rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o660}, modes
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o770}, modes
 
 
 def test_json_has_scores_and_transfer(data: Path, pretrained: Path) -> None:

@@ -5,17 +5,23 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 from typer.testing import CliRunner, Result
 
+import affmae_cli.main
+import affmae_engine
+import affmae_kernels
 from affmae_cli.main import app
 from affmae_engine import checkpoint
 from affmae_engine.data.ingest import ingest
@@ -86,12 +92,6 @@ def test_the_default_place_is_a_new_name_each_time(dataset: Path, tmp_path: Path
     assert [record["run"] for record in found] == ["runs/pretrain-em", "runs/pretrain-em-2"]
     assert all(record["status"] == "finished" and record["step"] == 1 for record in found)
     assert "step 1/1" in results[0].stderr
-
-
-def test_dry_run_touches_nothing(tmp_path: Path) -> None:
-    result = run("missing.zarr", *small(), "--steps", 7, "--dry-run")
-    assert result.exit_code == 0 and "steps = 7" in result.stdout
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_not_overwritten_without_being_told(finished: Path, dataset: Path) -> None:
@@ -196,10 +196,54 @@ def test_resume_with_changed_data_says_what_changed(source: Path, tmp_path: Path
     assert result.exit_code == 2 and re.search(r"1\s+added\s+\(extra\)", result.stderr)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    """From the weights that it started from."""
+    result = run(dataset, *small(), "--steps", 2, "--init-from", finished, "-o", "a")
+    assert result.exit_code == 0, result.output
+    shutil.copytree("a", "killed")
+    shutil.rmtree("killed/checkpoints/step-000002")
+    for name in ("summary.json", "best.json"):
+        Path("killed", name).unlink()
+    result = run("--resume", "killed")
+    assert result.exit_code == 0 and "starts again from step 0" in " ".join(result.stderr.split()), result.output
+    a, b = (checkpoint.load_weights(tmp_path / name)[1] for name in ("a", "killed"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_few_frames_lie_between_the_command_and_the_backward_pass(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tuple(str(Path(module.__file__).parent) for module in (affmae_cli, affmae_engine, affmae_kernels))
+    frames: list[list[str]] = []
+    backward = torch.Tensor.backward
+
+    def noted(tensor: torch.Tensor, *arguments: object, **options: object) -> None:
+        frames.append([frame.name for frame in traceback.extract_stack() if frame.filename.startswith(ours)])
+        backward(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", noted)
+    monkeypatch.setattr(sys, "argv", ["affmae", "pretrain", str(dataset), *small(), "--steps", "1", "-o", "a", "-q"])
+    with pytest.raises(SystemExit) as ended:
+        affmae_cli.main.main()
+    assert not ended.value.code
+    assert len(frames) == 1 and frames[0][0] == "main" and len(frames[0]) <= 7, frames
+
+
+def test_files_of_a_run_follow_the_umask(dataset: Path, tmp_path: Path) -> None:
+    before = os.umask(0o007)
+    try:
+        assert run(dataset, *small(), "--steps", 1, "-o", "a").exit_code == 0
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o660}, modes
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o770}, modes
+
+
 def start(*words: object) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "affmae_cli", "pretrain", *map(str, words)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 120.0) -> None:
@@ -213,18 +257,20 @@ def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 
 
 
 @pytest.mark.parametrize(
-    ("number", "workers"), [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
+    ("number", "send"), [(signal.SIGTERM, os.killpg), pytest.param(signal.SIGINT, os.kill, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_tells_how_to_go_on(
-    number: signal.Signals, workers: int, dataset: Path, tmp_path: Path
+    number: signal.Signals, send: Callable[[int, int], None], dataset: Path, tmp_path: Path
 ) -> None:
-    process = start(dataset, *small(f"data.workers={workers}"), "--steps", 100_000, "-o", "a")
-    wait_for(tmp_path / "a" / "metrics.jsonl", '"step": 3', process)
-    process.send_signal(number)
+    """A scheduler's SIGTERM reaches the data loader too, which has yet to deliver most of a step."""
+    process = start(dataset, *small("data.workers=1", "train.batch_size=32"), "--steps", 100_000, "-o", "a")
+    wait_for(tmp_path / "a" / "metrics.jsonl", '"kind": "step"', process)
+    send(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "affmae pretrain --resume a" in errors and "Traceback" not in errors
     run_dir = RunDir(tmp_path / "a")
+    assert "data-loading process" not in run_dir.log.read_text()
     summary = json.loads(run_dir.summary.read_text())
     assert summary["status"] == "stopped" and run_dir.checkpoint_steps()[0] == summary["step"]
 

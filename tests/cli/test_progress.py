@@ -4,6 +4,7 @@ import io
 import math
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from affmae_cli.progress import Curve, LiveView, PlainLines, watching
@@ -92,7 +93,7 @@ def test_the_smoothed_loss_is_shown_and_nan_does_not_stay() -> None:
 def test_warnings_are_shown_whole_and_markup_is_text() -> None:
     console = terminal(60)
     view = LiveView(console)
-    view(events.RunStarted(**{**STARTED.__dict__, "run": "[red]x[/red]\x1b[2J"}))
+    view(replace(STARTED, run="[red]x[/red]\x1b[2J"))
     view(step(10))
     view(events.Warned(step=10, message="[bold]careful[/bold] " + "word " * 12 + "end"))
     text = "\n".join(picture(view, console))

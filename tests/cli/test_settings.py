@@ -1,13 +1,16 @@
 """Merging of sources: precedence, task tables, chains, value parsing, and the list of all errors."""
 
 import itertools
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from affmae_cli import output, preset_files, settings
+from affmae_cli import dry_run, preset_files, settings
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import ConfigError
+from affmae_engine.run_dir import RunDir
 
 
 @pytest.fixture
@@ -107,14 +110,14 @@ class TestTaskTables:
         assert (optim.lr, optim.clip_norm) == (2e-4, 3.0)
 
     def test_not_from_the_command_line(self, preset_folder):
-        assert "task.finetune.optim.lr = 1: unknown field" in problems(overrides=["task.finetune.optim.lr=1"])[0]
+        assert "only files have tables for tasks" in problems(overrides=["task.finetune.optim.lr=1"])[0]
 
     def test_wrong_tables(self, preset_folder, tmp_path):
         user = tmp_path / "user.toml"
         user.write_text("[task.predict.optim]\nlr = 1\n[task.finetune.optim]\nlrr = 1\n")
         first, second = problems(config_file=user)
-        assert "task.predict" in first and "[task.finetune.*]" in first
-        assert "optim.lrr = 1: unknown field (did you mean optim.lr?)" in second and "[task.finetune]" in second
+        assert "optim.lrr = 1: unknown field (did you mean optim.lr?)" in first and "[task.finetune]" in first
+        assert "task.predict.optim.lr = 1" in second and "[task.finetune.*]" in second
         user.write_text("task = 3\n")
         assert len(problems(config_file=user)) == 1
 
@@ -221,16 +224,17 @@ class TestErrors:
         user.write_text('extends = "x"\n[optim]\nlrr = 0.002\n[optimm]\nlr = 1\n[mask]\nratio = 1.5\n')
         lines = problems(
             config_file=user,
-            overrides=["a.b", "lr=1", "train.steps=abc", "optim=3"],
+            overrides=["a.b", "=3", "lr=1", "train.steps=abc", "optim=3"],
             environ={"AFFMAE_OPTIM__LRR": "1", "AFFMAE_TRAIN__SEED": "-1"},
         )
         assert sorted(lines) == sorted(
             [
                 "a.b: --set needs SECTION.FIELD=VALUE [--set]",
+                "=3: --set needs SECTION.FIELD=VALUE [--set]",
                 "lr = 1: unknown field (did you mean optim.lr?) [--set]",
                 "optim = 3: is a section; set one of its fields [--set]",
                 'AFFMAE_OPTIM__LRR = "1": unknown setting (did you mean AFFMAE_OPTIM__LR?) [environment]',
-                f"extends: belongs into presets only; choose the preset with --preset [{user}]",
+                f'extends = "x": belongs into presets only; choose the preset with --preset [{user}]',
                 f"optim.lrr = 0.002: unknown field (did you mean optim.lr?) [{user}]",
                 f"optimm.lr = 1: unknown field (did you mean optim.lr?) [{user}]",
                 f"mask.ratio = 1.5: must be less than 1 [{user}]",
@@ -284,7 +288,7 @@ def test_a_written_configuration_can_be_given_back(preset_folder, tmp_path):
     """What `--dry-run` prints resolves to the same configuration, also with both lengths in it."""
     resolved = resolve(overrides=["train.epochs=3", "finetune.class_names=['a\"b', 'é']", "train.micro_batch=4"])
     path = tmp_path / "again.toml"
-    path.write_text(output.config_toml(resolved.config.model_dump(), resolved.sources), "utf-8")
+    path.write_text(dry_run.config_toml(resolved.config.model_dump(), resolved.sources), "utf-8")
     assert resolve(config_file=path).config == resolved.config
 
 
@@ -294,3 +298,79 @@ def test_removed_fields_are_ignored_in_files_and_refused_elsewhere(preset_folder
     assert resolve("finetune", config_file=user).config == RunConfig()
     (problem,) = problems(overrides=["kernels.compile=false"])
     assert problem.startswith("kernels.compile = false: no longer exists")
+
+
+class TestOddInput:
+    @pytest.mark.parametrize(
+        ("text", "path", "reason"),
+        [
+            ("[Optim]\nlr = 1\n[optim]\nlr = 2\n", "Optim.lr = 1", "did you mean optim.lr?"),
+            ("[[optim]]\nlr = 1\n", "optim = [{lr = 1}]", "is a section"),
+            ("optim = 3\n", "optim = 3", "is a section"),
+            ('[model]\n"a(" = 1\nneighbours = 63\n', "model.a( = 1", "unknown field"),
+            ("[optim.lr]\na = 1\n", "optim.lr = {a = 1}", "must be a valid number"),
+            ("[nothing]\n", "nothing = {}", "unknown field"),
+            ("auto = true\n", "auto = true", "belongs into presets only"),
+            ("task = 3\n", "task = 3", "only files have tables for tasks"),
+        ],
+    )
+    def test_files(self, preset_folder, tmp_path, text, path, reason):
+        user = tmp_path / "user.toml"
+        user.write_text(text)
+        first = problems(config_file=user)[0]
+        assert first.startswith(f"{path}: ") and reason in first and f"[{user}" in first
+
+    @pytest.mark.parametrize(
+        "override",
+        ["optim.lr=1979-05-27", "a.b.c=1", "optim.=3", "Optim.lr=3", "model.a(=3", "optim=none", f"a{'.a' * 5000}=1"],
+    )
+    def test_command_line(self, preset_folder, override):
+        path, _, _ = override.partition("=")
+        assert problems(overrides=[override])[0].startswith(f"{path} = ")
+
+    def test_values_nested_beyond_what_can_be_read(self, preset_folder, tmp_path):
+        user = tmp_path / "user.toml"
+        user.write_text("a = " + "[" * 20000 + "]" * 20000)
+        assert "is not valid TOML" in problems(config_file=user)[0]
+        assert problems(overrides=["optim.lr=" + "[" * 20000])[0].startswith("optim.lr = ")
+
+    @pytest.mark.parametrize("text", ["[0.8", "0.8,0.9", "", "{", "[0.8, 0.9, 1]"])
+    def test_lists_in_the_environment(self, preset_folder, text):
+        (line,) = problems(environ={"AFFMAE_OPTIM__BETAS": text})
+        assert line.startswith("optim.betas = ") and line.endswith("[environment AFFMAE_OPTIM__BETAS]")
+
+    def test_a_whole_section_in_the_environment(self, preset_folder):
+        (line,) = problems(environ={"AFFMAE_OPTIM": '{"lr": 1}'})
+        assert "unknown setting (did you mean AFFMAE_OPTIM__LR?)" in line
+
+    def test_names_of_variables_in_any_case(self, preset_folder):
+        assert resolve(environ={"AFFMAE_optim__Lr": "0.5"}).config.optim.lr == 0.5
+
+    def test_a_file_that_is_named_like_a_source(self, preset_folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("environment").write_text("[optim]\nlr = 0.5\n")
+        assert resolve(config_file=Path("environment")).sources == {"optim.lr": "environment"}
+
+    def test_a_pipe(self, preset_folder, tmp_path):
+        """As a shell's `--config <(command)` gives it."""
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("[optim]\nlr = 0.5\n",))
+        writer.start()
+        assert resolve(config_file=tmp_path / "pipe").config.optim.lr == 0.5
+        writer.join()
+
+
+def test_steps_of_a_user_replace_the_epochs_of_a_run(preset_folder, tmp_path):
+    run = RunDir(tmp_path)
+    run.write_config(RunConfig.model_validate({"train": {"steps": 12, "epochs": 3}, "optim": {"lr": 0.5}}), "pretrain")
+    assert resolve(run=run).config == run.read_config()
+    train = resolve(run=run, flags={"steps": 20}).config.train
+    assert (train.steps, train.epochs) == (20, None)
+    assert resolve(run=run, overrides=["train.seed=4"]).sources["optim.lr"] == str(run.config)
+
+
+def test_a_default_is_not_taken_from_a_preset_when_a_run_is_continued(preset_folder, tmp_path):
+    run = RunDir(tmp_path)
+    run.write_config(RunConfig(), "pretrain")
+    (preset_folder / "p.toml").write_text("[predict]\ntile = 64\n")
+    assert resolve(run=run).config.predict.tile is None

@@ -26,7 +26,7 @@ import tifffile
 from typer.testing import CliRunner
 
 from affmae_cli.main import app
-from affmae_cli.trainer_process import Trainer, dashboard_wanted
+from affmae_cli.trainer_process import TrainerProcess, dashboard_wanted
 from affmae_engine.data.ingest import ingest
 from affmae_engine.events import from_line
 from affmae_engine.run_dir import RunDir
@@ -226,7 +226,7 @@ def said_before_a_run(code: str, capsys: pytest.CaptureFixture[str], *, ended: b
         os.close(theirs)
         if ended:
             process.wait()
-        trainer = Trainer(process, ours, words)
+        trainer = TrainerProcess(process, ours, words)
         assert trainer.wait_for_run() is None and trainer.exit_code() == 0
     return capsys.readouterr().err
 

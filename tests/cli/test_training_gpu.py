@@ -137,18 +137,22 @@ def test_a_card_that_runs_full_costs_speed_alone(folder: Path, recorded: str) ->
 
 
 @two_cards
+@pytest.mark.parametrize("recorded", ["false", "true"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-5), ("bf16", 3e-3)])
-def test_two_cards_equal_one_and_resume_on_one(folder: Path, precision: str, tolerance: float) -> None:
-    one = train(folder, f"one-{precision}", 8, train__precision=precision)
-    two = train(folder, f"two-{precision}", 8, cards=2, train__precision=precision)
+def test_two_cards_equal_one_and_resume_on_one(folder: Path, precision: str, tolerance: float, recorded: str) -> None:
+    changed = {"train__precision": precision, "kernels__cuda_graph": recorded}
+    one = train(folder, f"one-{precision}-{recorded}", 8, **changed)
+    two = train(folder, f"two-{precision}-{recorded}", 8, cards=2, **changed)
     assert losses(two) == pytest.approx(losses(one), rel=tolerance)
     assert max(losses(resume(folder, two.root.name, "--steps", "10"))) == 10
 
 
 @two_cards
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(folder: Path) -> None:
-    launcher = start(folder, pretrain("killed", 100_000), cards=2)
-    run, deadline = RunDir(folder / "killed"), time.monotonic() + 200
+@pytest.mark.parametrize("recorded", ["false", "true"])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(folder: Path, recorded: str) -> None:
+    name = f"killed-{recorded}"
+    launcher = start(folder, pretrain(name, 100_000, kernels__cuda_graph=recorded), cards=2)
+    run, deadline = RunDir(folder / name), time.monotonic() + 200
     while not run.checkpoint_steps() and launcher.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     ranks = {child.environ().get("RANK"): child for child in psutil.Process(launcher.pid).children()}
@@ -160,7 +164,8 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(folder: Path) -> None:
     assert not any(child.is_running() for child in ranks.values())
     last = run.checkpoint_steps()[0]
     checkpoint.verify(run.checkpoint(last))
-    process = start(folder, ["pretrain", "--resume", "killed"])
+    assert run.read_json(run.summary)["status"] == "failed"
+    process = start(folder, ["pretrain", "--resume", name])
     while run.checkpoint_steps()[0] < last + 8 and process.poll() is None and time.monotonic() < deadline + 200:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)

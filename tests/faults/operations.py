@@ -59,7 +59,7 @@ def tensors(step: int) -> dict[str, Tensor]:
 
 
 def save(run: RunDir, step: int) -> None:
-    """A checkpoint as a session writes it, and the note that it is the best."""
+    """A checkpoint as the trainer writes it, and the note that it is the best."""
     about = WeightsMetadata(task="pretrain", step=step, model={}, image_size=8, normalisation={})
     checkpoint.save(run, weights=tensors(step), optimizer=tensors(-step), state={"step": step}, metadata=about)
     checkpoint.write_best(run, step, "score", float(step))

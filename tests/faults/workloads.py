@@ -29,8 +29,8 @@ from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.stream import PredictOptions, predict
 from affmae_engine.run_dir import RunDir, create
-from affmae_engine.train.loop import fit
-from affmae_engine.train.pretraining import pretrain_task
+from affmae_engine.train.pretraining import PretrainTask
+from affmae_engine.train.trainer import Trainer
 from affmae_engine.weights import WeightsMetadata
 
 SHARD_BYTES = 8192
@@ -90,8 +90,7 @@ class Workloads:
             create(run.root, overwrite=True).write_config(CONFIG, "pretrain")
         elif run.read_json(run.summary).get("status") == "finished":
             return
-        config, task = pretrain_task(CONFIG, Store.open(self.store))
-        fit(run, config, task, resume=begun)
+        Trainer(run, PretrainTask(CONFIG, Store.open(self.store)), resume=begun).fit()
 
     def ingest(self, folder: Path) -> None:
         """Take a stack and a few sections into a store of many shards."""

@@ -17,6 +17,7 @@ CARD = torch.device("cuda", 0)
 def test_choice_has_a_reason() -> None:
     assert choose_backend("reference", "x", CARD).reason == "asked for"
     assert choose_backend("auto", "x", CPU).reason == "the tensors are on the CPU"
+    assert choose_backend("auto", "x", torch.device("meta")).name == "reference"
 
 
 def test_unknown_backend_is_named() -> None:

@@ -19,8 +19,7 @@ from affmae_cli.dashboard.pictures import PictureGrid
 from affmae_cli.dashboard.run_model import RunModel
 from affmae_cli.dashboard.text import cut, duration, gib, number, of, one_line, rate, seconds, share
 from affmae_cli.dashboard.verdicts import Level, headline, worst_classes
-from affmae_engine.events import CheckpointSaved, Evaluated, Event, PreviewSaved, RunEnded, Warned
-from affmae_engine.runtime.formatting import line
+from affmae_engine.events import CheckpointSaved, Evaluated, Event, PreviewSaved, RunEnded, Warned, line
 
 LEVEL_STYLES: dict[Level, str] = {"good": "$success", "note": "$primary", "bad": "$error"}
 _SIGNS: dict[Level, str] = {"good": "✔", "note": "▲", "bad": "✖"}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from affmae_cli.dashboard.alerts import Alerts, escape_sequences, run_command
 from affmae_engine import events
@@ -43,7 +44,7 @@ def test_divergence_and_skipped_steps_are_told() -> None:
     take(model, *(step(n, loss=5.0) for n in range(100, 140)))
     assert "diverges" in alerts.of(model)[0]
     skipped = step(140, loss=5.0)
-    take(model, events.StepLogged(**{**skipped.__dict__, "skipped": 3}))
+    take(model, replace(skipped, skipped=3))
     assert alerts.of(model) == ["r: 3 steps with a loss or gradient that is not finite"]
 
 

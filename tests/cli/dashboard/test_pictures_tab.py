@@ -1,9 +1,9 @@
 """Pictures and classes: always of the run that is shown, as new as they are, and never in the way of all else."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from textual.geometry import Region
 

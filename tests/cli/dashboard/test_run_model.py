@@ -48,7 +48,7 @@ def saved(number: int) -> events.CheckpointSaved:
 
 def take(model: RunModel, *found: events.Event) -> None:
     for event in found:  # one by one, as a live run comes
-        model.apply([json.loads(events.to_line(event))])
+        model.apply([events.from_line(events.to_line(event))])
 
 
 def known(*found: events.Event, config: RunConfig | None = CONFIG, now: float = 1050.0) -> RunModel:
@@ -155,8 +155,7 @@ def test_the_start_of_the_data_workers_does_not_count_as_waiting() -> None:
 
 def test_figures_of_several_gpus_are_columns_of_their_own() -> None:
     model = known(started())
-    line = {"kind": "system", "time": 1.0, "step": 1, "gpu": "X", "power": 300.0, "other_gpus": [{"power": 310.0}]}
-    model.apply([line])
+    take(model, events.SystemSampled(step=1, gpu="X", power=300.0, other_gpus=[{"power": 310.0}]))
     assert model.systems.last("power") == 300.0 and model.systems.last("gpu1.power") == 310.0
 
 
@@ -192,7 +191,8 @@ def test_a_damaged_line_costs_itself_only(tmp_path: Path, damage: bytes) -> None
 @pytest.mark.parametrize("field", [{"time": "x"}, {"time": None}, {"eta_s": "x"}, {"memory_peak_gib": []}])
 def test_a_newest_step_with_an_odd_field_is_not_the_one_shown(field: dict[str, object]) -> None:
     model = known(started(), step(1))
-    model.apply([json.loads(events.to_line(step(2))), {**json.loads(events.to_line(step(3))), **field}])
+    odd = json.dumps({**json.loads(events.to_line(step(3))), **field})
+    model.apply([events.from_line(line) for line in (events.to_line(step(2)), odd)])
     assert model.latest is not None and model.latest.step == 2
 
 

@@ -97,7 +97,7 @@ def test_failures_are_results(raised, status, note, train, monkeypatch, capsys) 
     def fail(*args: object, **more: object) -> None:
         raise raised
 
-    monkeypatch.setattr(quality_worker, "fit", fail)
+    monkeypatch.setattr(quality_worker.Trainer, "fit", fail)
     result = train(Part("affmae", 0, "scratch", 1.0))
     assert result.status == status and note in result.note and "\n" not in result.note and result.miou is None
     assert "Traceback" in capsys.readouterr().err, "the log has it all"

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from affmae_engine.config import RunConfig
-from affmae_engine.data import dataset as dataset_module
 from affmae_engine.data.dataset import PretrainDataset, as_channels
 from affmae_engine.data.loading import batches
 from affmae_engine.data.split import Region
@@ -160,9 +159,22 @@ def test_unexpected_errors_name_image_and_section(make_store: StoreMaker, monkey
 
     store = make_store({"a": texture((1, 64, 64))})
     dataset = PretrainDataset(store, whole(store), config(), seed=0)
-    monkeypatch.setattr(dataset_module, "resize", fail)
+    monkeypatch.setattr(Store, "read", fail)
     with pytest.raises(InputError, match="cannot load section 0 of image 'a': ValueError: odd"):
         dataset.sample(0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_batch_of_raw_samples_becomes_the_samples(make_store: StoreMaker, dtype: str) -> None:
+    store = make_store({"a": texture((2, 64, 80), dtype), "b": texture((1, 40, 50), "uint8")})
+    dataset = PretrainDataset(store, whole(store), config(crop_scale=(0.5, 1.4)), seed=0)
+    raw = [dataset.raw(index) for index in range(12)]
+    assert all(sample["crop"].shape == raw[0]["crop"].shape for sample in raw)
+    assert raw[0]["crop"].dtype == (torch.uint8 if dtype == "uint8" else torch.float32)
+    batch = dataset.finish({name: torch.stack([sample[name] for sample in raw]) for name in raw[0]})
+    for index in range(12):
+        sample = dataset.sample(index)
+        assert all(torch.equal(batch[name][index], sample[name]) for name in sample)
 
 
 def test_grey_is_repeated_over_channels() -> None:

@@ -167,7 +167,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path: Path) -> None:
 
 def test_automatic_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: range(16), raising=False)
-    assert worker_count("auto") == 8
+    assert worker_count("auto") == 15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert worker_count("auto") == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")

@@ -1,6 +1,5 @@
 """Training samples for segmentation: image and labels in step, purity, rare classes, borders, bad labels."""
 
-import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from affmae_engine.config import DataConfig, FinetuneConfig, ModelConfig, RunConfig
 from affmae_engine.data.labels import IGNORE
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.segmentation import ClassIndex, SegmentationDataset, sections_of
-from affmae_engine.data.segmentation_augment import change_intensities, draw_warp, fold, sample_image, sample_labels
+from affmae_engine.data.segmentation_augment import (
+    change_intensities,
+    draw_intensities,
+    draw_warp,
+    gaussian_noise,
+    largest_reach,
+    source_coordinates,
+    window_of,
+)
 from affmae_engine.data.split import Region
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError
+from affmae_kernels.warped_crops.reference import fold
 
 STILL = FinetuneConfig(elastic=0, rotation=0, scale=0, photometric=0)
 
@@ -139,50 +149,103 @@ def test_an_epoch_covers_the_pixels_once(store: Store):
     assert make_dataset(store).samples_per_epoch == round((3 * 150 * 130 + 40 * 50) / 64**2)
 
 
+def test_a_batch_of_raw_samples_becomes_the_samples(store: Store):
+    dataset = make_dataset(store)
+    raw = [dataset.raw(index) for index in range(6)]
+    batch = dataset.finish({name: torch.stack([sample[name] for sample in raw]) for name in raw[0]})
+    for index in range(6):
+        for name, tensor in dataset.sample(index).items():
+            torch.testing.assert_close(batch[name][index], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_sections_kept_on_the_device_give_the_same_samples(store: Store):
+    read, kept = make_dataset(store), make_dataset(store)
+    kept.keep_on(torch.device("cpu"), 10)
+    assert "window" in kept.raw(0)  # too large
+    kept.keep_on(torch.device("cpu"), 2**30)
+    there = pickle.loads(pickle.dumps(kept))  # noqa: S301 (as worker processes get it)
+    for index in range(6):
+        raw = there.raw(index)
+        assert sum(tensor.numel() for tensor in raw.values()) < 1000
+        batch = kept.finish({name: tensor[None] for name, tensor in raw.items()})
+        for name, tensor in read.sample(index).items():
+            assert torch.equal(batch[name][0], tensor)
+
+
+def coordinates(seed: int, size: int, config: FinetuneConfig, *, flips: bool = False) -> np.ndarray:
+    warp = draw_warp(np.random.default_rng(seed), size, config, flips=flips)
+    matrix, lattice = torch.from_numpy(warp.matrix_22)[None], torch.from_numpy(warp.lattice_2PP)[None]
+    return source_coordinates(matrix, lattice, size, config.elastic)[0].numpy()
+
+
+NOTHING = FinetuneConfig(elastic=0, rotation=0, scale=0)
+
+
 def test_the_warp_has_no_folds_and_no_larger_displacement_than_asked():
     for seed in range(5):
-        config = FinetuneConfig(elastic=12, rotation=0, scale=0)
-        warp = draw_warp(np.random.default_rng(seed), 96, config, flips=False)
-        plain = draw_warp(np.random.default_rng(seed), 96, FinetuneConfig(elastic=0, rotation=0, scale=0), flips=False)
-        assert np.hypot(*(warp - plain)).max() <= 12
+        warp = coordinates(seed, 96, FinetuneConfig(elastic=12, rotation=0, scale=0))
+        assert np.hypot(*(warp - coordinates(seed, 96, NOTHING))).max() <= 12
         dy, dx = np.gradient(warp[0]), np.gradient(warp[1])
         assert (dy[0] * dx[1] - dy[1] * dx[0]).min() > 0  # orientation is kept everywhere
 
 
+def test_no_warp_reaches_farther_than_it_says():
+    config = FinetuneConfig(elastic=12, rotation=170, scale=0.4)
+    for seed in range(20):
+        warp = draw_warp(np.random.default_rng(seed), 40, config, flips=True)
+        found = np.abs(coordinates(seed, 40, config, flips=True)).max((1, 2))
+        assert (found <= np.array(warp.reach(40)) + 1e-3).all()
+        assert max(warp.reach(40)) <= largest_reach(40, config)
+
+
+@given(center=st.floats(-30, 60), reach=st.floats(0.5, 90), length=st.integers(1, 40), share=st.floats(-1, 1))
+def test_the_window_holds_what_is_touched(center: float, reach: float, length: int, share: float):
+    window = window_of(center, reach, length)
+    place = fold(torch.tensor([center + share * reach]), torch.tensor([length]))[0]
+    assert 0 <= window.start <= float(place.floor()) and float(place.ceil()) < window.stop <= length
+
+
 def test_without_anything_drawn_the_warp_is_the_identity():
-    warp = draw_warp(np.random.default_rng(0), 5, FinetuneConfig(elastic=0, rotation=0, scale=0), flips=False)
+    warp = coordinates(0, 5, NOTHING)
     np.testing.assert_allclose(warp[0][:, 0], [-2, -1, 0, 1, 2], atol=1e-6)
     np.testing.assert_allclose(warp[1][0], [-2, -1, 0, 1, 2], atol=1e-6)
 
 
 def test_flips_and_quarter_turns_reach_all_eight_orientations():
-    still = FinetuneConfig(elastic=0, rotation=0, scale=0)
     corners = set()
     for seed in range(60):
-        warp = draw_warp(np.random.default_rng(seed), 3, still, flips=True)
+        warp = coordinates(seed, 3, NOTHING, flips=True)
         corners.add(tuple(np.rint(warp[:, [0, 0], [0, 2]]).astype(int).ravel().tolist()))
     assert len(corners) == 8
 
 
 def test_coordinates_fold_at_the_outermost_pixels():
-    folded, outside = fold(np.array([-2, -0.4, 0, 3, 3.4, 4, 6, 7], np.float32), 4)
-    np.testing.assert_allclose(folded, [2, 0.4, 0, 3, 2.6, 2, 0, 1], atol=1e-6)
-    np.testing.assert_array_equal(outside, [True, False, False, False, False, True, True, True])
-    np.testing.assert_array_equal(fold(np.array([-3, 0, 9], np.float32), 1)[0], 0)
-
-
-def test_interpolation_is_bilinear_for_images_and_nearest_for_labels():
-    grid = np.arange(12).reshape(3, 4)
-    where = np.array([[[0.5, 1.4]], [[1.0, 2.6]]], np.float32)
-    np.testing.assert_allclose(sample_image(grid.astype(np.float32), where), [[3.0, 8.2]], rtol=1e-6)
-    np.testing.assert_array_equal(sample_labels(grid, where), [[1, 7]])
+    folded, outside = fold(torch.tensor([-2, -0.4, 0, 3, 3.4, 4, 6, 7]), torch.tensor(4))
+    torch.testing.assert_close(folded, torch.tensor([2, 0.4, 0, 3, 2.6, 2, 0, 1]), atol=1e-6, rtol=0)
+    assert outside.tolist() == [True, False, False, False, False, True, True, True]
+    assert fold(torch.tensor([-3.0, 0, 9]), torch.tensor(1))[0].tolist() == [0, 0, 0]
 
 
 def test_intensity_changes_scale_with_their_strength():
-    image = np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32)
-    assert change_intensities(np.random.default_rng(1), image, 0.0) is image
-    change = [np.abs(change_intensities(np.random.default_rng(s), image, f) - image).mean() for f, s in
-              itertools.product((0.05, 0.4), range(8))]  # fmt: skip
-    assert np.mean(change[8:]) > 3 * np.mean(change[:8])
-    flat = change_intensities(np.random.default_rng(1), np.zeros((8, 8), np.float32), 0.2)
-    assert np.isfinite(flat).all()
+    image = torch.randn(8, 40, 40, generator=torch.Generator().manual_seed(0))
+    seed = torch.arange(8, dtype=torch.int32)
+
+    def changed(strength: float) -> torch.Tensor:
+        drawn = [draw_intensities(np.random.default_rng(s), strength) for s in range(8)]
+        return change_intensities(image, torch.from_numpy(np.stack(drawn)), seed)
+
+    torch.testing.assert_close(changed(0.0), image, atol=1e-5, rtol=0)
+    weak, strong = ((changed(strength) - image).abs().mean() for strength in (0.05, 0.4))
+    assert strong > 3 * weak
+    flat = change_intensities(torch.zeros(1, 8, 8), torch.tensor([[1.1, 1.0, 0.1, 0.1]]), seed[:1])
+    assert flat.isfinite().all()
+
+
+def test_noise_is_normal_and_differs_between_seeds_and_pixels():
+    noise = gaussian_noise(torch.tensor([1, 2, -7], dtype=torch.int32), (200, 300))
+    assert noise.mean().abs() < 0.01 and (noise.std() - 1).abs() < 0.01
+    assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.003)
+    flat = noise.flatten(1)
+    assert torch.corrcoef(torch.cat([flat[:, 1:], flat[:, :-1]])).fill_diagonal_(0).abs().max() < 0.02
+    again = gaussian_noise(torch.tensor([2], dtype=torch.int32), (200, 300))
+    assert torch.equal(again[0], noise[1])

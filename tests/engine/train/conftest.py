@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from affmae_engine.config import RunConfig
+from affmae_engine.config import OptimConfig, RunConfig
 from affmae_engine.run_dir import RunDir, create
 from affmae_engine.train.optim import decay_groups
 from affmae_engine.train.task import Evaluation, Task
@@ -60,26 +60,28 @@ def make_toy() -> Callable[..., Toy]:
         left = list(scores or [])
         held_out = torch.stack([ToySource().sample(10**6 + i)["x"] for i in range(8)])
 
-        def losses(net: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            before(batch)
-            return _losses(net, batch)
+        class ToyTask(Task):
+            name = "pretrain"
+            dataset = source
+            metadata = WeightsMetadata(task="pretrain", model={}, image_size=6, normalisation={"mode": "image"})
 
-        def evaluate(net: nn.Module, device: torch.device) -> Evaluation:
-            assert not net.training and not torch.is_grad_enabled()
-            loss = float(_losses(net, {"x": held_out.to(device)})["last"])
-            return Evaluation(score=left.pop(0) if left else -loss, metrics={"loss": loss})
+            def losses(self, net: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+                before(batch)
+                return _losses(net, batch)
 
-        task = Task(
-            name="pretrain",
-            model=model,
-            dataset=source,
-            losses=losses,
-            evaluate=evaluate,
-            preview=lambda net, device: {"": np.zeros((4, 4, 3), np.uint8)},
-            parameter_groups=lambda optim: decay_groups(model.named_parameters(), optim.weight_decay, lambda name: 1.0),
-            metadata=WeightsMetadata(task="pretrain", model={}, image_size=6, normalisation={"mode": "image"}),
-            fingerprint=fingerprint,
-        )
+            def evaluate(self, net: nn.Module, device: torch.device) -> Evaluation:
+                assert not net.training and not torch.is_grad_enabled()
+                loss = float(_losses(net, {"x": held_out.to(device)})["last"])
+                return Evaluation(score=left.pop(0) if left else -loss, metrics={"loss": loss})
+
+            def preview(self, net: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
+                return {"": np.zeros((4, 4, 3), np.uint8)}
+
+            def parameter_groups(self, optim: OptimConfig) -> list[dict[str, object]]:
+                return decay_groups(self.model.named_parameters(), optim.weight_decay, lambda name: 1.0)
+
+        task = ToyTask()
+        task.model, task.fingerprint = model, fingerprint
         return Toy(task, source)
 
     return make

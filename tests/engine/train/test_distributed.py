@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -12,29 +13,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from affmae_engine import checkpoint, events
 from affmae_engine.config import FinetuneConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from affmae_engine.data.labels import IGNORE
-from affmae_engine.errors import AffmaeError, ConfigError, Interrupted
+from affmae_engine.errors import AffmaeError, ConfigError, Interrupted, ResourceError
 from affmae_engine.model.build import build_segmenter, encoder_layers
 from affmae_engine.run_dir import RunDir
+from affmae_engine.runtime import distributed
 from affmae_engine.runtime.device import pick_device
-from affmae_engine.runtime.distributed import Ranks, current_ranks, joined
+from affmae_engine.runtime.distributed import Ranks, SumOverRanks, current_ranks, process_group
 from affmae_engine.runtime.signals import StopRequest
-from affmae_engine.train.loop import fit
+from affmae_engine.train import step as step_module
 from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch
 from affmae_engine.train.optim import build_adamw, layer_decay_groups
-from affmae_engine.train.step import TrainStep
+from affmae_engine.train.step import EAGER_STEPS, TrainStep
+from tests.engine.train.fitting import fit
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which a process that uses a card cannot")
 Make = Callable[..., object]
 
 
 def in_processes(folder: Path, work: Callable[[int], object], world: int = 2, seconds: float = 60.0) -> list:
-    """What `work(rank)` returns in each process of a group; the name of the error's class, or minus the signal."""
+    """What `work(rank)` returns in each process of a group, or its error's name, its exit code, minus its signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +50,7 @@ def in_processes(folder: Path, work: Callable[[int], object], world: int = 2, se
                 os.environ.update({name: str(value) for name, value in {**group, "RANK": rank}.items()})
                 result: object = "nothing"
                 try:
-                    with joined():
+                    with process_group():
                         result = work(rank)
                 except AffmaeError as error:
                     result = type(error).__name__
@@ -66,7 +68,7 @@ def in_processes(folder: Path, work: Callable[[int], object], world: int = 2, se
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
         file = folder / f"result-{rank}.json"
-        results.append(json.loads(file.read_text()) if os.WIFEXITED(done[1]) else -os.WTERMSIG(done[1]))
+        results.append(json.loads(file.read_text()) if file.exists() else os.waitstatus_to_exitcode(done[1]))
         file.unlink(missing_ok=True)
     return results
 
@@ -93,10 +95,8 @@ def without_dropout(toy: object) -> object:
     return toy
 
 
-def test_a_lone_process_is_not_wrapped() -> None:
-    model = torch.nn.Linear(2, 2)
-    assert Ranks().averaging(model, torch.device("cpu")) is model
-    with joined() as ranks:
+def test_a_lone_process_is_in_no_group() -> None:
+    with process_group() as ranks:
         assert ranks == Ranks() == current_ranks()
 
 
@@ -121,7 +121,7 @@ def test_two_processes_train_like_one(
     first, second = in_processes(tmp_path, work)
     expected = [[step * 8 + rank * 4 + i for step in range(6) for i in range(4)] for rank in (0, 1)]
     assert [first[:-1], second[:-1]] == expected
-    assert first[-1] == second[-1] == -(6 * 2 + 1), "per step: one agreement, one sum of losses; one farewell"
+    assert first[-1] == second[-1] == -(6 * 2 + 1), "per step: an agreement, and a sum of gradients and losses; the end"
     a, b = step_events(alone), step_events(shared)
     assert list(a) == list(b) == [1, 2, 3, 4, 5, 6]
     tolerance = 1e-6 if precision == "fp32" else 1e-3
@@ -142,18 +142,77 @@ def test_gradients_are_exchanged_once_per_step(
 
     def work(rank: int) -> int:
         exchanged = []
-        real = torch.nn.parallel.DistributedDataParallel
+        real = torch.distributed.all_reduce
+        gradients = sum(parameter.numel() for parameter in make_toy().task.model.parameters())
 
-        def counting(*arguments: object, **options: object) -> torch.nn.Module:
-            wrapped = real(*arguments, **options)
-            wrapped.register_comm_hook(None, lambda _, bucket: (exchanged.append(1), allreduce_hook(None, bucket))[1])
-            return wrapped
+        def counting(tensor: torch.Tensor, *more: object) -> object:
+            exchanged.extend([1] if tensor.numel() >= gradients else [])
+            return real(tensor, *more)
 
-        torch.nn.parallel.DistributedDataParallel = counting
+        torch.distributed.all_reduce = counting
         fit(run, config, make_toy().task)
         return len(exchanged)
 
     assert in_processes(tmp_path, work) == [3, 3]
+
+
+class FakeGraph:
+    """Stands for `CudaGraphedFunction` on a CPU. Capturing changes nothing. A replayed pass writes the very gradients
+    that it was captured with, whatever the parameters' gradients are by then; a replayed update reads the present ones.
+    """
+
+    def __init__(self, function: Callable, example: dict, pool: None) -> None:
+        self._function, step = function, function.__self__
+        self._parameters = [p for group in step._optimizer.param_groups for p in group["params"]]
+        self._written: list[torch.Tensor] = []
+        if function.__name__ == "_backward":
+            self._adds = self._parameters[0].grad is not None
+            function(example)
+            self._written = [p.grad for p in self._parameters]
+            for tensor in self._written:
+                tensor.zero_()
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self._written:
+            return self._function(batch)
+        present = [p.grad for p in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        results = self._function(batch)
+        for written, parameter, grad in zip(self._written, self._parameters, present, strict=True):
+            written.copy_(written + parameter.grad if self._adds else parameter.grad)
+            parameter.grad = grad
+        return results
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_recorded_step_gives_the_same_bits_in_two_processes(
+    precision: str, accumulate: int, make_toy: Make, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(step_module, "CudaGraphedFunction", FakeGraph)
+    choice, steps = pick_device(TrainConfig(device="cpu", precision=precision)), EAGER_STEPS + 3
+
+    def work(rank: int) -> list[list[object]]:
+        found = []
+        for record in (False, True):
+            task, optim = make_toy().task, make_config().optim
+            task.model.eval()  # no dropout, whose draws capturing would change
+            optimizer = build_adamw(task.parameter_groups(optim), optim)
+            take_step = TrainStep(
+                task.model, task.losses, optimizer, torch.amp.GradScaler("cpu", enabled=precision == "fp16"), choice,
+                accumulate=accumulate, clip_norm=0.1, record=record, ranks=current_ranks(),
+            )  # fmt: skip
+            data = [torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * i + rank)) for i in range(2 * steps)]
+            batches = iter([{"x": x} for x in data])
+            taken = [take_step(batches, seed=torch.manual_seed, watch=Stopwatch()) for _ in range(steps)]
+            sums = [float(parameter.double().sum()) for parameter in task.model.parameters()]
+            found.append([float(taken[-1].losses["loss"]), float(taken[-1].grad_norm), *sums])
+        return found
+
+    (plain, recorded), (plain_2, recorded_2) = in_processes(tmp_path, work)
+    assert plain == recorded == plain_2 == recorded_2
 
 
 @pytest.mark.parametrize("weights", [{}, {"step1": 0.0}, {"step2": 0.0, "step1": 0.0}])
@@ -178,8 +237,11 @@ def test_a_segmenter_trains_in_two_processes_like_in_one(weights: dict[str, floa
         )  # fmt: skip
         share = slice(rank * 4 // world, (rank + 1) * 4 // world)
         batches = itertools.repeat({"image": images[share], "labels": labels[share]})
-        taken = [take_step(batches, seed=torch.manual_seed, watch=Stopwatch()) for _ in range(3)]
-        return [float(step.losses["loss"]) for step in taken] + [float(step.grad_norm) for step in taken]
+        figures: list[float] = []
+        for _ in range(3):
+            taken = take_step(batches, seed=torch.manual_seed, watch=Stopwatch())
+            figures += [float(taken.losses["loss"]), float(taken.grad_norm)]
+        return figures
 
     alone = work(0, 1)
     first, second = in_processes(tmp_path, work)
@@ -290,6 +352,36 @@ def test_the_death_of_one_process_ends_the_others_and_the_run_goes_on(
     same_to_rounding(whole, run, 9)
 
 
+def test_a_process_that_waits_for_its_device_is_ended_too(
+    make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an NCCL collective with a dead process: nothing reaches the main thread."""
+    monkeypatch.setattr(distributed, "GRACE_S", 0.5)
+    config = make_config(batch_size=4, steps=9, checkpoint_every=3, log_every=1)
+    whole, run = make_run(config, "whole"), make_run(config, "run")
+    fit(whole, config, without_dropout(make_toy()).task)
+
+    def work(rank: int) -> int:
+        def die_or_wait(batch: dict[str, torch.Tensor]) -> None:
+            calls.append(batch)
+            if len(calls) == 5:
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                threading.Event().wait()
+
+        calls: list[object] = []
+        return fit(run, config, without_dropout(make_toy(before=die_or_wait)).task).step
+
+    start = time.monotonic()
+    assert in_processes(tmp_path, work) == [ResourceError.exit_code, -signal.SIGKILL]
+    assert time.monotonic() - start < 30
+    last = events.from_line(run.metrics.read_text().splitlines()[-1])
+    assert isinstance(last, events.RunEnded) and last.status == "failed" and "another process" in last.message
+    assert run.read_json(run.summary)["status"] == "failed" and run.checkpoint_steps() == [3]
+    in_processes(tmp_path, lambda rank: fit(run, config, without_dropout(make_toy()).task, resume=True).step)
+    same_to_rounding(whole, run, 9)
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused(
     make_toy: Make, make_config: Make, make_run: Make, tmp_path: Path
 ) -> None:
@@ -299,12 +391,34 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
     with pytest.raises(
         ConfigError, match=r"train.batch_size \(5\) must be a multiple of the number of processes \(2\)"
     ):
-        Ranks(0, 2).share(5)
+        Ranks(0, 2).local_batch_size(5)
 
 
 def test_text_and_numbers_are_shared(tmp_path: Path) -> None:
     def work(rank: int) -> list:
         ranks = current_ranks()
-        return [ranks.text("größe" * (1 - rank)), ranks.text(""), ranks.smallest(7 - rank), ranks.any(rank == 1, False)]
+        return [
+            ranks.broadcast_text("größe" * (1 - rank)),
+            ranks.broadcast_text(""),
+            ranks.smallest(7 - rank),
+            ranks.any_rank(rank == 1, False),
+        ]
 
     assert in_processes(tmp_path, work) == [["größe", "", 6, [True, False]]] * 2
+
+
+def test_tensors_are_summed_in_place_of_their_buffer(tmp_path: Path) -> None:
+    """Two CUDA graphs can have the sum between them: every call gives the same tensors, aligned for vector loads."""
+
+    def work(rank: int) -> list:
+        tensors = [torch.arange(5.0) + rank, torch.full((3, 7), float(rank)), torch.tensor(2.0)]
+        add_up = SumOverRanks(tensors)
+        first = add_up(tensors)
+        values = [tensor.tolist() for tensor in first]
+        again = add_up([2 * tensor for tensor in tensors])
+        assert all(a is b for a, b in zip(first, again, strict=True))
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in first)
+        return [values, again[0].tolist()]
+
+    expected = [[[1.0, 3.0, 5.0, 7.0, 9.0], [[1.0] * 7] * 3, 4.0], [2.0, 6.0, 10.0, 14.0, 18.0]]
+    assert in_processes(tmp_path, work) == [expected, expected]

@@ -24,7 +24,7 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError, Interrupted
 from affmae_engine.model.affmae import Segmenter
 from affmae_engine.model.build import encoder_layers
-from affmae_engine.train.finetuning import finetune_task
+from affmae_engine.train.finetuning import FinetuneTask
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.segmentation_evaluation import chosen_sections
 
@@ -55,9 +55,10 @@ def store(make_labelled_store: Callable[..., Store]) -> Store:
 
 
 def test_a_stack_is_split_into_blocks_with_a_gap(store: Store):
-    _, task, report = finetune_task(make_config(), store)
-    trained = {s.z for s in task.dataset.sections}  # type: ignore[attr-defined]
-    held_out = {s.z for s in task.evaluate.__self__.sections}  # type: ignore[attr-defined]
+    task = FinetuneTask(make_config(), store)
+    report = task.transfer
+    trained = {s.z for s in task.dataset.sections}
+    held_out = {s.z for s in task.evaluation.sections}
     assert report is None
     assert len(held_out) == 2
     assert min(abs(a - b) for a in trained for b in held_out) >= 2
@@ -66,25 +67,27 @@ def test_a_stack_is_split_into_blocks_with_a_gap(store: Store):
 
 def test_what_is_found_is_written_into_the_configuration(store: Store):
     asked = make_config(train=TrainConfig(epochs=3, batch_size=2, device="cpu"))
-    config, task, _ = finetune_task(asked, store)
+    task = FinetuneTask(asked, store)
+    config = task.config
     assert config.finetune.class_names == store.class_names == ("class0", "class1")
     assert len(config.finetune.class_weights) == 2
     assert sum(config.finetune.class_weights) == pytest.approx(2, abs=1e-3)
     assert config.train.steps == -(-3 * task.dataset.samples_per_epoch // 2)
     assert task.metadata.class_names == config.finetune.class_names
     assert (task.metadata.task, task.metadata.image_size) == ("finetune", 64)
-    again, _, _ = finetune_task(config, store)
+    task = FinetuneTask(config, store)
+    again = task.config
     assert again == config
 
 
 def test_given_validation_images_are_used(make_labelled_store: Callable[..., Store]):
     store = make_labelled_store({name: blobs(1, 80, seed=k) for k, name in enumerate("abc")})
     config = make_config(finetune=FinetuneConfig(val_images=("b",)))
-    _, task, _ = finetune_task(config, store)
-    assert {s.name for s in task.dataset.sections} == {"a", "c"}  # type: ignore[attr-defined]
-    assert {s.name for s in task.evaluate.__self__.sections} == {"b"}  # type: ignore[attr-defined]
+    task = FinetuneTask(config, store)
+    assert {s.name for s in task.dataset.sections} == {"a", "c"}
+    assert {s.name for s in task.evaluation.sections} == {"b"}
     with pytest.raises(ConfigError, match=r"finetune.val_images: not in .*: z"):
-        finetune_task(make_config(finetune=FinetuneConfig(val_images=("z",))), store)
+        FinetuneTask(make_config(finetune=FinetuneConfig(val_images=("z",))), store)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +100,12 @@ def test_given_validation_images_are_used(make_labelled_store: Callable[..., Sto
 )
 def test_settings_that_do_not_fit_the_labels_are_refused(store: Store, fields: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        finetune_task(make_config(finetune=FinetuneConfig(**fields)), store)
+        FinetuneTask(make_config(finetune=FinetuneConfig(**fields)), store)
 
 
 def test_a_store_without_labels_is_refused(make_store: Callable[..., Store]):
     with pytest.raises(InputError, match="has no labels"):
-        finetune_task(make_config(), make_store({"a": blobs(4, 80)[0]}))
+        FinetuneTask(make_config(), make_store({"a": blobs(4, 80)[0]}))
 
 
 def test_too_little_to_validate_on_is_refused(make_labelled_store: Callable[..., Store]):
@@ -110,7 +113,7 @@ def test_too_little_to_validate_on_is_refused(make_labelled_store: Callable[...,
         {"a": (np.arange(6, dtype=np.uint8).reshape(1, 1, 6), np.eye(1, 6, dtype=np.uint8)[None])}
     )
     with pytest.raises(InputError, match="too little labelled data"):
-        finetune_task(make_config(), store)
+        FinetuneTask(make_config(), store)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -123,9 +126,9 @@ def test_only_labelled_sections_are_divided(
     store = make_labelled_store({"stack": (images, labels)}, ignore_label=255)
     config = make_config(finetune=FinetuneConfig(ignore_label=255))
     config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
-    _, task, _ = finetune_task(config, store)
-    trained = task.dataset.sections  # type: ignore[attr-defined]
-    held_out = task.evaluate.__self__.sections  # type: ignore[attr-defined]
+    task = FinetuneTask(config, store)
+    trained = task.dataset.sections
+    held_out = task.evaluation.sections
     assert {s.z for s in (*trained, *held_out)} <= set(labelled)
     if len(labelled) > 2:
         assert min(abs(s.z - t.z) for s in trained for t in held_out) >= 2
@@ -139,14 +142,14 @@ def test_a_validation_set_without_a_labelled_pixel_is_refused(make_labelled_stor
     sets["b"][1][:] = 255
     store = make_labelled_store(sets, ignore_label=255)
     with pytest.raises(InputError, match="set aside for validation is labelled") as error:
-        finetune_task(make_config(finetune=FinetuneConfig(val_images=("b",), ignore_label=255)), store)
+        FinetuneTask(make_config(finetune=FinetuneConfig(val_images=("b",), ignore_label=255)), store)
     assert "--val-images" in error.value.hint
-    _, task, _ = finetune_task(make_config(finetune=FinetuneConfig(val_images=("b", "c"), ignore_label=255)), store)
-    assert {s.name for s in task.evaluate.__self__.sections} == {"c"}  # type: ignore[attr-defined]
+    task = FinetuneTask(make_config(finetune=FinetuneConfig(val_images=("b", "c"), ignore_label=255)), store)
+    assert {s.name for s in task.evaluation.sections} == {"c"}
 
 
 def test_the_learning_rate_falls_by_layer(store: Store):
-    _, task, _ = finetune_task(make_config(), store)
+    task = FinetuneTask(make_config(), store)
     groups = task.parameter_groups(OptimConfig(layer_decay=0.5, weight_decay=0.1))
     names = {id(parameter): name for name, parameter in task.model.named_parameters()}
     scale, decay = {}, {}
@@ -180,7 +183,7 @@ def test_validation_covers_whole_images_of_any_size(make_labelled_store: Callabl
     shapes = {"a": 70, "b": 131, "c": 150, "d": 33}
     store = make_labelled_store({name: blobs(1, edge, seed=k) for k, (name, edge) in enumerate(shapes.items())})
     config = make_config(finetune=FinetuneConfig(val_images=("b", "d")))
-    _, task, _ = finetune_task(config, store)
+    task = FinetuneTask(config, store)
     found = task.evaluate(Oracle(), CPU)
     assert found.score == found.metrics["dice"] == found.metrics["iou_per_image"] == 1.0
     pixels = sum(scores["pixels"] for scores in found.per_class.values())
@@ -198,7 +201,7 @@ def test_ignored_pixels_are_not_scored_and_never_predicted(make_labelled_store: 
     image, labels = blobs(12, 80)
     labels[:, :40] = 2
     store = make_labelled_store({"a": (image, labels)}, ignore_label=2, class_names=("x", "y", "unsure"))
-    _, task, _ = finetune_task(make_config(finetune=FinetuneConfig(ignore_label=2)), store)
+    task = FinetuneTask(make_config(finetune=FinetuneConfig(ignore_label=2)), store)
 
     class Unsure(Oracle):
         def forward(self, image_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -212,7 +215,7 @@ def test_ignored_pixels_are_not_scored_and_never_predicted(make_labelled_store: 
 
 
 def test_the_preview_shows_the_sections_with_a_legend(store: Store):
-    _, task, _ = finetune_task(make_config(), store)
+    task = FinetuneTask(make_config(), store)
     pictures = task.preview(Oracle(), CPU)
     assert list(pictures) == [""]
     assert {tile.row for tile in pictures[""].tiles} == {0, 1}
@@ -227,7 +230,7 @@ def test_very_large_validation_sets_are_thinned_evenly():
 
 
 def test_a_few_steps_learn_what_is_easy(store: Store):
-    _, task, _ = finetune_task(make_config(), store)
+    task = FinetuneTask(make_config(), store)
     model = task.model.train()
     optimizer = torch.optim.AdamW(task.parameter_groups(OptimConfig()), lr=2e-3)
     first = None
@@ -245,7 +248,7 @@ def test_a_few_steps_learn_what_is_easy(store: Store):
 
 
 def test_equal_seeds_start_equal(store: Store):
-    one, two = (finetune_task(make_config(), store)[1].model.state_dict() for _ in range(2))
+    one, two = (FinetuneTask(make_config(), store).model.state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -271,7 +274,7 @@ def test_collecting_can_be_stopped(store: Store, tmp_path: Path):
 
 
 def test_losses_and_validation_run_under_autocast(store: Store):
-    _, task, _ = finetune_task(make_config(), store)
+    task = FinetuneTask(make_config(), store)
     batch = {name: tensor[None] for name, tensor in task.dataset.sample(0).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = task.losses(task.model.train(), batch)

@@ -9,8 +9,8 @@ from affmae_engine import events
 from affmae_engine.config import TrainConfig
 from affmae_engine.errors import DivergedError
 from affmae_engine.train.health import Health
-from affmae_engine.train.loop import fit
 from affmae_engine.train.metrics import Means
+from tests.engine.train.fitting import fit
 
 Make = Callable[..., object]
 

@@ -15,9 +15,9 @@ from affmae_engine import checkpoint, events
 from affmae_engine.config import RunConfig
 from affmae_engine.errors import AffmaeError, CorruptError, ResourceError
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train.loop import fit
 from affmae_engine.train.metrics import Stopwatch
-from affmae_engine.train.pretraining import pretrain_task
+from affmae_engine.train.pretraining import PretrainTask
+from tests.engine.train.fitting import fit
 
 Make = Callable[..., object]
 
@@ -91,7 +91,8 @@ def test_data_that_changes_under_the_run_is_never_trained_on(damage: str, make_s
                     data[position] ^= 0x10
                 shard.write_bytes(bytes(data))
 
-    config, task = pretrain_task(config, store)
+    task = PretrainTask(config, store)
+    config = task.config
     run = make_run(config)
     with pytest.raises(CorruptError, match=r"image 'a'") as caught:
         fit(run, config, task, sinks=[at_step(5, spoil)])
@@ -141,7 +142,7 @@ def test_a_failing_evaluation_leaves_the_run_resumable(make_toy: Make, make_conf
     def evaluate(model: torch.nn.Module, device: torch.device) -> None:
         raise out_of_memory
 
-    object.__setattr__(toy.task, "evaluate", evaluate)
+    toy.task.evaluate = evaluate
     with pytest.raises(AffmaeError, match="out of memory at step 3"):
         fit(run, config, toy.task)
     assert run.read_json(run.summary)["status"] == "failed"
@@ -154,7 +155,7 @@ def test_a_file_that_the_system_refuses_is_told_in_words(make_toy: Make, make_co
     def evaluate(model: torch.nn.Module, device: torch.device) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "labels/a.tif")
 
-    object.__setattr__(toy.task, "evaluate", evaluate)
+    toy.task.evaluate = evaluate
     with pytest.raises(PermissionError):
         fit(run, config, toy.task)
     assert run.read_json(run.summary)["message"] == "cannot use labels/a.tif: permission was denied"

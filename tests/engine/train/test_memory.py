@@ -15,7 +15,7 @@ from affmae_engine.run_dir import RunDir
 from affmae_engine.runtime import memory
 from affmae_engine.runtime.memory import in_smaller_batches, largest_divisor, largest_that_fits, out_of_memory
 from affmae_engine.runtime.signals import StopRequest
-from affmae_engine.train.loop import fit
+from tests.engine.train.fitting import fit
 
 Make = Callable[..., object]
 CPU = torch.device("cpu")

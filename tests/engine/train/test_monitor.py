@@ -14,8 +14,8 @@ from affmae_engine.errors import Interrupted
 from affmae_engine.run_dir import CHECKPOINT, STOP
 from affmae_engine.runtime.gpu_stats import Card, own_memory, throttle_reasons
 from affmae_engine.train import monitor
-from affmae_engine.train.loop import fit
 from affmae_engine.train.monitor import Monitor, host_sample
+from tests.engine.train.fitting import fit
 
 GIB = 2**30
 

@@ -15,10 +15,10 @@ from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, CorruptError, InputError
 from affmae_engine.model.affmae import Segmenter
 from affmae_engine.run_dir import create
-from affmae_engine.train.loop import fit
-from affmae_engine.train.pretraining import pretrain_task
+from affmae_engine.train.pretraining import PretrainTask
 from affmae_engine.train.pretraining_evaluation import choose_crops
 from affmae_engine.weights import WeightsMetadata, write_weights
+from tests.engine.train.fitting import fit
 
 StoreMaker = Callable[..., Store]
 CPU = torch.device("cpu")
@@ -48,14 +48,15 @@ def store(make_store: StoreMaker, phantom_ZYX: np.ndarray) -> Store:
 
 def test_epochs_become_steps(store: Store) -> None:
     asked = config(epochs=2.5)
-    resolved, task = pretrain_task(asked, store)
+    task = PretrainTask(asked, store)
+    resolved = task.config
     assert task.dataset.samples_per_epoch == 9 * 5  # 12 sections less 2 held out and 1 between
     assert resolved.train.steps == 29  # 112.5 samples in batches of 4
-    assert pretrain_task(config(), store)[0].train.steps == 3
+    assert PretrainTask(config(), store).config.train.steps == 3
 
 
 def test_task_describes_itself(store: Store) -> None:
-    _, task = pretrain_task(config(), store)
+    task = PretrainTask(config(), store)
     assert task.name == task.metadata.task == "pretrain"
     assert task.metadata.image_size == 48
     assert task.metadata.pixel_nm == 6.0
@@ -67,15 +68,16 @@ def test_task_describes_itself(store: Store) -> None:
 def test_weights_and_global_generator(store: Store) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first, second = (pretrain_task(config(), store)[1].model.state_dict() for _ in range(2))
-    other = pretrain_task(config(seed=1), store)[1].model.state_dict()
+    first, second = (PretrainTask(config(), store).model.state_dict() for _ in range(2))
+    other = PretrainTask(config(seed=1), store).model.state_dict()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_parameter_groups_cover_everything_once(store: Store) -> None:
-    resolved, task = pretrain_task(config(), store)
+    task = PretrainTask(config(), store)
+    resolved = task.config
     groups = task.parameter_groups(resolved.optim)
     assert sum(len(group["params"]) for group in groups) == len(list(task.model.parameters()))
     assert {group["lr_scale"] for group in groups} == {1.0}
@@ -83,7 +85,7 @@ def test_parameter_groups_cover_everything_once(store: Store) -> None:
 
 
 def test_evaluation_is_fixed_and_held_out(store: Store) -> None:
-    _, task = pretrain_task(config(), store)
+    task = PretrainTask(config(), store)
     task.model.eval()
     with torch.no_grad():
         first, second = task.evaluate(task.model, CPU), task.evaluate(task.model, CPU)
@@ -94,13 +96,14 @@ def test_evaluation_is_fixed_and_held_out(store: Store) -> None:
     assert len(first.effective_rank) == 4
     assert all(rank >= 1 for rank in first.effective_rank)
     # The figure must not depend on how the crops are batched, nor on the run's seed beyond its weights and split.
-    _, batched = pretrain_task(config(micro_batch=2), store)
+    batched = PretrainTask(config(micro_batch=2), store)
+    _ = batched.config
     with torch.no_grad():
         assert batched.evaluate(task.model, CPU).metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-5)
 
 
 def test_preview(store: Store) -> None:
-    _, task = pretrain_task(config(), store)
+    task = PretrainTask(config(), store)
     task.model.eval()
     with torch.no_grad():
         (name, picture), *others = task.preview(task.model, CPU).items()
@@ -117,7 +120,7 @@ def test_preview(store: Store) -> None:
 
 
 def test_explained_is_the_share_of_the_error_of_a_plain_fill(store: Store) -> None:
-    _, task = pretrain_task(config(), store)
+    task = PretrainTask(config(), store)
     with torch.no_grad():
         metrics = task.evaluate(task.model.eval(), CPU).metrics
     assert 0 < metrics["mean_fill"] < 10  # images are standardized
@@ -125,7 +128,7 @@ def test_explained_is_the_share_of_the_error_of_a_plain_fill(store: Store) -> No
 
 
 def test_an_overflow_in_an_evaluation_costs_figures_not_the_run(store: Store) -> None:
-    _, task = pretrain_task(config(), store)
+    task = PretrainTask(config(), store)
     task.model.eval()
     with torch.no_grad():
         for layer in (0, 2):  # finite weights, whose product is none in fp16
@@ -139,7 +142,8 @@ def test_an_overflow_in_an_evaluation_costs_figures_not_the_run(store: Store) ->
 
 
 def test_short_run_learns_and_leaves_everything(store: Store, tmp_path: Path) -> None:
-    resolved, task = pretrain_task(config(steps=12), store)
+    task = PretrainTask(config(steps=12), store)
+    resolved = task.config
     run = create(tmp_path / "run")
     run.write_config(resolved, "pretrain")
     summary = fit(run, resolved, task)
@@ -150,7 +154,8 @@ def test_short_run_learns_and_leaves_everything(store: Store, tmp_path: Path) ->
     assert set(summary.metrics) == {"loss", "last", "step2", "step1", "mean_fill", "explained"}
     assert run.preview(12, "").is_file()
 
-    later, continued = pretrain_task(config(), store, init_from=run.root)
+    continued = PretrainTask(config(), store, init_from=run.root)
+    later = continued.config
     trained = {name: tensor.detach() for name, tensor in task.model.state_dict().items()}
     assert all(torch.equal(trained[name], tensor) for name, tensor in continued.model.state_dict().items())
     assert continued.notes == ()
@@ -163,7 +168,7 @@ def test_weights_of_another_size_are_refused(store: Store, tmp_path: Path) -> No
     metadata = WeightsMetadata(task="pretrain", model=model, image_size=48, normalisation={})
     write_weights(path, {"a": torch.zeros(1)}, metadata)
     with pytest.raises(ConfigError, match=r"tiny.*small"):
-        pretrain_task(config(), store, init_from=path)
+        PretrainTask(config(), store, init_from=path)
 
 
 def test_incomplete_and_missing_weights(store: Store, tmp_path: Path) -> None:
@@ -173,9 +178,9 @@ def test_incomplete_and_missing_weights(store: Store, tmp_path: Path) -> None:
     )
     write_weights(path, {"a": torch.zeros(1)}, metadata)
     with pytest.raises(CorruptError, match="lacks"):
-        pretrain_task(config(), store, init_from=path)
+        PretrainTask(config(), store, init_from=path)
     with pytest.raises(InputError, match="no such"):
-        pretrain_task(config(), store, init_from=tmp_path / "nothing")
+        PretrainTask(config(), store, init_from=tmp_path / "nothing")
 
 
 def test_segmenter_gives_all_but_its_heads(store: Store, tmp_path: Path) -> None:
@@ -185,14 +190,14 @@ def test_segmenter_gives_all_but_its_heads(store: Store, tmp_path: Path) -> None
         task="finetune", model=config().model.model_dump(mode="json"), image_size=48, normalisation={}
     )
     write_weights(path, segmenter.state_dict(), metadata)
-    _, task = pretrain_task(config(), store, init_from=path)
+    task = PretrainTask(config(), store, init_from=path)
     there, here = segmenter.state_dict(), task.model.state_dict()
     assert all(torch.equal(here[name], there[name]) for name in here if not name.startswith("heads."))
     assert "heads were left out" in task.notes[0]
 
 
 def test_too_little_data_to_hold_out(make_store: StoreMaker, phantom_ZYX: np.ndarray) -> None:
-    _, task = pretrain_task(config(), make_store({"tiny": phantom_ZYX[:1, :20, :20]}))
+    task = PretrainTask(config(), make_store({"tiny": phantom_ZYX[:1, :20, :20]}))
     assert any("too little data" in note for note in task.notes)
     task.model.eval()
     with torch.no_grad():
@@ -202,14 +207,14 @@ def test_too_little_data_to_hold_out(make_store: StoreMaker, phantom_ZYX: np.nda
 def test_no_holdout_is_said(store: Store) -> None:
     asked = config()
     asked = asked.model_copy(update={"data": asked.data.model_copy(update={"holdout": 0.0})})
-    _, task = pretrain_task(asked, store)
+    task = PretrainTask(asked, store)
     assert task.notes == ("data.holdout is 0: the evaluation uses training images, so it does not show overfitting",)
 
 
 def test_crops_are_spread_and_bounded(make_store: StoreMaker) -> None:
     rng = np.random.default_rng(0)
     store = make_store({"a": rng.integers(0, 255, (30, 100, 150), np.uint8)})
-    _, task = pretrain_task(config(), store)
+    task = PretrainTask(config(), store)
     planes = task.dataset.planes  # type: ignore[attr-defined]
     for limit in (1, 10, 64, 500):
         crops = choose_crops(planes, 48, (0.5, 1.0), limit)

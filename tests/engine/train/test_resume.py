@@ -8,21 +8,21 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from affmae_engine import checkpoint, events
-from affmae_engine.config import RunConfig
+from affmae_engine.config import FIELDS, OnResume, RunConfig, on_resume
 from affmae_engine.data import loading
 from affmae_engine.errors import ConfigError, CorruptError, Interrupted
 from affmae_engine.run_dir import RunDir, create
 from affmae_engine.runtime.signals import StopRequest
-from affmae_engine.train import loop, resume, state
-from affmae_engine.train.loop import fit
-from affmae_engine.train.pretraining import pretrain_task
+from affmae_engine.train import resume, state, trainer
+from affmae_engine.train.pretraining import PretrainTask
+from affmae_engine.train.trainer import Trainer
+from tests.engine.train.fitting import fit
 
 Make = Callable[..., object]
 
@@ -127,10 +127,22 @@ def test_resuming_a_complete_run_trains_nothing(make_toy: Make, make_config: Mak
     assert toy.source.asked == [] and again.metrics == first.metrics and again.best_step == first.best_step
 
 
-def test_no_checkpoint_is_never_a_silent_fresh_start(make_toy: Make, make_config: Make, make_run: Make) -> None:
-    config = make_config()
-    with pytest.raises(ConfigError, match="no checkpoint to continue from"):
-        fit(make_run(config), config, make_toy().task, resume=True)
+def test_a_run_killed_before_its_first_checkpoint_starts_again_and_says_so(
+    make_toy: Make, make_config: Make, make_run: Make
+) -> None:
+    config = make_config(steps=6, checkpoint_every=6, eval_every=0, log_every=1)
+    whole, killed = make_run(config, "whole"), make_run(config, "killed")
+    fit(whole, config, make_toy().task)
+    # What a kill in step 4 leaves behind: no checkpoint, and figures of the steps before.
+    lines = whole.metrics.read_text().splitlines(keepends=True)
+    killed.metrics.write_text("".join(line for line in lines if '"step": 5' not in line and '"step": 6' not in line))
+    toy, seen = make_toy(), []
+    fit(killed, config, toy.task, resume=True, sinks=[seen.append])
+    assert toy.source.asked == list(range(6 * 4))
+    assert same(tensors(whole, 6), tensors(killed, 6)) and history(whole) == history(killed)
+    assert seen[0].resumed and seen[0].step == 0
+    (warning,) = [event.message for event in seen if isinstance(event, events.Warned)]
+    assert "starts again from step 0" in warning
 
 
 def test_all_checkpoints_damaged_is_an_error(make_toy: Make, make_config: Make, make_run: Make) -> None:
@@ -151,10 +163,11 @@ def test_other_data_is_refused(make_toy: Make, make_config: Make, make_run: Make
         fit(run, config, make_toy(fingerprint="b").task, resume=True)
 
 
-def test_every_setting_is_classified_for_a_continuation() -> None:
-    sections = RunConfig().model_dump()
-    every = sorted(f"{section}.{name}" for section, fields in sections.items() for name in fields)
-    assert sorted([*resume.KEPT, *resume.ROUNDING, *resume.FREE]) == every, "classify the new field in train/resume.py"
+def test_a_continuation_keeps_whatever_decides_what_is_learned() -> None:
+    sections = ("model.", "data.", "mask.", "loss.", "optim.", "finetune.")
+    changeable = [path for path in FIELDS if path.startswith(sections) and on_resume(path) is not OnResume.KEPT]
+    assert changeable == ["data.workers"]
+    assert all(on_resume(f"train.{name}") is OnResume.KEPT for name in ("batch_size", "precision", "seed"))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +265,9 @@ def test_a_restore_that_forgets_something_is_caught(
         real = checkpoint.Checkpoint.state
         monkeypatch.setattr(checkpoint.Checkpoint, "state", lambda self: {**real(self), "step": 0})
     elif forgotten == "sampler":
-        monkeypatch.setattr(loop, "batches", lambda data, **options: loading.batches(data, **{**options, "first": 0}))
+        monkeypatch.setattr(
+            trainer, "batches", lambda data, **options: loading.batches(data, **{**options, "first": 0})
+        )
     elif forgotten == "scaler":
         monkeypatch.setattr(torch.amp.GradScaler, "load_state_dict", lambda *args: None)
     elif forgotten == "generators":
@@ -260,7 +275,7 @@ def test_a_restore_that_forgets_something_is_caught(
     elif forgotten == "window":
         monkeypatch.setattr(state.Window, "load_json", lambda *args: None)
     elif forgotten == "step seed":
-        monkeypatch.setattr(loop, "seed_forward", lambda *args: None)
+        monkeypatch.setattr(trainer, "seed_forward", lambda *args: None)
     fit(parts, config, make_toy(poisoned=poisoned, before=draw).task, resume=True)
     found = (
         same(tensors(whole, 6), tensors(parts, 6))
@@ -326,18 +341,21 @@ def test_the_real_model_resumes_bit_equal_whatever_the_number_of_workers(make_st
         )
 
     whole, parts = make_run(config_with(2), "whole"), make_run(config_with(0), "parts")
-    fit(whole, *pretrain_task(config_with(2), store))
+    Trainer(whole, PretrainTask(config_with(2), store)).fit()
     stop, calls = StopRequest(), []
-    config, task = pretrain_task(config_with(0), store)
+    task = PretrainTask(config_with(0), store)
 
-    def losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    losses = task.losses
+
+    def counted(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         calls.append(batch)
         if len(calls) == 3 * 2:
             stop.request()
-        return task.losses(model, batch)
+        return losses(model, batch)
 
+    task.losses = counted
     with pytest.raises(Interrupted):
-        fit(parts, config, replace(task, losses=losses), stop=stop)
-    fit(parts, *pretrain_task(config_with(0), store), resume=True)
+        Trainer(parts, task, stop=stop).fit()
+    Trainer(parts, PretrainTask(config_with(0), store), resume=True).fit()
     assert same(tensors(whole, 6), tensors(parts, 6))
     assert history(whole) == history(parts)

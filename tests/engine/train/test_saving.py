@@ -9,8 +9,8 @@ import torch
 
 from affmae_engine import checkpoint, events
 from affmae_engine.run_dir import RunDir
-from affmae_engine.train.loop import fit
 from affmae_engine.train.state import Snapshot
+from tests.engine.train.fitting import fit
 
 Make = Callable[..., object]
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from affmae_engine.train.schedule import due, learning_rate, warmup_length
+from affmae_engine.train.schedule import due, learning_rate, times_due, warmup_length
 
 
 def rate(step: int, *, total: int = 1000, warmup: int = 100) -> float:
@@ -46,3 +46,11 @@ def test_a_longer_run_lies_higher_at_the_same_step() -> None:
 )
 def test_due_includes_the_last_step_and_zero_means_only_then(every: int, step: int, expected: bool) -> None:
     assert due(every, step, 25) is expected
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 4, 50])
+def test_times_due_counts_what_is_due(every: int) -> None:
+    for total in (1, 12, 13):
+        for step in range(1, total + 2):
+            expected = sum(due(every, later, total) for later in range(step, total + 1))
+            assert times_due(every, step, total) == expected

@@ -21,12 +21,13 @@ from affmae_engine.errors import Interrupted
 from affmae_engine.model.build import build_segmenter, encoder_layers
 from affmae_engine.run_dir import create
 from affmae_engine.runtime.device import pick_device
-from affmae_engine.train.loop import fit
 from affmae_engine.train.losses import SegmentationLoss
 from affmae_engine.train.metrics import Stopwatch, Window
 from affmae_engine.train.optim import build_adamw, layer_decay_groups, set_learning_rate
-from affmae_engine.train.pretraining import pretrain_task
+from affmae_engine.train.pretraining import PretrainTask
 from affmae_engine.train.step import EAGER_STEPS, TrainStep, seed_forward
+from affmae_engine.train.trainer import Trainer
+from tests.engine.train.fitting import fit
 
 pytestmark = pytest.mark.gpu
 Make = Callable[..., object]
@@ -255,10 +256,10 @@ def test_both_families_train_recorded(family: str, workers: int, tmp_path: Path)
                 "optim": {"lr": 1e-3, "warmup_steps": 2},
             }
         )
-        config, task = pretrain_task(asked, Store.open(tmp_path / "em.zarr"))
+        task = PretrainTask(asked, Store.open(tmp_path / "em.zarr"))
         run = create(tmp_path / f"run-{fast}")
-        run.write_config(config, "pretrain")
-        fit(run, config, task)
+        run.write_config(task.config, "pretrain")
+        Trainer(run, task).fit()
         events = [json.loads(line) for line in run.metrics.read_text().splitlines()]
         losses[fast] = [event["losses"]["loss"] for event in events if event["kind"] == "step"]
     assert losses[True] == pytest.approx(losses[False], rel=2e-3)

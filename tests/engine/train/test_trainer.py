@@ -1,8 +1,9 @@
-"""The loop on a toy task: what is written, what is skipped, how it stops."""
+"""The trainer on a toy task: what is written, what is skipped, how it stops."""
 
 import json
 import logging
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,8 @@ from affmae_engine import checkpoint, events
 from affmae_engine.errors import BusyError, ConfigError, DivergedError, Interrupted, ResourceError
 from affmae_engine.run_dir import CHECKPOINT, STOP, RunDir
 from affmae_engine.runtime.signals import StopRequest
-from affmae_engine.train import session
-from affmae_engine.train.loop import fit
 from affmae_engine.train.state import Snapshot
+from tests.engine.train.fitting import fit
 
 Make = Callable[..., object]
 
@@ -55,6 +55,26 @@ def test_a_run_writes_what_the_architecture_promises(make_toy: Make, make_config
     assert all(list(event.losses) == ["loss", "last"] for event in logged)
     assert all(event.images_per_s > 0 and event.eta_s >= 0 and 0 <= event.data_wait <= 1 for event in logged)
     assert not logging.getLogger("affmae_engine").handlers
+
+
+def test_the_time_left_counts_evaluations_before_and_after_the_first(
+    make_toy: Make, make_config: Make, make_run: Make
+) -> None:
+    config = make_config(steps=12, log_every=1, eval_every=3, checkpoint_every=0)
+    run, task = make_run(config), make_toy().task
+    evaluate = task.evaluate
+
+    def slow(*arguments: object) -> object:
+        time.sleep(0.2)
+        return evaluate(*arguments)
+
+    task.evaluate, task.evaluated_images = slow, 1e6
+    fit(run, config, task)
+    left = {event.step: event.eta_s for event in of_kind(run, events.StepLogged)}
+    guess = 1e6 / 3 / of_kind(run, events.StepLogged)[0].images_per_s
+    assert left[1] == pytest.approx(4 * guess, rel=0.1)
+    assert 3 * 0.2 < left[5] < 3 * 0.2 + 1 and left[3] > 10 * left[5]
+    assert 0.2 < left[11] < 0.2 + 0.5 and 0.2 < left[12] < 0.2 + 0.5, "the last evaluation is still to come"
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(make_toy: Make, make_config: Make, make_run: Make) -> None:
@@ -259,7 +279,7 @@ def test_a_run_is_never_started_over_another(make_toy: Make, make_config: Make, 
     config = make_config()
     run = make_run(config)
     fit(run, config, make_toy().task)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         fit(run, config, make_toy().task)
 
 
@@ -287,7 +307,7 @@ def test_too_small_a_disk_is_found_before_training(
 ) -> None:
     config = make_config()
     run = make_run(config)
-    monkeypatch.setattr(session.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     toy = make_toy()
     with pytest.raises(ResourceError, match="need"):
         fit(run, config, toy.task)
