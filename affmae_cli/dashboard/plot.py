@@ -9,7 +9,7 @@ Axes: N points, R C rows and columns of characters.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -210,7 +210,7 @@ class _Raster:
             r, c = _inside(row, column, rows * 4, columns * 2)
             self._over |= dict.fromkeys(zip((r // 4).tolist(), (c // 2).tolist(), strict=True), "◆")
 
-    def grid(self, rows: Sequence[int] | dict[int, str]) -> None:
+    def grid(self, rows: Iterable[int]) -> None:
         """Dotted lines where nothing else is."""
         for row in rows:
             empty = (self._bits[row] == 0) & (self._ink[row] == NO_INK)

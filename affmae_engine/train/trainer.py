@@ -73,6 +73,8 @@ FORWARD_SHARE = 1 / 3
 """Share of a step that its forward pass takes, to guess the time of the first evaluation."""
 
 _LESS_MEMORY = "close other programs on the GPU, or use a smaller data.crop_size or model.size"
+FIRST_PREVIEW_S = 40.0
+"""Seconds after the start of a run when its first preview is drawn, whatever `train.preview_every` says."""
 _log = logging.getLogger(__name__)
 
 
@@ -119,6 +121,7 @@ class Trainer:
         self._failed_saves = 0
         self._save_requested = self._stop_agreed = False
         self._stall_s = 0.0
+        self._previewed = run.previews.is_dir() and any(run.previews.glob("*.png"))
         # Made by `_opened`, when the run is this process's alone:
         self.choice: DeviceChoice
         self.state: TrainState
@@ -165,7 +168,7 @@ class Trainer:
                         self.log(rate)
                     if due(train.eval_every, step, total):
                         self.evaluate()
-                    if due(train.preview_every, step, total):
+                    if due(train.preview_every, step, total) or self.first_preview_due:
                         self.preview()
                     # Read once: a stop requested between two reads would end the run without its checkpoint.
                     last = step == total or self.stopping
@@ -486,8 +489,15 @@ class Trainer:
             )
         )
 
+    @property
+    def first_preview_due(self) -> bool:
+        """Whether a run that draws previews has none after FIRST_PREVIEW_S: people want to see something."""
+        waited = time.monotonic() - self.watch.started >= FIRST_PREVIEW_S
+        return self.config.train.preview_every > 0 and not self._previewed and waited
+
     def preview(self) -> None:
         """Write the task's pictures. A full disk or a full GPU costs the picture, not the run."""
+        self._previewed = True
         if not self.ranks.first:
             return
         try:

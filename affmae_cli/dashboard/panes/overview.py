@@ -77,7 +77,7 @@ class OverviewPane(Pane):
         picture.stamp = newest.time if newest else 0.0
         every = model.config.train.preview_every if model.config else 0
         if newest is None and every and not model.status.ended:
-            picture.border_title = f"preview (the first at step {every:,})"
+            picture.border_title = "preview (the first within a minute)"
         else:
             picture.border_title = f"step {newest.step:,}" if newest else "preview"
 

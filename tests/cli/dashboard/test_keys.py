@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import pytest
-
 from affmae_cli.dashboard.chart import Chart
 from affmae_cli.dashboard.dialogs import FullScreen, HelpScreen
 from affmae_cli.dashboard.pictures import PictureGrid
@@ -11,11 +9,10 @@ from affmae_cli.dashboard.plot import ChartView
 from affmae_cli.dashboard.run_screen import TABS, RunScreen
 from affmae_engine import events
 from tests.cli.dashboard.conftest import Recorded, Trained
-from tests.cli.dashboard.driving import SIZES, Driver, drive, started, stepped
+from tests.cli.dashboard.driving import Driver, drive, started, stepped
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_a_checkpoint_and_a_stop_are_asked_for_acknowledged_and_met(live: Recorded, size: tuple[int, int]) -> None:
+def test_a_checkpoint_and_a_stop_are_asked_for_acknowledged_and_met(live: Recorded) -> None:
     async def do(driver: Driver) -> None:
         await driver.press("c")
         assert (live.run.control / "checkpoint").exists()
@@ -33,7 +30,7 @@ def test_a_checkpoint_and_a_stop_are_asked_for_acknowledged_and_met(live: Record
         await driver.until((live.run.control / "stop").exists)
         await driver.see("stop requested")
 
-    drive(live.root, do, size=size)
+    drive(live.root, do, size=(80, 24))
 
 
 def test_a_run_that_ended_takes_no_requests(record: Callable[..., Recorded]) -> None:
@@ -93,8 +90,7 @@ def test_after_switching_requests_reach_the_run_that_is_shown(live: Recorded, re
     assert not list(live.run.control.iterdir())
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_one_view_for_all_charts(live: Recorded, size: tuple[int, int]) -> None:
+def test_one_view_for_all_charts(live: Recorded) -> None:
     async def do(driver: Driver) -> None:
         chart = driver.screen.query_one("#overview-chart", Chart)
         for key, sees in (
@@ -120,7 +116,7 @@ def test_one_view_for_all_charts(live: Recorded, size: tuple[int, int]) -> None:
         await driver.press("minus", "0")
         await driver.until(lambda: chart.view == ChartView(log=True, smoothing=False))
 
-    drive(live.root, do, size=size)
+    drive(live.root, do)
 
 
 def test_the_cursor_of_the_mouse_is_on_every_chart(live: Recorded) -> None:

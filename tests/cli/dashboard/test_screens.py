@@ -80,7 +80,7 @@ def test_every_state_says_what_it_is(
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_every_tab_of_a_pretraining(trained: Trained, size: tuple[int, int]) -> None:
     expected = {
-        "1": ("loss", "held-out", "all stages", "stage 4 only", "images/s", "of what is hidden", "finished in"),
+        "1": ("loss", "held-out", "all stages", "stage 4 only", "images/s", "what is hidden", "finished in"),
         "2": ("loss", "total loss"),
         "3": ("step 4  (2 of 2, newest)", "masked", "token kept"),
         "4": ("machine", "CPU load", "memory", "CPU load, %"),
