@@ -96,6 +96,37 @@ TrustSizesOption = Annotated[
     bool,
     typer.Option("--trust-sizes", help="Skip limits on size and compression (trusted files only).", callback=_trust),
 ]
+
+
+def _read_channel(ctx: typer.Context, value: int | None) -> int | None:
+    if value is not None:
+        from affmae_engine.data.readers.source import reading_as
+
+        ctx.with_resource(reading_as(channel=value))
+    return value
+
+
+def _read_axes(ctx: typer.Context, value: str | None) -> str | None:
+    if value:
+        from affmae_engine.data.readers.source import reading_as
+
+        ctx.with_resource(reading_as(axes=value))
+    return value
+
+
+ChannelOption = Annotated[
+    int | None,
+    typer.Option("--channel", min=0, help="Channel of multi-channel images, counted from 0.", callback=_read_channel),
+]
+AxesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--axes",
+        metavar="LETTERS",
+        help="What the axes of the files are, in place of what these say: one of z, y, x, c, t each, such as yxz.",
+        callback=_read_axes,
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 ResumeOption = Annotated[
     Path | None,

@@ -149,7 +149,7 @@ def passing(error: BaseException | None) -> tuple[str, str] | None:
         code = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
         if code in _PASSING:
             return REASONS[code], _OF_THE_MACHINE.get(code, _OF_THE_DISK)
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 

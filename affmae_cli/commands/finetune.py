@@ -13,7 +13,9 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import (
+    AxesOption,
     BatchOption,
+    ChannelOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
@@ -65,6 +67,8 @@ def finetune(
     ] = None,
     init_from: InitFromOption = None,
     pixel_size: PixelSizeOption = None,
+    channel: ChannelOption = None,
+    axes: AxesOption = None,
     trust_sizes: TrustSizesOption = False,
     preset: PresetOption = "auto",
     config: ConfigOption = None,
@@ -214,6 +218,9 @@ def _new(
     if not quiet:
         for line in (labelled.summary, *labelled.checked.notes):
             output.say(line)
+    for pair in labelled.checked.pairs:
+        for question in pair.image.info.questions:
+            output.say(f"{pair.name}: {question}", label="warning", style="bold yellow")
     run = create(out or free_name(Path("runs"), f"finetune-{Path(sources.images[0]).stem}"), overwrite=overwrite)
     try:
         task, store = _prepare(run, resolved.config, labelled, sources, init_from)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from affmae_cli import output
-from affmae_cli.options import JsonOption, QuietOption, TrustSizesOption
+from affmae_cli.options import AxesOption, ChannelOption, JsonOption, QuietOption, TrustSizesOption
 from affmae_cli.pixel_size import PixelSizeOption, VoxelSize, parse_pixel_size
 
 if TYPE_CHECKING:
@@ -30,15 +30,14 @@ _SMALLEST_SERIES = 4
 
 def ingest(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Files, folders and patterns, mixed as you like.")
+        list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, patterns and URLs, mixed as you like.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="The dataset to make or add to.")] = Path(
         "data/em.zarr"
     ),
     pixel_size: PixelSizeOption = None,
-    channel: Annotated[
-        int | None, typer.Option("--channel", min=0, help="Channel of multi-channel images, counted from 0.")
-    ] = None,
+    channel: ChannelOption = None,
+    axes: AxesOption = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads; by default up to 8, one per core.")
     ] = None,

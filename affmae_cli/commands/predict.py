@@ -11,6 +11,8 @@ import typer
 
 from affmae_cli import output
 from affmae_cli.options import (
+    AxesOption,
+    ChannelOption,
     DeviceOption,
     JsonOption,
     ModelOption,
@@ -71,6 +73,8 @@ def predict(
     which: WhichOption = "best",
     rescale: RescaleOption = False,
     pixel_size: PixelSizeOption = None,
+    channel: ChannelOption = None,
+    axes: AxesOption = None,
     labels: LabelsOption = None,
     probabilities: ProbabilitiesOption = False,
     overlay: OverlayOption = True,
@@ -155,6 +159,9 @@ def segment(
         finished=finished if options.resume else None,
     )
     truth = _truth(sources, planned, labels, predictor) if labels else None
+    for source, _ in planned.jobs:
+        for question in source.info.questions:
+            output.say(f"{source.info.path}: {question}", label="warning", style="bold yellow")
     if not quiet:
         there = f", {len(planned.finished)} finished before" if planned.finished else ""
         output.say(f"{len(planned.jobs)} image{'s' * (len(planned.jobs) != 1)} to {planned.out}{there}")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from affmae_engine.data.readers import PixelSize, Source, SourceInfo
-from affmae_engine.data.readers.files import Original, size_and_mtime
+from affmae_engine.data.readers.files import Original, as_path, is_remote, size_and_mtime
 from affmae_engine.data.readers.limits import refuse_large_piece
 from affmae_engine.data.readers.source import Refused, reading
 from affmae_engine.data.statistics import StatisticsBuilder
@@ -93,13 +93,16 @@ def describe(
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a folder.
+    """SHA-256 of a file, or of the names and contents of all files in a folder; of remote data, of its address.
 
     Raises:
         Refused: the folder holds a pipe or device, or a link that leads out of it: reading one may never end.
     """
     digest = hashlib.sha256()
     root = os.path.realpath(path)
+    if is_remote(path):  # there may be terabytes of it
+        digest.update(f"remote\0{path}".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
     if path.is_file():
         _feed(digest, path)
         return digest.hexdigest()
@@ -282,7 +285,10 @@ def _feed(digest: hashlib._Hash, path: Path) -> None:
 
 
 def absolute(path: Path | str) -> str:
-    """A path as the store records it."""
+    """A path as the store records it; URLs stay what they are."""
+    path = as_path(path)
+    if is_remote(path):
+        return str(path)
     return os.path.abspath(path)  # noqa: PTH100 (links are kept: they are how the user named the file)
 
 

@@ -34,6 +34,9 @@ def compile_kernels(
     losses: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] | None,
     batch: Mapping[str, Tensor],
     choice: DeviceChoice,
+    *,
+    finish: Callable[[dict[str, Tensor]], object] | None = None,
+    raw: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Compile the Triton kernels of a step and of a forward pass in eval mode, or load them from Triton's cache.
 
@@ -42,12 +45,13 @@ def compile_kernels(
         losses: the task's loss function; None: only the forward pass, of `batch["image"]`.
         batch: a batch; only shapes and dtypes are looked at.
         choice: device and precision of the training.
+        finish, raw: what makes training samples of a batch on the device (`TrainStep`), and such a batch.
 
     Returns:
         The number of kernels.
     """
     on_meta, training = _OnMeta(model), model.training
-    example = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in batch.items()}
+    example, unfinished = _empty(batch), _empty(raw or {})
 
     def update() -> None:
         one = [torch.empty(1, device="meta")]
@@ -55,6 +59,8 @@ def compile_kernels(
         adamw.update(one, one[0], one[0])
 
     def passes() -> None:
+        if finish is not None:
+            finish(unfinished)
         if losses is not None:
             model.train()
             with choice.autocast():
@@ -72,3 +78,7 @@ def compile_kernels(
         return len(rehearse(passes))
     finally:
         model.train(training)
+
+
+def _empty(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in batch.items()}

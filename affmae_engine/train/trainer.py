@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -312,9 +313,13 @@ class Trainer:
             return
         began = time.monotonic()
         share = self.ranks.local_batch_size(self.config.train.batch_size)
-        sample = task.dataset.sample(0)
-        batch = {name: tensor[None].expand(share, *tensor.shape) for name, tensor in sample.items()}
-        count = compile_kernels(state.model, task.losses, batch, self.choice)
+        dataset: Any = task.dataset
+        finish = getattr(dataset, "finish", None)
+        batch, raw = (
+            {name: tensor.expand(share, *tensor.shape) for name, tensor in sample.items()}
+            for sample in (dataset.sample(0), {} if finish is None else dataset.raw(0))
+        )
+        count = compile_kernels(state.model, task.losses, batch, self.choice, finish=finish, raw=raw)
         _log.info("%d kernels compiled or loaded in %.1f s", count, time.monotonic() - began)
 
     def choose_micro_batch(self) -> None:
@@ -330,7 +335,7 @@ class Trainer:
         extra = gradients if ranks.world > 1 else 0
         found = measured_micro_batch(state.model, task.losses, task.dataset.sample(0), self.choice, share, extra=extra)
         state.micro_batch = ranks.smallest(found)
-        self.warn(f"train.micro_batch is auto: {_pieces(state.micro_batch, share)}")
+        _log.info("train.micro_batch is auto: %s", _pieces(state.micro_batch, share))
 
     def prepare_steps(self) -> None:
         """Start the data loader and make the step, for the micro-batch in use."""

@@ -366,8 +366,10 @@ def test_odd_names_go_through(here: Path, trained: Path) -> None:
     assert affmae("in", "-m", trained, "-o", "out", "--no-overlay", "--resume").exit_code == 0
 
 
-def test_sizes_are_trusted_when_asked(here: Path, trained: Path) -> None:
-    tifffile.imwrite(here / "a.tif", np.zeros((40, 40), np.uint8), compression="jpegxl")
+def test_sizes_are_trusted_when_asked(here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("affmae_engine.data.readers.limits.HARMLESS", 0)
+    monkeypatch.setattr("affmae_engine.data.readers.limits.LARGEST_RATIO", 2)
+    tifffile.imwrite(here / "a.tif", np.zeros((80, 80), np.uint8), compression="zlib")
     refused = affmae("a.tif", "-m", trained)
     assert refused.exit_code == 3 and "--trust-sizes" in one_line(refused.stderr)
     assert affmae("a.tif", "-m", trained, "--trust-sizes").exit_code == 0
@@ -383,3 +385,46 @@ def test_a_model_with_edited_settings_is_corrupt(here: Path, trained: Path) -> N
         write_weights(here / "w.safetensors", read_tensors(weights), known.model_copy(update={"config": change}))
         result = affmae(write(here / "a.tif"), "-m", here / "w.safetensors")
         assert result.exit_code == 6 and "was it edited?" in one_line(result.stderr)
+
+
+def test_axes_and_channel_are_named_on_the_command_line(here: Path, trained: Path) -> None:
+    block = np.random.default_rng(0).integers(0, 255, (60, 50, 4), np.uint8)
+    tifffile.imwrite(here / "a.tif", block, metadata=None, photometric="minisblack")
+    asked = affmae("a.tif", "-m", trained, "-o", "asked.tif", "--no-overlay")
+    assert "--axes YXC" in one_line(asked.stderr) and tifffile.imread(here / "asked.tif").shape == (60, 50, 4)
+    assert affmae("a.tif", "-m", trained, "-o", "z.tif", "--axes", "yxz", "--no-overlay").exit_code == 0
+    assert tifffile.imread(here / "z.tif").shape == (4, 60, 50)
+    assert (
+        affmae("a.tif", "-m", trained, "-o", "c.tif", "--axes", "yxc", "--channel", "2", "--no-overlay").exit_code == 0
+    )
+    # Batches differ, so a few pixels may too.
+    same = (tifffile.imread(here / "c.tif") == tifffile.imread(here / "z.tif")).mean(axis=(1, 2))
+    assert same[2] > 0.95 > same[[0, 1, 3]].max()
+    for wrong, code in ((("--axes", "yx2"), 2), (("--axes", "zyx", "--channel", "1"), 3)):
+        assert affmae("a.tif", "-m", trained, "-o", "w.tif", *wrong).exit_code == code
+    assert affmae("a.tif", "-m", trained, "-o", "again.tif", "--no-overlay").exit_code == 0  # it is not remembered
+    assert tifffile.imread(here / "again.tif").shape == (60, 50, 4)
+
+
+def test_a_url_is_predicted_like_a_file(here: Path, trained: Path) -> None:
+    import functools
+    import http.server
+    import threading
+
+    import zarr
+
+    pytest.importorskip("tensorstore")
+    block = np.random.default_rng(0).integers(0, 255, (2, 60, 50), np.uint8)
+    zarr.create_array(here / "served" / "em.zarr", shape=block.shape, dtype="u1", chunks=(1, 60, 50))[:] = block
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(here / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/em.zarr"
+        result = affmae(url, "-m", trained, "--no-overlay")
+        assert result.exit_code == 0, result.output
+        server.shutdown()
+    (labels,) = (here / "predictions").glob("*.tif")
+    assert "em" in labels.name and tifffile.imread(labels).shape == block.shape
+    tifffile.imwrite(here / "em.tif", block, metadata=None, photometric="minisblack")
+    assert affmae("em.tif", "-m", trained, "-o", "same.tif", "--no-overlay").exit_code == 0
+    np.testing.assert_array_equal(tifffile.imread(labels), tifffile.imread(here / "same.tif"))

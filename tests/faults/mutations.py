@@ -7,12 +7,16 @@ stores and journals), a result that differs is a fault too.
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numcodecs
 import numpy as np
 import tifffile
@@ -145,6 +149,46 @@ def _zarr(version: int, compressors: object) -> Callable[[Path], object]:
     return make
 
 
+def _mrc(folder: Path) -> None:
+    header = bytearray(1024)
+    struct.pack_into("<10i", header, 0, 20, 24, 2, 6, 0, 0, 0, 20, 24, 2)
+    struct.pack_into("<3i", header, 64, 1, 2, 3)
+    header[208:216] = b"MAP DD\0\0"
+    (folder / "a.mrc").write_bytes(bytes(header) + picture(1).astype("<u2").tobytes())
+
+
+def _npy(folder: Path) -> None:
+    np.save(folder / "a.npy", picture(1))
+
+
+def _packed(folder: Path) -> None:
+    _npy(folder)
+    (folder / "a.npy.gz").write_bytes(gzip.compress((folder / "a.npy").read_bytes()))
+    (folder / "a.npy").unlink()
+
+
+def _hdf5(folder: Path) -> None:
+    with h5py.File(folder / "a.h5", "w") as file:
+        file.create_dataset("volumes/raw", data=picture(1), chunks=(1, 12, 20), compression="gzip")
+
+
+def _n5(folder: Path) -> None:
+    metadata = {
+        "dataType": "uint8",
+        "dimensions": [20, 24, 2],
+        "blockSize": [20, 12, 1],
+        "compression": {"type": "gzip"},
+    }
+    root = folder / "a.n5"
+    for y in range(2):
+        for z in range(2):
+            block = root / "0" / f"{y}" / f"{z}"
+            block.parent.mkdir(parents=True, exist_ok=True)
+            pixels = picture(1)[z : z + 1, 12 * y : 12 * y + 12]
+            block.write_bytes(struct.pack(">2H3I", 0, 3, 20, 12, 1) + gzip.compress(pixels.tobytes()))
+    (root / "attributes.json").write_text(json.dumps(metadata))
+
+
 def _store(folder: Path) -> None:
     source = folder.parent / "source.tif"
     tifffile.imwrite(source, picture(1))
@@ -203,6 +247,12 @@ SUBJECTS = (
     Subject("zarr3-blosc", _zarr(3, [BloscCodec()]), lambda folder: read_sources(folder / "a.zarr")),
     Subject("zarr2-blosc", _zarr(2, numcodecs.Blosc()), lambda folder: read_sources(folder / "a.zarr")),
     Subject("zarr2-zlib", _zarr(2, numcodecs.Zlib()), lambda folder: read_sources(folder / "a.zarr")),
+    Subject("tiff-jpeg2000", _tiff(compression="jpeg2000"), lambda folder: read_sources(folder / "a.tif")),
+    Subject("mrc", _mrc, lambda folder: read_sources(folder / "a.mrc")),
+    Subject("npy", _npy, lambda folder: read_sources(folder / "a.npy")),
+    Subject("packed", _packed, lambda folder: read_sources(folder / "a.npy.gz")),
+    Subject("hdf5", _hdf5, lambda folder: read_sources(folder / "a.h5")),
+    Subject("n5", _n5, lambda folder: read_sources(folder / "a.n5")),
     Subject("zarr2-lz4", _zarr(2, numcodecs.LZ4()), lambda folder: read_sources(folder / "a.zarr")),
     Subject("dataset", _store, _read_store),
     Subject("dataset-ingest", _store, _ingest_again),

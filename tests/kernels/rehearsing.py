@@ -18,6 +18,7 @@ from affmae_engine.model.build import build_autoencoder
 from affmae_engine.runtime.device import pick_device
 from affmae_engine.train.precompile import compile_kernels
 from affmae_kernels.precompile import rehearse, rehearsing
+from affmae_kernels.training_crops import training_crops
 
 
 @triton.jit
@@ -70,12 +71,25 @@ def model_kernels() -> dict:
         "visible": torch.zeros(2, 32).long(),
         "masked": torch.zeros(2, 32).long(),
     }
-    count = compile_kernels(
-        model, lambda m, b: m(b["image"], b["visible"], b["masked"]), batch, pick_device(TrainConfig(device="cpu"))
-    )
+    raw = {
+        "crop": torch.zeros(2, 64, 64, dtype=torch.uint8),
+        "window": torch.zeros(2, 2, dtype=torch.int32),
+        "intensity": torch.zeros(2, 4),
+    }
+
+    def finish(raw: dict[str, torch.Tensor]) -> torch.Tensor:
+        return training_crops(raw["crop"], raw["window"], raw["intensity"], 64, clahe=True)
+
+    def losses(model, batch):
+        return model(batch["image"], batch["visible"], batch["masked"])
+
+    cpu = pick_device(TrainConfig(device="cpu"))
+    count = compile_kernels(model, losses, batch, cpu)
+    with_crops = compile_kernels(model, losses, batch, cpu, finish=finish, raw=raw)
     same = all(before[name] is parameter for name, parameter in model.named_parameters())
     return {
         "count": count,
+        "of crops": with_crops - count,
         "same": same and not model.training and not any(p.grad is not None for p in before.values()),
     }
 

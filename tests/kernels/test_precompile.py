@@ -54,6 +54,7 @@ def test_errors_reach_the_caller(found: dict[str, Any]) -> None:
 
 def test_kernels_of_a_training_step_are_compiled_and_the_model_is_left_as_it_is(found: dict[str, Any]) -> None:
     assert found["model"]["count"] > 20
+    assert found["model"]["of crops"] == 3  # resize, maps, apply
     assert found["model"]["same"]
 
 

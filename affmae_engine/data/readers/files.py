@@ -1,4 +1,4 @@
-"""From what a user typed (files, folders, globs) to the list of files to read, in natural order."""
+"""From what a user typed (files, folders, patterns, URLs) to the list of files to read, in natural order."""
 
 from __future__ import annotations
 
@@ -8,20 +8,53 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PosixPath
 
-from affmae_engine.data.readers.formats import SUPPORTED, is_n5, looks_like_image
+from affmae_engine.data.readers.formats import SUPPORTED, is_n5, is_precomputed, looks_like_image
 from affmae_engine.data.readers.zarr_metadata import is_zarr
 from affmae_engine.errors import InputError
+
+_URL = re.compile(r"(?:(?:precomputed|n5|zarr):/+)?(https?|s3|gs):/+(?=[^/])")
+
+
+class RemotePath(PosixPath):
+    """A URL of an array or hierarchy (https, s3, gs) where the others have paths. Nothing is asked of the network."""
+
+    def __str__(self) -> str:
+        return _URL.sub(r"\1://", super().__str__(), count=1)
+
+
+def as_path(named: str | Path) -> Path:
+    """What a user named as a path; URLs, even those whose slashes a `Path` has lost, become a `RemotePath`.
+
+    Neuroglancer's `precomputed://`, `n5://` and `zarr://` before a URL are left out: the data tells its format.
+    """
+    return RemotePath(named) if _URL.match(str(named)) else Path(named)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is the URL of data that is read over the network."""
+    return isinstance(path, RemotePath)
+
+
+def split_inner(path: Path) -> tuple[Path, str]:
+    """The file or folder, and the path of an array inside it, of `FILE:/PATH/INSIDE`; "" where none is named.
+
+    A file whose own name has that form is taken as it is.
+    """
+    before, mark, inner = str(path).partition(":/")
+    if not mark or is_remote(path) or os.path.lexists(path) or not os.path.lexists(before):
+        return path, ""
+    return Path(before), inner.strip("/")
 
 
 def find_files(sources: Sequence[str | Path]) -> list[Path]:
     """Every image file that the sources name, each once, sources in the order given, folders in natural order.
 
     A file named outright is always returned, whatever it is, so that a refusal can name it. Folders are searched
-    recursively for images; hidden entries and sidecars (text, tables, metadata) are passed over, a Zarr folder is one
-    entry, and so is a folder that may not be read. Names with `*`, `?` or `[...]` that do not exist as such are
-    expanded, `**` included.
+    recursively for images; hidden entries and sidecars (text, tables, metadata) are passed over, a Zarr, N5 or
+    precomputed folder is one entry, and so is a folder that may not be read. Names with `*`, `?` or `[...]` that do
+    not exist as such are expanded, `**` included. URLs and `FILE:/PATH/INSIDE` are returned as they are.
 
     Raises:
         InputError: a source does not exist, or nothing was found at all.
@@ -40,9 +73,13 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
 def size_and_mtime(path: Path) -> tuple[int, int]:
     """(bytes, modification time in ns) of a file; of a folder, the sum of all files and the time of the newest.
 
+    Of remote data both are 0: asking would cost a request per chunk.
+
     Raises:
         OSError: it is not there, or cannot be asked just now. Folders inside that may not be read count as empty.
     """
+    if is_remote(path):
+        return 0, 0
     status = path.stat()
     if not stat.S_ISDIR(status.st_mode):
         return status.st_size, status.st_mtime_ns
@@ -97,9 +134,14 @@ def _unless_forbidden(error: OSError) -> None:
 
 
 def _expand(source: str | Path) -> list[Path]:
-    path = Path(source).expanduser()
+    path = as_path(source)
+    if is_remote(path):
+        return [path]
+    path = path.expanduser()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
         os.lstat(path)  # unlike lexists it tells a file that is not there from one that may not be seen
+        return [path]
+    if split_inner(path)[1]:
         return [path]
     if glob.has_magic(str(source)):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob cannot start at an absolute pattern)
@@ -129,13 +171,23 @@ def _search(folder: Path, seen: set[str]) -> Iterator[Path]:
                 yield entry
             else:
                 yield from _search(entry, seen)
-        elif os.path.isfile(entry) and looks_like_image(entry):  # noqa: PTH113 (likewise)
+        elif (os.path.isfile(entry) or _is_broken_link(entry)) and looks_like_image(entry):  # noqa: PTH113 (likewise)
             yield entry
+
+
+def _is_broken_link(entry: Path) -> bool:
+    try:
+        entry.stat()
+    except FileNotFoundError:
+        return entry.is_symlink()
+    except OSError:
+        pass
+    return False
 
 
 def _is_one(folder: Path) -> bool:
     try:
         next(folder.iterdir(), None)
-        return is_zarr(folder) or folder.suffix == ".zarr" or is_n5(folder) or folder.suffix == ".n5"
+        return is_zarr(folder) or folder.suffix in (".zarr", ".n5") or is_n5(folder) or is_precomputed(folder)
     except PermissionError:  # whoever opens it says so, and the other folders are read
         return True

@@ -30,6 +30,8 @@ class ValueRule:
     """Inverted integers become `invert_from - value`; floats (`invert_from` -1) change sign."""
     palette: tuple[int, ...] | None = None
     labels: bool = False
+    scale: tuple[float, float] | None = None
+    """Slope and intercept from stored to true values."""
 
     def __call__(self, raw: np.ndarray) -> np.ndarray:
         """Apply the rule; never wraps around."""
@@ -40,6 +42,8 @@ class ValueRule:
             return table[np.minimum(raw.astype(np.intp), len(table) - 1)]
         if raw.dtype == np.bool_:
             raw = raw.astype(np.uint8) * np.uint8(255)
+        if self.scale is not None:
+            raw = raw.astype(np.float64) * self.scale[0] + self.scale[1]
         if self.offset:
             raw = (raw.astype(np.int32) + self.offset).astype(self.dtype)
         grey = _mix(raw, self.colour)
@@ -68,6 +72,7 @@ def grey_rule(
     inverted: bool = False,
     palette: np.ndarray | None = None,
     labels: bool = False,
+    scale: tuple[float, float] = (1.0, 0.0),
 ) -> tuple[ValueRule, tuple[str, ...]]:
     """Choose the rule for a kind of file, with the notes that tell a user what is done.
 
@@ -78,6 +83,7 @@ def grey_rule(
         inverted: zero is white.
         palette: [entries, 3] uint16 or uint8 colours.
         labels: read as a label map.
+        scale: slope and intercept from stored to true values; label maps ignore it.
 
     Raises:
         Refused: the dtype is neither integer nor real (complex, text, structured, object).
@@ -90,6 +96,10 @@ def grey_rule(
         return ValueRule(dtype, colour, labels=True), ()
     if palette is not None:
         return _palette_rule(palette)
+    if scale != (1.0, 0.0):
+        slope, intercept = scale
+        note = f"values are the stored ones times {slope:g} plus {intercept:g}"
+        return ValueRule(np.dtype(np.float32), colour, scale=scale), (note,)
     dtype, offset, notes = _stored_type(raw)
     if colour == "rgb":
         notes.append("colour made grey (luminance)")

@@ -95,17 +95,6 @@ def refuse_large_piece(nbytes: int, what: str, advice: str) -> None:
         )
 
 
-def refuse_unbounded(what: str) -> None:
-    """Refuse what can only be decoded without knowing how large it becomes.
-
-    Raises:
-        Refused: unless sizes are trusted.
-    """
-    if not sizes_trusted():
-        hint = f"save it with another compression, or {_HINT}"
-        raise Refused(f"{what}, whose size shows only when it is decoded", hint)
-
-
 def refuse_many(count: int, most: int, what: str) -> None:
     """Refuse absurd numbers of things. Raises Refused when `count` is above `most` and sizes are not trusted."""
     if count > most and not sizes_trusted():

@@ -1,12 +1,12 @@
-"""PNG, JPEG and JPEG 2000: single grey sections of ordinary pictures.
+"""PNG, JPEG and JPEG 2000: single gray sections of ordinary pictures.
 
 These formats have no random access, so the picture is decoded as a whole when it is first read and kept until
 `close`. Pillow opens only the formats named here; the size in the header is compared with the size of the file first.
+PNG and JPEG decoders fill a buffer of that size; that of JPEG 2000 allocates what it likes and runs in a child process.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,20 @@ import imagecodecs
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from affmae_engine.data.readers.axes import check_channel
+from affmae_engine.data.readers.arrays import question_of_size, short_name
 from affmae_engine.data.readers.grey import Colour, grey_rule
 from affmae_engine.data.readers.limits import refuse_inflated, refuse_large_piece
-from affmae_engine.data.readers.source import PixelSize, Refused, Source, SourceInfo, reading
+from affmae_engine.data.readers.source import (
+    UNKNOWN_SIZE,
+    Found,
+    PixelSize,
+    ReadOptions,
+    Refused,
+    Source,
+    SourceInfo,
+    reading,
+)
+from affmae_engine.data.readers.tiff_metadata import beside
 from affmae_engine.data.readers.units import from_resolution
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged EXIF and the like
@@ -41,14 +51,16 @@ class PictureSource(Source):
 
     parallel = False  # a copy would decode the whole picture again
 
-    def __init__(self, info: SourceInfo, channel: int | None, labels: bool) -> None:
+    def __init__(self, info: SourceInfo, options: ReadOptions) -> None:
         super().__init__(info)
-        self._channel, self._labels = channel, labels
+        self.isolated = info.format == "JPEG 2000"
+        self.piece_bytes = info.nbytes
+        self._file, self._options = info.path, options
 
     def _open(self) -> np.ndarray:
-        with _opened(self.info.path) as picture:
-            raw = _decode(self.info.path, picture)
-            rule, channel, _ = _rule(self.info.path, picture, self._channel, self._labels)
+        with _opened(self._file) as picture:
+            raw = _decode(self._file, picture)
+            rule, channel, _ = _rule(self._file, picture, self._options.channel, self._options.labels)
         if channel is not None and raw.ndim == 3:
             raw = raw[..., channel]
         return rule(raw)
@@ -61,7 +73,7 @@ class PictureSource(Source):
         return block[: z[1] - z[0]]
 
 
-def open_picture(path: Path, *, channel: int | None, labels: bool) -> list[Source]:
+def open_picture(path: Path, options: ReadOptions) -> Found:
     """The picture in a PNG, JPEG or JPEG 2000 file, from its header alone.
 
     Raises:
@@ -69,7 +81,7 @@ def open_picture(path: Path, *, channel: int | None, labels: bool) -> list[Sourc
     """
     with reading(path), _opened(path) as picture:
         width, height = picture.size
-        rule, _, notes = _rule(path, picture, channel, labels)
+        rule, _, notes = _rule(path, picture, options.channel, options.labels)
         declared = width * height * len(picture.getbands()) * rule.dtype.itemsize
         refuse_inflated(declared, path.stat().st_size, compressed=True)
         refuse_large_piece(declared, "it", "save it as a tiled TIFF or as OME-Zarr")
@@ -78,13 +90,23 @@ def open_picture(path: Path, *, channel: int | None, labels: bool) -> list[Sourc
         turned = picture.getexif().get(274, 1)
         if turned not in (0, 1):
             notes = (*notes, "rotated as its EXIF orientation says")
-        y_nm, x_nm = _pixel_size(picture)[1:]
+        z_nm, y_nm, x_nm = _pixel_size(path, picture)
         if turned in _TRANSPOSED:
             width, height, y_nm, x_nm = height, width, x_nm, y_nm
-        kind = _NAMES.get(picture.format or "", "picture")
-        pixel_nm = (None, y_nm, x_nm)
-        info = SourceInfo(path, "", path.stem, (1, height, width), rule.dtype, pixel_nm, kind, notes, rule.offset)
-    return [PictureSource(info, channel, labels)]
+        pixel_nm = (z_nm, y_nm, x_nm)
+        info = SourceInfo(
+            path=path,
+            series="",
+            name=short_name(path),
+            shape_ZYX=(1, height, width),
+            dtype=rule.dtype,
+            pixel_nm=pixel_nm,
+            format=_NAMES.get(picture.format or "", "picture"),
+            notes=(*notes, *question_of_size(pixel_nm)),
+            value_offset=rule.offset,
+            questions=question_of_size(pixel_nm),
+        )
+    return [PictureSource(info, options)], []
 
 
 def _opened(path: Path) -> Image.Image:
@@ -102,7 +124,8 @@ def _rule(path: Path, picture: Image.Image, channel: int | None, labels: bool) -
         raw = "u2"
     notes: tuple[str, ...] = ()
     if channel is not None:
-        check_channel(channel, samples)
+        if channel >= samples:
+            raise Refused(f"there is no channel {channel}: it has {samples}", "channels are counted from 0")
         colour = "grey"
         notes = (f"channel {channel} of {samples} taken",) if samples > 1 else ()
     elif colour == "grey" and samples > 1:
@@ -133,8 +156,12 @@ def _decode(path: Path, picture: Image.Image) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _pixel_size(picture: Image.Image) -> PixelSize:
+def _pixel_size(path: Path, picture: Image.Image) -> PixelSize:
+    """From a text file of the microscope beside it, or from a print resolution that no printer has."""
+    size = beside(path, picture.width)
+    if size:
+        return None, size, size
     dpi = picture.info.get("dpi")
-    if not isinstance(dpi, tuple) or len(dpi) != 2 or not all(math.isfinite(float(v)) for v in dpi):
-        return None, None, None
+    if not isinstance(dpi, tuple) or len(dpi) != 2:
+        return UNKNOWN_SIZE
     return None, from_resolution(float(dpi[1]), "inch"), from_resolution(float(dpi[0]), "inch")

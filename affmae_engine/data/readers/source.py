@@ -20,10 +20,68 @@ from typing import Any, Self
 
 import numpy as np
 
-from affmae_engine.errors import AffmaeError, InputError, ResourceError, one_line, passing
+from affmae_engine.errors import AffmaeError, ConfigError, InputError, ResourceError, one_line, passing
 
 PixelSize = tuple[float | None, float | None, float | None]
 UNKNOWN_SIZE: PixelSize = (None, None, None)
+
+
+_CHANNEL, _AXES = "_AFFMAE_READ_CHANNEL", "_AFFMAE_READ_AXES"
+AXES = "TCZYX"
+"""The letters that axes are named by."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a user wants files to be read.
+
+    Attributes:
+        channel: which channel of multi-channel images; None takes the first and turns colors into luminance.
+        labels: read as label maps: numbers are kept as they are (see `grey.py`).
+        axes: one letter per axis of the file (of `AXES`), in place of what it says or what is guessed; "" for that.
+    """
+
+    channel: int | None = None
+    labels: bool = False
+    axes: str = ""
+
+    @classmethod
+    def with_defaults(cls, channel: int | None, labels: bool, axes: str) -> ReadOptions:
+        """These options, and where they say nothing those of `reading_as`. Channels are those of images only."""
+        if channel is None and not labels and os.environ.get(_CHANNEL, "").isdecimal():
+            channel = int(os.environ[_CHANNEL])
+        return cls(channel, labels, check_axes(axes or os.environ.get(_AXES, "")))
+
+
+def check_axes(axes: str) -> str:
+    """Axes in capitals. Raises ConfigError unless they are different letters of `AXES` with Y and X among them."""
+    letters = axes.upper()
+    if letters and (set(letters) - set(AXES) or len(set(letters)) != len(letters) or not {"Y", "X"} <= set(letters)):
+        raise ConfigError(
+            f"axes {axes!r} are not one letter per axis: z, y, x, c (channel) or t (time), with y and x among them",
+            "for example --axes YXZ for sections that come last",
+        )
+    return letters
+
+
+@contextlib.contextmanager
+def reading_as(channel: int | None = None, axes: str = "") -> Iterator[None]:
+    """Read files like this inside the block, in this process and those that it starts.
+
+    Raises:
+        ConfigError: see `check_axes`.
+    """
+    chosen = {_CHANNEL: "" if channel is None else str(channel), _AXES: check_axes(axes)}
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update({name: value for name, value in chosen.items() if value})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True)
@@ -48,6 +106,12 @@ class SourceInfo:
     """What was done to the values or assumed about the axes, one short clause each."""
     value_offset: int = 0
     """Added to the file's signed integers to store them unsigned."""
+    section_axes: str = "Z"
+    """What the sections are unrolled from: `Z`, `T` (a time series), or several such as `TZ`, slowest first."""
+    section_shape: tuple[int, ...] = ()
+    """Lengths of `section_axes`; their product is the number of sections. Empty: one axis of all sections."""
+    questions: tuple[str, ...] = ()
+    """What looks wrong about axes or pixel size, each with the option that settles it; to be shown prominently."""
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +125,10 @@ class Source(ABC):
 
     parallel = True
     """Whether copies can read different parts at once without repeating work."""
+    isolated = False
+    """Whether its decoder is not safe by construction, so that `sandbox.py` has to run it."""
+    piece_bytes = 0
+    """The largest part that is decoded as a whole."""
     _transient: tuple[str, ...] = ("_handle", "_owner", "_lock")
 
     def __init__(self, info: SourceInfo) -> None:
@@ -122,6 +190,10 @@ class Source(ABC):
     @abstractmethod
     def _read(self, handle: Any, z: tuple[int, int], y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
         """Read the block between the given (start, stop) pairs, already grey."""
+
+
+Found = tuple[list[Source], list[InputError]]
+"""What a reader finds in a file: its images, and why others of several were refused."""
 
 
 class Refused(Exception):

@@ -3,7 +3,8 @@
 Unusual: tifffile only logs when a file is cut short and returns a shorter stack, so its error log counts as failure
 here; and other files that a multi-file OME-TIFF names are never opened (a name may be `../secret.tif`), each file of
 such a set is read on its own. Pyramids are read at full resolution only, thumbnails and masks inside a file are left
-out, and pages of different size become separate images.
+out, and pages of different size become separate images. Pieces whose decoder is told the decoded size, and stops
+there, are decoded in this process; all others in a child process.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import logging
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tifffile import PHOTOMETRIC, TiffFile, TiffPageSeries
+from tifffile import PHOTOMETRIC, TIFF, TiffFile, TiffPageSeries
 
-from affmae_engine.data.readers.axes import Sections, arrange, check_channel
+from affmae_engine.data.readers.arrays import Array, array_source, short_name
 from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
 from affmae_engine.data.readers.limits import MOST_PAGES, refuse_inflated, refuse_large_piece, refuse_many
-from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading
-from affmae_engine.data.readers.tiff_compression import check_compression
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, Source, reading
 from affmae_engine.data.readers.tiff_metadata import pixel_size
-from affmae_engine.data.readers.tiff_pages import PageReader, largest_segment
+from affmae_engine.data.readers.tiff_pages import OLD_JPEG, PageReader, largest_segment, subsampling
 
 _UNCOMPRESSED = 1
+# CCITT, LZW, deflate, PackBits, ThunderScan, SGI log, LZMA, zstd, PixTIFF
+_BOUNDED = {1, 2, 3, 4, 5, 8, 32773, 32809, 32946, 34676, 34677, 34925, 34926, 50000, 50013}
+# JPEG in its kinds and WebP, whose decoders give RGB for YCbCr.
+_RGB_FROM_YCBCR = (6, 7, 34892, 50001)
 
 
 class _ErrorLog(logging.Handler):
@@ -63,48 +67,38 @@ def logged_errors_fail() -> Iterator[None]:
         raise Refused(text[:200], "the file is truncated or damaged; copy it again from its origin")
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What `TiffSource` needs besides the file itself."""
+class _Pages:
+    """One series of an open TIFF as an array; its axes are those of `_array_axes`."""
 
-    series: int
-    sections: Sections
-    page_depth: int
-    samples: tuple[int, ...]
-    """Samples of a pixel that are read."""
-    rule: ValueRule
-
-
-class TiffSource(Source):
-    """One series of a TIFF file."""
-
-    def __init__(self, info: SourceInfo, plan: _Plan) -> None:
-        super().__init__(info)
-        self._plan = plan
-
-    def _open(self) -> Any:
+    def __init__(self, path: Path, series: int) -> None:
         with logged_errors_fail():
-            file = _tiff_file(self.info.path)
-            return file, PageReader(file, file.series[self._plan.series].levels[0])
+            self._file = _tiff_file(path)
+            levels = self._file.series[series].levels[0]
+            self._reader = PageReader(self._file, levels)
+            self._axes, self._leading = _array_axes(levels)
 
-    def _close(self, handle: Any) -> None:
-        handle[0].close()
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
-    def _read(self, handle: Any, z: tuple[int, int], y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
-        plan, reader = self._plan, handle[1]
-        block = np.empty((z[1] - z[0], y[1] - y[0], x[1] - x[0]), self.info.dtype)
-        if block.size == 0:
-            return block
+    def __getitem__(self, selection: tuple[int | slice, ...]) -> np.ndarray:
+        axes, leading = self._axes, self._leading
+        bounds = [(s.start, s.stop) if isinstance(s, slice) else (s, s + 1) for s in selection]
+        if isinstance(selection[-1], slice) and selection[-1] == slice(None):  # all samples
+            bounds[-1] = (0, self._reader.samples)
+        *outer, depth, rows, columns, samples = bounds
+        shape = [stop - start for start, stop in bounds]
         with logged_errors_fail():
-            for row, section in enumerate(range(*z)):
-                index = plan.sections.index(section // plan.page_depth)
-                page = int(np.ravel_multi_index(index, plan.sections.shape)) if index else 0
-                raw = reader.read(page, section % plan.page_depth, y, x, plan.samples)
-                block[row] = plan.rule(raw if plan.rule.colour != "grey" else raw[..., 0])
-        return block
+            block = np.empty(shape, self._reader.dtype)
+            for index in np.ndindex(*shape[: len(outer) + 1]):
+                at = [start + i for i, (start, _) in zip(index, (*outer, depth), strict=True)]
+                page = int(np.ravel_multi_index(at[:-1], leading)) if leading else 0
+                block[index] = self._reader.read(page, at[-1], rows, columns, tuple(range(*samples)))
+        assert len(axes) == block.ndim
+        return block.reshape([n for n, s in zip(shape, selection, strict=True) if isinstance(s, slice)])
 
 
-def open_tiff(path: Path, *, channel: int | None, labels: bool) -> list[Source]:
+def open_tiff(path: Path, options: ReadOptions) -> Found:
     """Every image in a TIFF file, from its headers alone.
 
     Raises:
@@ -119,8 +113,8 @@ def open_tiff(path: Path, *, channel: int | None, labels: bool) -> list[Source]:
         sources: list[Source] = []
         for index, series in wanted:
             label = f"{index}" if len(wanted) > 1 else ""
-            sources.append(_describe(file, index, series, label, size, channel, labels))
-    return sources
+            sources.append(array_source(_describe(path, file, index, series, label, size), options))
+    return sources, []
 
 
 def _tiff_file(path: Path) -> TiffFile:
@@ -154,61 +148,89 @@ def _is_extra(series: TiffPageSeries) -> bool:
     return bool(page.subfiletype & 0b101) or (series.name or "").lower() in ("thumbnail", "label", "macro")
 
 
-def _describe(
-    file: TiffFile, index: int, series: TiffPageSeries, label: str, size: int, channel: int | None, labels: bool
-) -> Source:
+def _array_axes(series: TiffPageSeries) -> tuple[str, tuple[int, ...]]:
+    """The axes of a series as `_Pages` has them, and the lengths of those that number its pages.
+
+    These come first, then the depth of a page (`Z`, mostly 1), its rows, its columns, and the samples of a pixel. Rows
+    and columns are called as the series calls them: in a file that says YXZ, the rows of a page are X.
+
+    Raises:
+        Refused: the pages are arranged in another way.
+    """
     page = series.keyframe
-    if page.ndim > len(series.shape) or tuple(series.shape[len(series.shape) - page.ndim :]) != tuple(page.shape):
-        raise Refused(f"its axes {series.axes} {series.shape} are arranged in an unknown way")
     leading = series.axes[: len(series.axes) - page.ndim]
-    sections, notes = arrange(leading, tuple(series.shape[: len(leading)]), channel if "C" in leading else None)
-    if page.imagewidth == 0 or page.imagelength == 0 or 0 in page.shaped:
+    if page.ndim > len(series.shape) or tuple(series.shape[len(leading) :]) != tuple(page.shape):
+        raise Refused(f"its axes {series.axes} {series.shape} are arranged in an unknown way")
+    names = dict(zip(page.axes, series.axes[len(leading) :], strict=True))
+    rows, columns = names.get("Y", "Y"), names.get("X", "X")
+    return f"{leading}{names.get('Z', 'Z')}{rows}{columns}S", tuple(series.shape[: len(leading)])
+
+
+def _describe(path: Path, file: TiffFile, index: int, series: TiffPageSeries, label: str, size: int) -> Array:
+    page = series.keyframe
+    axes, leading = _array_axes(series)
+    planes, depth, length, width, contiguous = page.shaped
+    if 0 in page.shaped or page.imagewidth == 0 or page.imagelength == 0:
         raise Refused("its image has no pixels")
+    if page.compression not in TIFF.DECOMPRESSORS:
+        name = getattr(page.compression, "name", str(page.compression)).lower().replace("_", " ")
+        raise Refused(f"its compression, {name}, is not supported", "save it again with another one")
     _check_extent(file, series, size)
-    colour, samples, sample_notes = _samples(page, channel if "C" not in leading else None)
+    luminance = subsampling(page) != (1, 1)
+    samples = 1 if luminance else planes * contiguous
+    shape = (*leading, depth, length, width, samples)
+    if depth == 1:  # a page has no z of its own
+        axes = f"{axes[: len(leading)]}_{axes[len(leading) + 1 :]}"
+    colors = _colors(page, samples)
     palette = None
     if page.photometric == PHOTOMETRIC.PALETTE and page.colormap is not None:
         palette = np.asarray(page.colormap).T
-    rule, value_notes = grey_rule(
-        np.dtype(page.dtype),
-        colour=colour,
-        bits=page.bitspersample,
-        inverted=page.photometric == PHOTOMETRIC.MINISWHITE,
-        palette=palette,
-        labels=labels,
-    )
-    depth = page.shaped[1]
-    names = [note for note in (*notes, *sample_notes, *value_notes, *_tag_notes(file, page)) if note]
-    info = SourceInfo(
-        path=Path(file.filehandle.path),
-        series=label,
-        name=Path(file.filename).name.split(".ome.tif")[0].removesuffix(".tif").removesuffix(".tiff"),
-        shape_ZYX=(sections.count * depth, page.imagelength, page.imagewidth),
-        dtype=rule.dtype,
-        pixel_nm=pixel_size(file, series, index),
+
+    def rule(colour: Colour, labels: bool) -> tuple[ValueRule, tuple[str, ...]]:
+        return grey_rule(
+            np.dtype(page.dtype),
+            colour=colour,
+            bits=page.bitspersample,
+            inverted=page.photometric == PHOTOMETRIC.MINISWHITE,
+            palette=palette,
+            labels=labels,
+        )
+
+    return Array(
+        path=path,
+        open=partial(_Pages, path, index),
+        shape=shape,
+        dtype=np.dtype(page.dtype),
+        axes=axes,
         format=_format(file, page),
-        notes=tuple(names),
-        value_offset=rule.offset,
+        pixel_nm=dict(zip("ZYX", pixel_size(path, file, series, index), strict=True)),
+        series=label,
+        name=short_name(path),
+        notes=(*_tag_notes(file, page), *(("luminance of its colors taken",) if luminance else ())),
+        axes_from="file" if _names_its_axes(file, series) else "pages",
+        piece_bytes=largest_segment(page),
+        samples=colors,
+        rule=rule,
+        isolated=luminance or int(page.compression) not in _BOUNDED,
     )
-    return TiffSource(info, _Plan(index, sections, depth, samples, rule))
 
 
-def _samples(page: Any, channel: int | None) -> tuple[Colour, tuple[int, ...], tuple[str, ...]]:
-    """Which samples of a pixel are read and what they mean: (colour, sample numbers, notes)."""
-    count = page.shaped[0] * page.shaped[4]
-    if channel is not None:
-        check_channel(channel, count)
-        return "grey", (channel,), ((f"channel {channel} of {count} taken",) if count > 1 else ())
+def _names_its_axes(file: TiffFile, series: TiffPageSeries) -> bool:
+    if series.kind == "shaped":
+        return any("axes" in one for one in file.shaped_metadata or ())
+    return series.kind not in ("generic", "uniform")
+
+
+def _colors(page: Any, count: int) -> Colour:
+    """What the samples of a pixel mean."""
     photometric = page.photometric
-    # JPEG, JPEG XL and WebP decoders give RGB for YCbCr; otherwise the first sample is the luminance.
-    if photometric == PHOTOMETRIC.RGB or (photometric == PHOTOMETRIC.YCBCR and page.compression in (6, 7, 34892)):
-        if count >= 3:
-            return "rgb", (0, 1, 2), (("alpha or further samples left out",) if count > 3 else ())
-    elif photometric == PHOTOMETRIC.SEPARATED and count >= 4:
-        return "cmyk", (0, 1, 2, 3), ()
-    elif photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB, PHOTOMETRIC.ITULAB):
-        return "cielab", (0,), ()
-    return "grey", (0,), ((f"sample 0 of {count} taken",) if count > 1 else ())
+    if photometric == PHOTOMETRIC.RGB or (photometric == PHOTOMETRIC.YCBCR and page.compression in _RGB_FROM_YCBCR):
+        return "rgb" if count >= 3 else "grey"
+    if photometric == PHOTOMETRIC.SEPARATED and count >= 4:
+        return "cmyk"
+    if photometric in (PHOTOMETRIC.CIELAB, PHOTOMETRIC.ICCLAB, PHOTOMETRIC.ITULAB):
+        return "cielab"
+    return "grey"
 
 
 def _check_extent(file: TiffFile, series: TiffPageSeries, size: int) -> None:
@@ -218,8 +240,11 @@ def _check_extent(file: TiffFile, series: TiffPageSeries, size: int) -> None:
     packed = page.bitspersample < 8 * itemsize
     declared = math.prod(series.shape) * itemsize // (16 if packed else 1)
     plain = page.compression == _UNCOMPRESSED
+    luminance = subsampling(page) != (1, 1)
+    if luminance:
+        declared //= 3  # at least the luminance is stored for every pixel
     refuse_inflated(declared, size, compressed=not plain)
-    if series.dataoffset is not None:
+    if series.dataoffset is not None and not luminance:
         if series.dataoffset + series.nbytes > size:
             raise Refused(
                 f"it is cut short: {series.dataoffset + series.nbytes - size} bytes of its pixels are missing",
@@ -227,11 +252,11 @@ def _check_extent(file: TiffFile, series: TiffPageSeries, size: int) -> None:
             )
         return
     refuse_large_piece(largest_segment(page), "a compressed piece of it", "save it again in strips or tiles")
-    if not plain:
-        check_compression(int(page.compression), getattr(page.compression, "name", str(page.compression)))
     missing = sum(p is None for p in series.pages)
     if missing or len(series.pages) != math.prod(series.shape[: len(series.shape) - page.ndim]):
         raise Refused(f"it is incomplete: {missing or 'some'} of its pages are missing")
+    if page.compression == OLD_JPEG:
+        return  # its data may stand outside of strips
     for number, one in enumerate(series.pages):
         offsets = np.asarray(one.dataoffsets, dtype=np.uint64)
         counts = np.asarray(one.databytecounts, dtype=np.uint64)

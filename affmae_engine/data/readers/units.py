@@ -15,8 +15,8 @@ _NANOMETRES = {
     "in": 2.54e7, "inch": 2.54e7, "inches": 2.54e7,
 }  # fmt: skip
 
-LARGEST_NM = 10_000.0
-"""No electron micrograph has pixels larger than this: a bare dots-per-inch tag above it is about paper or screens."""
+LARGEST_NM = 1000.0
+"""Larger sizes in a print resolution are about paper or screens: printers end at 5080 dots per inch, 5000 nm."""
 
 
 def nanometres(value: object, unit: object) -> float | None:
@@ -37,7 +37,7 @@ def nanometres(value: object, unit: object) -> float | None:
 def from_resolution(pixels_per_unit: float | None, unit: object) -> float | None:
     """Pixel size from a print resolution (TIFF XResolution, PNG pHYs, JPEG density), if it can be that of an EM image.
 
-    72 or 300 dots per inch is what programs write when they know nothing; sizes above `LARGEST_NM` count as unknown.
+    Dots per inch are what programs write when they know nothing; sizes above `LARGEST_NM` count as unknown.
     """
     if not pixels_per_unit or not math.isfinite(pixels_per_unit) or pixels_per_unit <= 0:
         return None

@@ -1,7 +1,8 @@
-"""Zarr 2/3 and OME-Zarr 0.4/0.5 folders as sources, read chunk by chunk at full resolution.
+"""Zarr 2/3 and OME-Zarr 0.1 to 0.5 folders, read chunk by chunk at full resolution.
 
-A missing chunk holds the fill value, as the Zarr specification says. A chunk is decoded only as far as its array's
-metadata allows (`zarr_codecs.py`). Links that lead out of the hierarchy's folder are refused, as is what is no file.
+A missing chunk holds the fill value, as the Zarr specification says. Chunks are decoded by whatever codecs the
+metadata names (of a closed list), so this runs in a child process (`sandbox.py`). Links that lead out of the
+hierarchy's folder are refused, as is what is no file.
 """
 
 from __future__ import annotations
@@ -9,117 +10,76 @@ from __future__ import annotations
 import math
 import os
 import stat
-import warnings
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import zarr
+from numcodecs.blosc import Blosc
+from zarr.codecs import BloscCodec
+from zarr.registry import register_codec
 from zarr.storage import LocalStore
 
-from affmae_engine.data.readers.axes import Sections, arrange, check_channel
-from affmae_engine.data.readers.grey import Colour, ValueRule, grey_rule
+from affmae_engine.data.readers.arrays import Array, OneDimensional, array_source, guess_axes, short_name
+from affmae_engine.data.readers.files import split_inner
+from affmae_engine.data.readers.hierarchy import LocalHierarchy
 from affmae_engine.data.readers.limits import LARGEST_RATIO, refuse_inflated
-from affmae_engine.data.readers.source import Refused, Source, SourceInfo, reading
-from affmae_engine.data.readers.zarr_codecs import decoding_at_most
-from affmae_engine.data.readers.zarr_metadata import ArrayFound, OneDimensional, check_array, find_arrays
+from affmae_engine.data.readers.source import Found, ReadOptions, Refused, Source, reading
+from affmae_engine.data.readers.zarr_metadata import ArrayFound, check_metadata, find_arrays
 from affmae_engine.errors import InputError
-
-# The library's remarks concern metadata that `check_array` has looked at.
-warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
 
 
 class _ConfinedStore(LocalStore):
     """A local store that reads nothing outside its root, whatever links lie in it."""
 
-    async def get(self, key: str, *args: Any, **options: Any) -> Any:
+    async def get(self, key: str, prototype: Any = None, *args: Any, **options: Any) -> Any:
         root = os.path.realpath(self.root)
         path = os.path.realpath(f"{root}/{key}")
         if not path.startswith(f"{root}/"):
             raise Refused("a link in it leads out of its folder", "only data inside the Zarr folder is read")
         if _is_special(path):  # a pipe would block for ever
             raise Refused(f"{key} in it is neither a file nor a folder")
-        return await super().get(key, *args, **options)
+        return await super().get(key, prototype, *args, **options)
 
 
-class ZarrSource(Source):
-    """One array of a Zarr hierarchy."""
-
-    def __init__(
-        self, info: SourceInfo, array: str, axes: str, sections: Sections, sample: int, rule: ValueRule
-    ) -> None:
-        super().__init__(info)
-        self._array, self._axes, self._sections, self._sample, self._rule = array, axes, sections, sample, rule
-
-    def _open(self) -> Any:
-        return _open_array(self.info.path, self._array)
-
-    def _close(self, handle: Any) -> None:
-        pass
-
-    def _read(self, handle: Any, z: tuple[int, int], y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
-        block = np.empty((z[1] - z[0], y[1] - y[0], x[1] - x[0]), self.info.dtype)
-        run = self._run_length()
-        start = z[0]
-        while start < z[1] and block.size:
-            stop = min(z[1], (start // run + 1) * run)
-            block[start - z[0] : stop - z[0]] = self._read_run(handle, start, stop, y, x)
-            start = stop
-        return block
-
-    def _run_length(self) -> int:
-        """Sections that follow each other along the last section axis, so that one request can fetch them."""
-        lengths = [n for a, n in zip(self._sections.axes, self._sections.shape, strict=True) if a != "C"]
-        return lengths[-1] if lengths else 1
-
-    def _read_run(self, handle: Any, start: int, stop: int, y: tuple[int, int], x: tuple[int, int]) -> np.ndarray:
-        leading = list(self._sections.index(start))
-        moving = max((i for i, a in enumerate(self._sections.axes) if a != "C"), default=None)
-        selection: list[Any] = []
-        kept = ""
-        position = 0
-        for letter in self._axes:
-            if letter in "YX":
-                selection.append(slice(*(y if letter == "Y" else x)))
-            elif letter == "S":
-                selection.append(slice(None))
-            else:
-                chosen: Any = leading[position]
-                if position == moving:
-                    chosen = slice(chosen, chosen + stop - start)
-                selection.append(chosen)
-                letter = "z" if position == moving else ""
-                position += 1
-            kept += letter
-        with decoding_at_most(_most_decoded(handle)):
-            raw = np.asarray(handle[tuple(selection)])
-        order = [kept.index(letter) for letter in "zYXS" if letter in kept]
-        raw = raw.transpose(order)
-        if "z" not in kept:
-            raw = raw[None]
-        if "S" in kept and self._rule.colour == "grey":
-            raw = raw[..., self._sample]
-        return self._rule(raw)
-
-
-def open_zarr(root: Path, *, channel: int | None, labels: bool) -> tuple[list[Source], list[InputError]]:
+def open_zarr(path: Path, options: ReadOptions) -> Found:
     """Every image array in a hierarchy, and why others were refused.
 
     Raises:
         InputError: nothing in it can be read.
     """
+    file, inner = split_inner(path)
+    root = file / inner if inner else file
+    tree = LocalHierarchy(root)
+    stored = partial(_stored_bytes, root)
+    return arrays_found(root, list(find_arrays(tree, labels=options.labels)), options, _opener, stored)
+
+
+def arrays_found(
+    root: Path,
+    found: list[ArrayFound | tuple[str, Refused]],
+    options: ReadOptions,
+    opener: Any,
+    stored_bytes: Any = None,
+) -> Found:
+    """The sources of what `find_arrays` found, and why others were refused.
+
+    Args:
+        opener: from root and key to a function that opens the array.
+        stored_bytes: from key and an upper limit to the bytes that an array takes on disk; None where nobody knows.
+    """
     sources: list[Source] = []
     refused: list[InputError] = []
-    found = list(find_arrays(root, labels=labels))
-    several = len(found) > 1
     for one in found:
-        folder = one.folder if isinstance(one, ArrayFound) else one[0]
-        series = folder.relative_to(root).as_posix() if several else ""
+        key = one.key if isinstance(one, ArrayFound) else one[0]
+        series = key if len(found) > 1 else ""
         try:
             with reading(root, series):
                 if not isinstance(one, ArrayFound):
                     raise one[1]
-                sources.append(_describe(root, one, series, channel, labels))
+                sources.append(array_source(_describe(root, one, series, opener, stored_bytes), options))
         except InputError as error:
             refused.append(error)
     if not sources:
@@ -128,40 +88,71 @@ def open_zarr(root: Path, *, channel: int | None, labels: bool) -> tuple[list[So
     return sources, [error for error in refused if not isinstance(error.__cause__, OneDimensional)]
 
 
-def _describe(root: Path, found: ArrayFound, series: str, channel: int | None, labels: bool) -> ZarrSource:
-    check_array(found.folder)
-    name = found.folder.relative_to(root).as_posix()
-    array = _open_array(root, name)
-    if 0 in array.shape:
-        raise Refused("one of its axes has length 0", "there is nothing to read in it")
-    declared = math.prod(array.shape) * array.dtype.itemsize
-    refuse_inflated(declared, _stored_bytes(found.folder, declared // LARGEST_RATIO + 1), compressed=True)
-    leading = "".join(letter for letter in found.axes if letter not in "YXS")
-    sizes = tuple(n for letter, n in zip(found.axes, array.shape, strict=True) if letter not in "YXS")
-    sections, notes = arrange(leading, sizes, channel if "C" in leading else None)
-    colour: Colour = "grey"
-    sample = 0
-    if "S" in found.axes:
-        count = array.shape[found.axes.index("S")]
-        colour = "rgb" if channel is None and count >= 3 else "grey"
-        sample = channel or 0
-    if "C" not in leading:
-        check_channel(channel, array.shape[found.axes.index("S")] if "S" in found.axes else 1)
-    rule, value_notes = grey_rule(np.dtype(array.dtype), colour=colour, labels=labels)
-    height, width = (array.shape[found.axes.index(letter)] for letter in "YX")
-    stem = root.name.removesuffix(".zarr").removesuffix(".ome")
-    info = SourceInfo(
+def _describe(root: Path, found: ArrayFound, series: str, opener: Any, stored_bytes: Any) -> Array:
+    metadata = found.metadata
+    shape = tuple(metadata.get("shape") or ())
+    axes = found.axes or guess_axes(shape)
+    piece = check_metadata(metadata)
+    dtype = np.dtype(metadata.get("data_type", metadata.get("dtype")))
+    declared = math.prod(shape) * dtype.itemsize
+    if stored_bytes is not None:
+        refuse_inflated(declared, stored_bytes(found.key, declared // LARGEST_RATIO + 1), compressed=True)
+    open_array = opener(root, found.key)
+    if stored_bytes is not None:
+        open_array()  # the library may refuse what the list above allows
+    stem = short_name(root)
+    return Array(
         path=root,
+        open=open_array,
+        shape=shape,
+        dtype=dtype,
+        axes=axes,
+        format=f"{found.format} (Zarr {metadata['zarr_format']})",
+        pixel_nm=found.pixel_nm,
         series=series,
         name=f"{stem}-{_series_name(series)}" if series else stem,
-        shape_ZYX=(sections.count, height, width),
-        dtype=rule.dtype,
-        pixel_nm=found.pixel_nm,
-        format=f"{found.format} (Zarr {array.metadata.zarr_format})",
-        notes=(*found.notes, *notes, *value_notes),
-        value_offset=rule.offset,
+        axes_from="file" if found.axes else "guess",
+        piece_bytes=piece,
+        samples="rgb" if "S" in axes else "grey",
+        isolated=True,
     )
-    return ZarrSource(info, name, found.axes, sections, sample, rule)
+
+
+def _opener(root: Path, key: str) -> Any:
+    return partial(_open_array, root, key)
+
+
+class _CheckedBlosc(Blosc):
+    """Blosc reads beyond a buffer that is shorter than its header says, and returns what it finds there."""
+
+    def decode(self, buf: Any, out: Any = None) -> Any:
+        data = memoryview(buf).cast("B")
+        if len(data) < 16 or int.from_bytes(data[12:16], "little") > len(data):
+            raise ValueError("a Blosc chunk is cut short")
+        return super().decode(buf, out)
+
+
+class CheckedBloscCodec(BloscCodec):
+    """The same for Zarr 3; the registry wants its name to be importable."""
+
+    @cached_property
+    def _blosc_codec(self) -> Blosc:
+        settings = super()._blosc_codec.get_config()
+        settings.pop("id")
+        return _CheckedBlosc(**settings)
+
+
+@cache
+def _check_blosc() -> None:
+    """Use these decoders in this process, which is a child that reads strangers' files and nothing else."""
+    numcodecs.register_codec(_CheckedBlosc, "blosc")
+    register_codec("blosc", CheckedBloscCodec)
+    zarr.config.set({"codecs.blosc": f"{CheckedBloscCodec.__module__}.{CheckedBloscCodec.__qualname__}"})
+
+
+def _open_array(root: Path, key: str) -> Any:
+    _check_blosc()
+    return zarr.open_array(_ConfinedStore(root, read_only=True), path=key, mode="r")
 
 
 def _is_special(path: str) -> bool:
@@ -172,11 +163,6 @@ def _is_special(path: str) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _most_decoded(array: Any) -> int:
-    """Bytes that any step of decoding may yield: a filter or an inner index may add a little to a chunk."""
-    return 2 * math.prod(array.shards or array.chunks) * array.dtype.itemsize + (1 << 20)
-
-
 def _series_name(series: str) -> str:
     parts = series.split("/")
     # `images/cell/0` and `images/cell/s0` are the full resolution of `images/cell`.
@@ -185,14 +171,10 @@ def _series_name(series: str) -> str:
     return "-".join(parts)
 
 
-def _open_array(root: Path, name: str) -> Any:
-    return zarr.open_array(_ConfinedStore(root, read_only=True), path="" if name == "." else name, mode="r")
-
-
-def _stored_bytes(folder: Path, enough: int) -> int:
-    """Bytes of the files under `folder`; stops counting once there are `enough`."""
+def _stored_bytes(root: Path, key: str, enough: int) -> int:
+    """Bytes of the files under a key; stops counting once there are `enough`."""
     total = 0
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(root / key):
         for name in names:
             total += os.lstat(f"{parent}/{name}").st_size
         if total >= enough:

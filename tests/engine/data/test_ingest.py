@@ -18,8 +18,8 @@ from PIL import Image
 from affmae_engine.data import ingest as module
 from affmae_engine.data.ingest import IngestProgress, ingest, source_key
 from affmae_engine.data.readers import files, open_sources
-from affmae_engine.data.readers.tiff import TiffSource
-from affmae_engine.data.readers.zarr_array import ZarrSource
+from affmae_engine.data.readers.arrays import ArraySource
+from affmae_engine.data.readers.sandbox import Isolated
 from affmae_engine.data.split import split
 from affmae_engine.data.store import Store
 from affmae_engine.data.store_layout import StorePaths
@@ -291,14 +291,14 @@ def test_a_read_that_fails_just_now_keeps_what_was_written(
 ) -> None:
     stack, store = picture((9, 64, 64)), tmp_path / "em.zarr"
     write(tmp_path / "in", a=stack)
-    real = TiffSource._read
+    real = ArraySource._read
 
-    def read(self: TiffSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+    def read(self: ArraySource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
         if z[0] >= 6:
             raise failure
         return real(self, handle, z, *where)
 
-    monkeypatch.setattr(TiffSource, "_read", read)
+    monkeypatch.setattr(ArraySource, "_read", read)
     if kind is InputError:  # other files may be readable
         report = ingest([tmp_path / "in"], store, workers=1)
         assert "a.tif" in report.skipped[0].reason and not report.taken
@@ -319,14 +319,14 @@ def test_half_of_a_folder_that_is_no_longer_there_is_not_kept(
 ) -> None:
     zarr.create_array(tmp_path / "in" / "a.zarr", data=picture((9, 64, 64)), chunks=(1, 64, 64))
     write(tmp_path / "in", b=picture((20, 20)))
-    real = ZarrSource._read
+    real = Isolated._read
 
-    def read(self: ZarrSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+    def read(self: Isolated, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
         if z[0] >= 6:  # its chunks may have been read as empty for some time already
             raise FileNotFoundError(errno.ENOENT, "No such file")
         return real(self, handle, z, *where)
 
-    monkeypatch.setattr(ZarrSource, "_read", read)
+    monkeypatch.setattr(Isolated, "_read", read)
     assert "no such file" in ingest([tmp_path / "in"], tmp_path / "em.zarr", workers=1).skipped[0].reason
     assert begun(tmp_path / "em.zarr") == ["b"]
 

@@ -4,12 +4,14 @@ import copy
 import pickle
 import resource
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from affmae_engine.data.readers import Source, open_sources
 from affmae_engine.errors import InputError
@@ -159,7 +161,8 @@ def test_ome_tiff_with_pixel_size(tmp_path: Path, compression: str | None) -> No
 @pytest.mark.parametrize(
     ("resolution", "unit", "nm"),
     [((2540000, 1270000), "INCH", (None, 20.0, 10.0)), ((1e6, 1e6), "CENTIMETER", (None, 10.0, 10.0)),
-     ((72, 72), "INCH", (None, None, None)), ((300, 300), "INCH", (None, None, None))],
+     ((72, 72), "INCH", (None, None, None)), ((300, 300), "INCH", (None, None, None)),
+     ((2540, 2540), "INCH", (None, None, None)), ((9600, 9600), "INCH", (None, None, None))],
 )  # fmt: skip
 def test_resolution_tags_count_when_they_are_plausible(tmp_path: Path, resolution: Any, unit: str, nm: Any) -> None:
     tifffile.imwrite(tmp_path / "a.tif", picture((9, 9)), resolution=resolution, resolutionunit=unit)
@@ -302,3 +305,164 @@ def test_label_maps_keep_their_numbers(tmp_path: Path) -> None:
     for name, reason in (("half", "whole"), ("minus", "negative"), ("rgb", "colour")):
         with pytest.raises(InputError, match=reason):
             read(only(tmp_path / f"{name}.tif", labels=True))
+
+
+def zeiss(**entries: str) -> list[Any]:
+    """A tag of Zeiss SmartSEM: unnamed numbers, then names and lines of text."""
+    lines = ["0", "0", "0", "5.824988e-009"]
+    for name, text in entries.items():
+        lines += [name, text]
+    return [(34118, "s", 0, ("\r\n".join(lines) + "\r\n").encode("latin-1"), True)]
+
+
+@pytest.mark.parametrize(
+    ("tags", "nm"),
+    [
+        (zeiss(AP_IMAGE_PIXEL_SIZE="Image Pixel Size = 11.65 nm", AP_PIXEL_SIZE="Pixel Size = 5.825 nm"), 11.65),
+        (zeiss(AP_WIDTH="Width = 5.965 \xb5m", AP_PIXEL_SIZE="Pixel Size = 5.825 nm"), 11.650390625),
+        (zeiss(AP_PIXEL_SIZE="Pixel Size = 5.825 nm"), 5.825),
+        ([(34682, "s", 0, b"[Scan]\r\nPixelWidth=4e-009\r\nPixelHeight=4e-009\r\n", True)], 4.0),
+        ([(34682, "s", 0, b"[EBeam]\r\nHFW=2.048e-006\r\n", True)], 4.0),
+        ([(65003, "s", 0, "nm", True), (65004, "s", 0, "nm", True), (65009, "d", 1, 4.5, True),
+          (65010, "d", 1, 4.5, True)], 4.5),
+        ([(50431, "s", 0, b"[MAIN]\r\nPixelSizeX=7.5e-9\r\nPixelSizeY=7.5e-9\r\n", True)], 7.5),
+    ],
+)  # fmt: skip
+def test_pixel_sizes_of_microscopes(tmp_path: Path, tags: list[Any], nm: float) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", picture((384, 512)), metadata=None, extratags=tags, resolution=(96, 96))
+    assert only(tmp_path / "a.tif").info.pixel_nm == pytest.approx((None, nm, nm))
+
+
+def test_pixel_size_of_olympus_and_emsis(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture((64, 64)), metadata=None, extratags=[(33560, "I", 1, 0, True)])
+    content = bytearray(path.read_bytes())
+    place, at = len(content), content.index(struct.pack("<HHI", 33560, 4, 1)) + 8
+    details = struct.pack("<10xhdd8xd2x34s32s", -9, 4.5, 5.5, 1.0, b"", b"")
+    header = struct.pack("<4s6xhhhhh6x32sH", b"SIS0", 0, 0, 1, 1, 120, b"x", 1) + struct.pack("<hhI", 1, 1, place + 68)
+    content[at : at + 4] = struct.pack("<I", place)
+    path.write_bytes(bytes(content) + header + details)
+    assert only(path).info.pixel_nm == pytest.approx((None, 5.5, 4.5))
+
+
+def test_pixel_size_of_jeol_tem(tmp_path: Path) -> None:
+    xml = (
+        "<TemReporter><ImageFormingSystem><ModeString>{}</ModeString><SelectorValue>20000</SelectorValue>"
+        "</ImageFormingSystem></TemReporter>"
+    )
+    for mode, nm in (("MAG", 6.35), ("DIFF", None)):
+        tifffile.imwrite(
+            tmp_path / "a.tif", picture((64, 64)), metadata=None, description=xml.format(mode),
+            resolution=(200, 200), resolutionunit="INCH", extratags=[(271, "s", 0, "JEOL Ltd.", True)],
+        )  # fmt: skip
+        assert only(tmp_path / "a.tif").info.pixel_nm == (pytest.approx((None, nm, nm)) if nm else (None, None, None))
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "nm"),
+    [
+        ("[SemImageFile]\r\nInstructName=SU8000\r\nDataSize=1280x960\r\nPixelSize=9.921875\r\n", "utf-16", 19.84375),
+        ("[SemImageFile]\r\nPixelSize=9.921875\r\n", "latin-1", 9.921875),
+        ("$CM_FULL_SIZE 1280 960\n$$SM_MICRON_BAR 100\n$$SM_MICRON_MARKER 1um\n", "latin-1", 20.0),
+        ("notes\nPixelSize=3\n", "latin-1", None),
+    ],
+)
+def test_pixel_sizes_in_text_beside_an_image(tmp_path: Path, text: str, encoding: str, nm: float | None) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", picture((480, 640)), metadata=None)
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert only(tmp_path / "a.tif").info.pixel_nm == (pytest.approx((None, nm, nm)) if nm else (None, None, None))
+
+
+@pytest.mark.parametrize(("size", "asked"), [(4.6, False), (1500.0, True), (0.004, True)])
+def test_absurd_pixel_sizes_are_questioned(tmp_path: Path, size: float, asked: bool) -> None:
+    metadata = {"axes": "YX", "PhysicalSizeX": size, "PhysicalSizeXUnit": "nm"}
+    tifffile.imwrite(tmp_path / "a.ome.tif", picture((40, 50)), ome=True, metadata=metadata)
+    info = only(tmp_path / "a.ome.tif").info
+    assert info.pixel_nm[2] == size
+    assert bool(info.questions) == asked
+    assert not asked or "--pixel-size" in info.questions[0]
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_axes_that_a_file_writes_are_obeyed_and_narrow_pages_questioned(
+    tmp_path: Path, compression: str | None
+) -> None:
+    image = picture((50, 40, 6), "uint16")  # y, x, z
+    tifffile.imwrite(tmp_path / "named.tif", image, metadata={"axes": "YXZ"}, compression=compression)
+    tifffile.imwrite(tmp_path / "plain.tif", image, metadata=None, photometric="minisblack", compression=compression)
+    source = only(tmp_path / "named.tif")
+    assert (source.info.shape_ZYX, source.info.questions) == ((6, 50, 40), ())
+    np.testing.assert_array_equal(read(source), np.moveaxis(image, -1, 0))
+    np.testing.assert_array_equal(
+        source.read(slice(2, 5), slice(7, 20), slice(3, 30)), np.moveaxis(image, -1, 0)[2:5, 7:20, 3:30]
+    )
+    plain = only(tmp_path / "plain.tif")
+    assert plain.info.shape_ZYX == (50, 40, 6)
+    assert "--axes YXZ" in plain.info.questions[0]
+    said = only(tmp_path / "plain.tif", axes="yxz")
+    assert said.info.series == "YXZ"  # another image than the one without
+    np.testing.assert_array_equal(read(said), np.moveaxis(image, -1, 0))
+    tifffile.imwrite(tmp_path / "colors.tif", image[..., :3], metadata=None, photometric="minisblack")
+    assert "--axes YXC" in only(tmp_path / "colors.tif").info.questions[0]
+    assert not only(tmp_path / "plain.tif", axes="ZYX").info.questions
+    channels = only(tmp_path / "plain.tif", axes="YXC", channel=2)
+    np.testing.assert_array_equal(read(channels)[0], image[..., 2])
+
+
+def test_time_stays_time(tmp_path: Path) -> None:
+    image = picture((2, 3, 40, 50))
+    tifffile.imwrite(tmp_path / "a.tif", image, imagej=True, metadata={"axes": "TZYX"})
+    info = only(tmp_path / "a.tif").info
+    assert (info.section_axes, info.section_shape, info.shape_ZYX) == ("TZ", (2, 3), (6, 40, 50))
+    tifffile.imwrite(tmp_path / "b.tif", image[:, 0], imagej=True, metadata={"axes": "TYX"})
+    assert (only(tmp_path / "b.tif").info.section_axes, only(tmp_path / "b.tif").info.section_shape) == ("T", (2,))
+
+
+def subsampled(path: Path, luminance: np.ndarray, across: int, down: int, rows: int, compression: int) -> None:
+    """A YCbCr TIFF whose colors are stored once per `across` x `down` pixels (TIFF 6.0, section 21)."""
+    height, width = luminance.shape
+    strips = []
+    for top in range(0, height, rows):
+        part = luminance[top : top + rows]
+        part = np.pad(part, ((0, -part.shape[0] % down), (0, -width % across)), "edge")
+        units = part.reshape(part.shape[0] // down, down, part.shape[1] // across, across).swapaxes(1, 2)
+        units = units.reshape(*units.shape[:2], -1)
+        data = np.concatenate([units, np.full((*units.shape[:2], 2), 77, np.uint8)], -1).tobytes()
+        strips.append(zlib.compress(data) if compression == 8 else data)
+    offsets = np.cumsum([8, *map(len, strips)])
+    extra = int(offsets[-1]) + int(offsets[-1]) % 2
+    lists = [struct.pack(f"<{len(strips)}I", *offsets[:-1]), struct.pack(f"<{len(strips)}I", *map(len, strips))]
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, extra + 138), (259, 3, 1, compression), (262, 3, 1, 6),
+            (273, 4, len(strips), extra + 144), (277, 3, 1, 3), (278, 4, 1, rows),
+            (279, 4, len(strips), extra + 144 + len(lists[0])), (530, 3, 2, across | down << 16),
+            (531, 3, 1, 2)]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    assert len(directory) == 138 and len(strips) > 1
+    path.write_bytes(
+        b"II*\0" + struct.pack("<I", extra) + b"".join(strips).ljust(extra - 8, b"\0") + directory
+        + struct.pack("<3H", 8, 8, 8) + b"".join(lists)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize(("across", "down"), [(2, 1), (2, 2), (4, 2)])
+def test_subsampled_colors_give_their_luminance(tmp_path: Path, compression: int, across: int, down: int) -> None:
+    image = picture((47, 63))
+    subsampled(tmp_path / "a.tif", image, across, down, 16, compression)
+    source = only(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read(source)[0], image)
+    np.testing.assert_array_equal(source.read(ALL, slice(10, 40), slice(5, 50))[0], image[10:40, 5:50])
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(content[:900] + content[1100:])
+    with pytest.raises(InputError, match=r"b\.tif"):
+        read(only(tmp_path / "b.tif"))
+
+
+def test_old_style_jpeg_of_the_zoo(shared_data: Path) -> None:
+    path = shared_data / "zoo" / "image-tiff" / "libtiffpic" / "zackthecat.tif"
+    if not path.is_file():
+        pytest.skip("the zoo of odd files is not there")
+    with Image.open(path) as picture:
+        colors = np.asarray(picture.convert("RGB")).astype(int)
+    luminance = (299 * colors[..., 0] + 587 * colors[..., 1] + 114 * colors[..., 2] + 500) // 1000
+    np.testing.assert_array_equal(read(only(path))[0], luminance)

@@ -33,7 +33,6 @@ from affmae_engine.data.readers import limits, open_sources
 from affmae_engine.data.readers.limits import trusted_sizes
 from affmae_engine.data.readers.source import Source
 from affmae_engine.data.readers.units import nanometres
-from affmae_engine.data.readers.zarr_codecs import decoding_at_most, zstd_content_size
 from affmae_engine.errors import CorruptError, InputError
 
 ALL = slice(None)
@@ -130,12 +129,22 @@ def test_a_picture_in_a_tile_has_the_size_of_the_tile(
     assert read(tiff(path, compression=compression, payload=encode(small))).shape == (1, 64, 64)
 
 
-@pytest.mark.parametrize("compression", [50002, 34887, 34934, 48124, 65000])
-def test_decoders_without_bounds_need_trust(tmp_path: Path, compression: int) -> None:
-    path = tiff(tmp_path / "a.tif", compression=compression)
-    with pytest.raises(InputError, match="shows only when it is decoded") as caught:
-        open_sources(path)
-    assert "--trust-sizes" in caught.value.hint
+@pytest.mark.parametrize("compression", [50002, 34887, 34934])
+def test_decoders_without_bounds_run_in_a_child(tmp_path: Path, compression: int) -> None:
+    encode = {50002: imagecodecs.jpegxl_encode, 34887: imagecodecs.lerc_encode, 34934: imagecodecs.jpegxr_encode}
+    small = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
+    options = {50002: {"lossless": True}, 34887: {}, 34934: {"level": 1.0}}[compression]
+    path = tiff(tmp_path / "a.tif", compression=compression, payload=bytes(encode[compression](small, **options)))
+    np.testing.assert_array_equal(read(path)[0], small)
+    tiff(path, compression=compression)
+    with pytest.raises(InputError, match=r"a\.tif"):
+        read(path)
+
+
+@pytest.mark.parametrize("compression", [34676, 32809, 64999])
+def test_compressions_that_nobody_decodes_are_named(tmp_path: Path, compression: int) -> None:
+    with pytest.raises(InputError, match="is not supported"):
+        open_sources(tiff(tmp_path / "a.tif", compression=compression))
 
 
 def chained(path: Path, pages: int, *, loop: bool = False) -> Path:
@@ -247,7 +256,7 @@ def test_chunks_are_decoded_only_as_far_as_the_array_allows(
     np.testing.assert_array_equal(read(path)[0], expected)
     chunk = path / ("0.0" if version == 2 else "c/0/0")
     chunk.write_bytes(bomb())
-    with Quickly(), pytest.raises(InputError, match=r"more than the \d+ bytes|too small|damaged|size"):
+    with Quickly(), pytest.raises(InputError, match=r"of memory|too small|damaged|size|reshape"):
         read(path)
 
 
@@ -269,31 +278,6 @@ def _crc32c(data: bytes) -> bytes:
     from google_crc32c import value
 
     return struct.pack("<I", value(data))
-
-
-def test_sizes_in_zstd_headers() -> None:
-    for length in (0, 1, 255, 256, 257, 65535, 65791, 65792, 1 << 20):
-        assert zstd_content_size(memoryview(imagecodecs.zstd_encode(bytes(length)))) == length
-    assert zstd_content_size(memoryview(zstd_without_size(b"abc"))) is None
-    for wrong in (b"", b"\x28\xb5\x2f\xfd", b"\x28\xb5\x2f\xfd\xe0\0", b"PK\3\4aaaa"):
-        with pytest.raises(ValueError, match="zstd"):
-            zstd_content_size(memoryview(wrong))
-
-
-def test_a_limit_holds_only_inside_its_block() -> None:
-    decode = numcodecs.get_codec({"id": "gzip"}).decode
-    double = gzip.compress(b"a" * 50) + gzip.compress(b"b" * 50) + bytes(8)
-    with decoding_at_most(100):
-        assert bytes(decode(double)) == b"a" * 50 + b"b" * 50
-    with decoding_at_most(99), pytest.raises(ValueError, match="more than the 99 bytes"):
-        decode(double)
-    assert len(decode(double)) == 100
-    with pytest.raises(ValueError, match="cut short"):
-        decode(gzip.compress(b"a" * 50)[:-3])
-    with pytest.raises(ValueError, match="more than 100 compressed members"):
-        decode(
-            gzip.compress(b"") * 50_000
-        )  # each would be a copy of all that follow: seconds here, hours in a large file
 
 
 def test_links_that_multiply_and_pipes_that_block(tmp_path: Path) -> None:
@@ -391,8 +375,15 @@ def test_pickles_are_never_executed(tmp_path: Path) -> None:
     assert canary.exists()
 
 
-IMPORTS_BY_NAME = ("kernels/cases.py", "affmae_engine/doctor/diagnosis.py", "affmae_engine/bench/child.py")
-"""Files that import modules by name: those of `cases.OPERATIONS`; in a child process what its parent asks for."""
+ALLOWED = {
+    ("kernels/cases.py", "import_module("),  # those of `OPERATIONS`
+    ("affmae_engine/doctor/diagnosis.py", "import_module("),
+    ("affmae_engine/__init__.py", "import_module("),  # those of its own table
+    ("affmae_engine/bench/child.py", "import_module("),  # in a child process, what its parent asks for
+    ("affmae_engine/export.py", "torch.jit.load("),  # the file that it has just written, to check it
+    ("affmae_engine/pickled.py", "torch.load("),  # weights only, in a child process: see tests/test_packaging.py
+}
+"""What would be dangerous with a stranger's file, and is not done with one."""
 
 
 def test_no_source_file_can_run_what_it_reads() -> None:
@@ -407,8 +398,7 @@ def test_no_source_file_can_run_what_it_reads() -> None:
         f"{file.relative_to(root)}:{number}"
         for file in sources
         for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
-        if (match := forbidden.search(line))
-        and not (match[0] == "import_module(" and str(file.relative_to(root)) in IMPORTS_BY_NAME)
+        if (match := forbidden.search(line)) and (str(file.relative_to(root)), match[0]) not in ALLOWED
     }
     assert not found
 

@@ -21,7 +21,7 @@ import zarr
 from PIL import Image
 
 from affmae_engine.data.readers import open_sources
-from affmae_engine.data.readers.tiff import TiffSource
+from affmae_engine.data.readers.arrays import ArraySource
 from affmae_engine.errors import AffmaeError, ConfigError, InputError, Interrupted, ResourceError
 from affmae_engine.predict import outputs, sections, stream
 from affmae_engine.predict.outputs import Outputs
@@ -196,7 +196,7 @@ def test_a_read_that_fails_in_the_middle_costs_no_finished_row(
     failure: Exception, kind: type[Exception], told: str,
 ) -> None:  # fmt: skip
     path, out = write_stack(blobs), tmp_path / "results" / "out.tif"
-    real, measured = TiffSource._read, stream.measure
+    real, measured = ArraySource._read, stream.measure
     monkeypatch.setattr(sections, "SLAB_PIXELS", blobs[0].size)
     armed: list[bool] = []
 
@@ -205,13 +205,13 @@ def test_a_read_that_fails_in_the_middle_costs_no_finished_row(
         armed.append(True)
         return found
 
-    def read(self: TiffSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+    def read(self: ArraySource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
         if armed and z[1] > 2:
             raise failure
         return real(self, handle, z, *where)
 
     monkeypatch.setattr(stream, "measure", measure)
-    monkeypatch.setattr(TiffSource, "_read", read)
+    monkeypatch.setattr(ArraySource, "_read", read)
     with pytest.raises(kind) as caught:
         run(path, make_predictor(), out)
     assert isinstance(caught.value, AffmaeError)

@@ -113,7 +113,8 @@ def test_auto_without_a_card(make_toy: Make, make_config: Make, make_run: Make) 
     run, short = make_run(config), Short()
     fit(run, config, make_toy(before=short).task)
     assert short.sizes == [6, 6]
-    assert warnings_of(run) == ["train.micro_batch is auto: 6 images at a time, 2 times a step"]
+    assert warnings_of(run) == []
+    assert "6 images at a time, 2 times a step" in run.log.read_text()
     assert RunDir(run.root).read_config().train.micro_batch == "auto"
     assert RunConfig.model_validate({"train": {"micro_batch": "auto", "batch_size": 7}}).train.batch_size == 7
 
