@@ -83,7 +83,7 @@ def test_every_tab_of_a_pretraining(trained: Trained, size: tuple[int, int]) -> 
         "1": ("loss", "held-out", "all stages", "stage 4 only", "images/s", "what is hidden", "finished in"),
         "2": ("loss", "total loss"),
         "3": ("step 4  (2 of 2, newest)", "masked", "token kept"),
-        "4": ("machine", "CPU load", "memory", "CPU load, %"),
+        "4": ("machine", "device", "kernels"),
         "5": ("log.txt", "INFO", "finished at step 4"),
         "6": ("model", "size", '"tiny"', "preset demo", "--set"),
         "7": ("state", "run", "task", "✔ finished", "finetune", "4/4", "best loss", "best IoU"),
