@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from affmae_engine import atomic
-from affmae_engine.run_dir import RunDir
-
 Pictures = Literal["auto", "blocks"]
 """How pictures are drawn: as pixels where the terminal can, or always as half blocks."""
 
@@ -41,6 +38,9 @@ def request(root: Path, name: str) -> None:
     Raises:
         ResourceError: the folder cannot be written to.
     """
+    from affmae_engine import atomic  # the help of the commands, which import `Pictures`, needs none of this
+    from affmae_engine.run_dir import RunDir
+
     path = RunDir(root).control / name
     with atomic.translated_write_errors(path):
         path.touch()
