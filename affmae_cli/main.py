@@ -7,6 +7,7 @@ Command modules import only Typer and the option types at the top; the engine is
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -62,7 +63,7 @@ class RootGroup(ErrorGroup):
 app = typer.Typer(
     cls=RootGroup,
     help=STORY,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -99,11 +100,24 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of `affmae` itself; the callback of `--version` has done its work by now."""
+    """Without a command: the start screen in a terminal, the help elsewhere."""
+    if ctx.invoked_subcommand is not None:
+        return
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    if os.environ.get("TERM", "dumb") == "dumb" or not all(s is not None and s.isatty() for s in streams):
+        output.show(ctx.get_help().rstrip())
+        raise typer.Exit(2)
+    from affmae_cli.dashboard.home import COMMANDS, home
+
+    functions = {
+        info.name or info.callback.__name__: info.callback for info in app.registered_commands if info.callback
+    }
+    home({name: functions[name] for name in COMMANDS.values() if name in functions})
 
 
 def main() -> None:

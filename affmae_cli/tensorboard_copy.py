@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from affmae_cli.dashboard.decode import SYSTEM_COLUMNS
 from affmae_engine.errors import ConfigError
 from affmae_engine.events import CheckpointSaved, Evaluated, Event, PreviewSaved, RunStarted, StepLogged, SystemSampled
 from affmae_engine.run_dir import RunDir
@@ -21,6 +20,10 @@ from affmae_engine.run_dir import RunDir
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_SYSTEM_FIELDS = (
+    "gpu_memory_used", "gpu_memory_others", "gpu_utilisation", "power", "temperature", "sm_clock", "memory_clock",
+    "host_memory_used", "process_memory", "cpu",
+)  # fmt: skip
 _STEP_FIELDS = ("lr", "grad_norm", "images_per_s", "data_wait", "step_s", "memory_gib", "memory_peak_gib")
 
 
@@ -95,6 +98,6 @@ def scalars(event: Event) -> dict[str, float]:
                 found |= {f"class/{label}/{name}": value for name, value in scores.items()}
             return found | {f"effective_rank/stage{i}": rank for i, rank in enumerate(event.effective_rank, 1)}
         case SystemSampled():
-            return {f"system/{name}": getattr(event, name) for name in SYSTEM_COLUMNS}
+            return {f"system/{name}": getattr(event, name) for name in _SYSTEM_FIELDS}
         case _:
             return {}

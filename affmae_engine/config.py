@@ -229,7 +229,7 @@ class TrainConfig(Section):
     eval_every: Interval = 500
     """Steps between two evaluations on held-out data; 0: only at the end."""
     preview_every: Interval = 500
-    """Steps between two preview pictures; 0: only at the end."""
+    """Steps between two preview pictures, besides one soon after the start; 0: only at the end."""
     checkpoint_every: Interval = 500
     """Steps between two checkpoints; 0: only at the end."""
     checkpoint_minutes: Annotated[NonNegativeFloat, Unit("minutes"), OnResume.FREE] = 15.0

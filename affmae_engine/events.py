@@ -143,8 +143,9 @@ class SystemSampled(Event, frozen=True, kw_only=True, tag="system"):
     gpu_memory_used and gpu_memory_total of the card as a whole, gpu_memory_others what does not belong to this
     trainer, gpu_memory_reserved what its allocator holds. gpu_utilisation: share of the time a kernel ran, 0 to 1.
     power and power_limit in W, temperature in degrees Celsius, clocks in MHz. throttled: why the clocks are held back,
-    in words. host_memory_used, host_memory_total, process_memory (resident set of the trainer) in GiB; cpu: load of
-    all cores, 0 to 1.
+    in words. other_gpus: the same figures of the other visible GPUs, by name. host_memory_used, host_memory_total,
+    process_memory (resident set of the trainer) in GiB; cpu: load of all cores, 0 to 1. disk_free: GiB that are free on
+    the disk of the run.
     """
 
     step: Count
@@ -166,6 +167,8 @@ class SystemSampled(Event, frozen=True, kw_only=True, tag="system"):
     host_memory_total: Number = math.nan
     process_memory: Number = math.nan
     cpu: Number = math.nan
+    disk_free: Number = math.nan
+    other_gpus: list[dict[str, Number]] = field(default_factory=list)
 
 
 class RequestTaken(Event, frozen=True, kw_only=True, tag="request"):

@@ -28,8 +28,9 @@ from affmae_engine.config import ModelConfig
 from affmae_engine.errors import ConfigError
 from affmae_engine.events import best_evaluation
 from affmae_engine.model.sizes import size_of
+from affmae_engine.picture_files import save_png
 from affmae_engine.run_dir import RunDir
-from affmae_engine.visualize import overlay, save_png
+from affmae_engine.visualize import overlay
 from affmae_engine.weights import WeightsMetadata, write_weights
 
 PAPER = "AFFMAE: Scalable and Efficient Vision Pretraining for Desktop Graphics Cards"

@@ -1,34 +1,24 @@
 """Pictures for people: reconstructions, token positions, labels on images. numpy and Pillow, no plotting library.
 
-Every function takes arrays and returns an RGB picture (uint8 [height, width, 3]); `save_png` writes one. Colours are
-told apart by colour-blind readers (Okabe and Ito 2008, then Tol's muted scheme); grey stays reserved for images.
-Class 0 is drawn without colour: it is what surrounds the others in nearly every EM label set.
+Functions take arrays and return an RGB picture (uint8 [height, width, 3]), or a `Picture`, which also says where its
+tiles are and what its colors mean; `picture_files.save_png` writes either. Class 0 is drawn without color: it is what
+surrounds the others in nearly every EM label set.
 
 Axes: Y X image, N tokens.
 """
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from affmae_engine import atomic
-
-Rgb = NDArray[np.uint8]
-
-_OKABE_ITO = ("E69F00", "56B4E9", "009E73", "F0E442", "0072B2", "D55E00", "CC79A7")
-_TOL_MUTED = ("332288", "88CCEE", "44AA99", "117733", "999933", "DDCC77", "CC6677", "882255", "AA4499")
-PALETTE: tuple[tuple[int, int, int], ...] = tuple(
-    (int(h[:2], 16), int(h[2:4], 16), int(h[4:], 16)) for h in (*_OKABE_ITO, *_TOL_MUTED)
-)
-"""Distinct colours for classes 1, 2, 3, ..."""
+from affmae_engine.class_colors import class_colour, class_colours
+from affmae_engine.picture_files import Picture, Rgb, Tile
 
 STAGE_COLOURS = ((86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0))
 """Tokens that are gone after stage 1, 2, 3, and those that reach stage 4."""
@@ -58,22 +48,6 @@ class ReconstructionRow:
     stage_positions: Sequence[NDArray[np.integer]]
 
 
-def class_colour(index: int) -> tuple[int, int, int]:
-    """Colour of class `index`: mid grey for 0, then `PALETTE`, then further hues for more classes than it has."""
-    if index == 0:
-        return (128, 128, 128)
-    if index <= len(PALETTE):
-        return PALETTE[index - 1]
-    hue = (index * 0.618034) % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, 0.9 if index % 2 else 0.6)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def class_colours(count: int) -> Rgb:
-    """Colours [count, 3] of the classes 0 to count - 1."""
-    return np.array([class_colour(index) for index in range(count)], np.uint8).reshape(count, 3)
-
-
 def to_grey(image_YX: NDArray, limits: tuple[float, float] | None = None) -> NDArray[np.uint8]:
     """Stretch intensities to 0..255 between `limits`, by default the 0.5th and 99.5th percentile; NaN becomes black."""
     values = np.nan_to_num(np.asarray(image_YX, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
@@ -82,11 +56,12 @@ def to_grey(image_YX: NDArray, limits: tuple[float, float] | None = None) -> NDA
     return (np.clip(scaled, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def reconstruction_picture(rows: Sequence[ReconstructionRow], *, patch: int, width: int = 1600) -> Rgb:
+def reconstruction_picture(rows: Sequence[ReconstructionRow], *, patch: int, width: int = 1600) -> Picture:
     """Images one below the other: original, masked, the reconstructions, and where the tokens of each stage are.
 
     Args:
-        rows: at least one; all with the same titles. Without stage positions the last column is left out.
+        rows: at least one; all with the same titles, the best reconstruction last. Without stage positions the last
+            column is left out.
         patch: edge of a canvas cell in pixels.
         width: of the picture, about.
     """
@@ -106,7 +81,8 @@ def reconstruction_picture(rows: Sequence[ReconstructionRow], *, patch: int, wid
         (f"token kept until stage {stage}" if stage > 1 else "token of stage 1 only", colour)
         for stage, colour in enumerate(STAGE_COLOURS, 1)
     ]
-    return _table(tiles, titles, legend if merged else [])
+    main = ("original", "masked", list(rows[0].images)[-1])
+    return _table(tiles, titles, legend if merged else [], main)
 
 
 def token_picture(
@@ -165,7 +141,7 @@ def overlay(
     opacity_YX[labels <= 0] = 0.0
     blended = _as_rgb(to_grey(image_YX)) * (1 - opacity_YX[..., None]) + colour_YX3 * opacity_YX[..., None]
     rgb = (blended + 0.5).astype(np.uint8)
-    return _table([[rgb]], [], class_legend(class_names)) if legend else rgb
+    return _table([[rgb]], [], class_legend(class_names)).rgb if legend else rgb
 
 
 def comparison_picture(
@@ -174,7 +150,7 @@ def comparison_picture(
     *,
     ignore: int | None = None,
     width: int = 1600,
-) -> Rgb:
+) -> Picture:
     """Rows of image | truth | prediction | errors, with a legend. Where the truth is no class, nothing is an error.
 
     Args:
@@ -195,25 +171,12 @@ def comparison_picture(
             overlay(image_YX, labels, class_names, ignore=ignore, legend=False) for labels in (truth_YX, predicted_YX)
         ]
         tiles.append([_fitted(tile, edge) for tile in (grey, *shown, errors)])
-    return _table(tiles, titles, [*class_legend(class_names), ("wrong", ERROR_COLOUR)])
+    return _table(tiles, titles, [*class_legend(class_names), ("wrong", ERROR_COLOUR)], titles)
 
 
 def class_legend(class_names: Sequence[str]) -> list[tuple[str, tuple[int, int, int]]]:
     """(name, colour) of every class, for legends."""
-    return [(f"{name} (not coloured)" if i == 0 else name, class_colour(i)) for i, name in enumerate(class_names)]
-
-
-def save_png(path: Path, rgb: Rgb) -> None:
-    """Write a picture atomically.
-
-    Raises:
-        ResourceError: disk full, read-only.
-    """
-
-    def write(partial: Path) -> None:
-        Image.fromarray(rgb).save(partial, format="PNG")
-
-    atomic.commit_file(path, write)
+    return [(f"{name} (not colored)" if i == 0 else name, class_colour(i)) for i, name in enumerate(class_names)]
 
 
 def _limits(values: NDArray) -> tuple[float, float]:
@@ -251,9 +214,12 @@ def _fitted(rgb: Rgb, edge: int) -> Rgb:
 
 
 def _table(
-    tiles: Sequence[Sequence[Rgb]], titles: Sequence[str], legend: Sequence[tuple[str, tuple[int, int, int]]]
-) -> Rgb:
-    """Tiles in rows and columns on white, titles above the columns, a legend below."""
+    tiles: Sequence[Sequence[Rgb]],
+    titles: Sequence[str],
+    legend: Sequence[tuple[str, tuple[int, int, int]]],
+    main: Sequence[str] = (),
+) -> Picture:
+    """Tiles in rows and columns on white, titles above the columns, a legend below. main: titles of `Tile.main`."""
     font = ImageFont.load_default(_FONT)
     line = _FONT + 10
     widths = [max(row[i].shape[1] for row in tiles) for i in range(len(tiles[0]))]
@@ -264,13 +230,16 @@ def _table(
     legend_height = line * (entries[-1][1] + 1) + _GAP // 2 if entries else 0
     picture = Image.new("RGB", (total, top + sum(heights) + _GAP * (len(heights) + 1) + legend_height), _BACKGROUND)
     draw = ImageDraw.Draw(picture)
-    x = _GAP
+    x, placed = _GAP, []
     for i, width in enumerate(widths):
         if titles:
             draw.text((x + width / 2, _GAP + _FONT / 2), titles[i], _INK, font, anchor="mm")
         y = top + _GAP
-        for row, height in zip(tiles, heights, strict=True):
+        for number, (row, height) in enumerate(zip(tiles, heights, strict=True)):
             picture.paste(Image.fromarray(row[i]), (x, y))
+            if titles:
+                box = (x, y, row[i].shape[1], row[i].shape[0])
+                placed.append(Tile(titles[i], number, box, titles[i] in main))
             y += height + _GAP
         x += width + _GAP
     bottom = picture.height - legend_height
@@ -278,7 +247,7 @@ def _table(
         y = bottom + row_number * line
         draw.rectangle((left, y + 2, left + _FONT, y + 2 + _FONT), fill=colour, outline=_INK)
         draw.text((left + _FONT + 6, y + 2 + _FONT / 2), text, _INK, font, anchor="lm")
-    return np.asarray(picture)
+    return Picture(np.asarray(picture), tuple(placed), tuple(legend))
 
 
 def _legend_places(

@@ -312,6 +312,7 @@ def _new(
     command = {
         "line": command_line(),
         "preset": resolved.preset,
+        "sources": resolved.sources,
         "init_from": init_from and str(init_from.absolute()),
         "transfer": [vars(group) for group in report.groups()] if report is not None else None,
     }

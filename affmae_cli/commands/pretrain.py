@@ -127,7 +127,12 @@ def _new(
     choice = pick_device(resolved.config.train)
     task = PretrainTask(resolved.config, store, init_from=init_from)
     run = create(out or free_name(Path("runs"), f"pretrain-{store.path.stem}"), overwrite=overwrite)
-    command = {"line": command_line(), "preset": resolved.preset, "init_from": init_from and str(init_from.absolute())}
+    command = {
+        "line": command_line(),
+        "preset": resolved.preset,
+        "sources": resolved.sources,
+        "init_from": init_from and str(init_from.absolute()),
+    }
     # The environment comes first: a folder with a config.toml is a run, and a run knows its data.
     write_environment(run, "pretrain", choice, store=store, command=command, backend=task.config.kernels.backend)
     run.write_config(task.config, "pretrain")

@@ -1,10 +1,12 @@
 """The dashboard: reads a run directory and draws it. Nothing in this package imports torch.
 
-tail, decode, series      bytes of metrics.jsonl -> events -> bounded curves
-state, verdicts           what is known of a run, and what it means, in words
-reader, runs              one run that is followed; all runs of a folder
-control, requests         requests to the trainer, and how far they have come
-pixels                    whether pictures can be drawn as pixels on this terminal
-app, screens, panes, widgets, messages, theme
-                          the Textual application on top (the only modules that import Textual)
+tail, columns, run_model      bytes of metrics.jsonl -> events -> numpy columns: all that is known of one run
+status, verdicts, charts      what the run does, what its figures mean, which charts it has
+runs, control, alerts         all runs of a folder; requests to the trainer; what is told where nobody looks
+remote                        a copy of a folder on another machine, over ssh
+text, colors, plot            values, colors and curves as text
+chart, pictures, pixels       the two widgets that draw: a chart, the tiles of a preview
+run_screen, panes, dialogs    the screen of one run, its tabs, the screens above it
+home, forms                   the start screen and forms for commands
+app, export, terminal         the application, a screen as SVG or PNG, restoring the terminal
 """

@@ -1,39 +1,46 @@
 """What a viewer asks of a trainer: an empty file in the run's control/. The trainer takes it within two seconds, says
 so in an event (`request`), and meets it after the step that is under way.
+
+Also what passes between the commands and the dashboard: `TrainerProcess` and `DashboardResult`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
-from affmae_engine import atomic
-from affmae_engine.run_dir import CHECKPOINT, STOP, RunDir
+Pictures = Literal["auto", "blocks"]
+"""How pictures are drawn: as pixels where the terminal can, or always as half blocks."""
 
 
-def request_stop(root: Path) -> None:
-    """Ask the trainer to save a checkpoint and end.
+class TrainerProcess(Protocol):
+    """A trainer that this process started."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def poll(self) -> int | None:
+        """Its exit code (minus the signal's number when it was killed); None while it works."""
+
+
+@dataclass(frozen=True)
+class DashboardResult:
+    """How the dashboard was left. ended: the run had ended; stop: the trainer was asked to stop; detach: it goes on."""
+
+    outcome: Literal["ended", "stop", "detach"]
+
+
+def request(root: Path, name: str) -> None:
+    """Ask the trainer of a run for one of `run_dir.REQUESTS`.
 
     Raises:
         ResourceError: the folder cannot be written to.
     """
-    _request(root, STOP)
+    from affmae_engine import atomic  # the help of the commands, which import `Pictures`, needs none of this
+    from affmae_engine.run_dir import RunDir
 
-
-def request_checkpoint(root: Path) -> None:
-    """Ask the trainer to save a checkpoint now and go on.
-
-    Raises:
-        ResourceError: the folder cannot be written to.
-    """
-    _request(root, CHECKPOINT)
-
-
-def pending_requests(root: Path) -> list[str]:
-    """Requests that the trainer has not taken yet."""
-    return [name for name in (STOP, CHECKPOINT) if (RunDir(root).control / name).exists()]
-
-
-def _request(root: Path, name: str) -> None:
     path = RunDir(root).control / name
     with atomic.translated_write_errors(path):
         path.touch()

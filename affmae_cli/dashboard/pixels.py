@@ -17,7 +17,7 @@ import time
 import tty
 from typing import TYPE_CHECKING, Any
 
-from affmae_cli.dashboard.result import Pictures
+from affmae_cli.dashboard.control import Pictures
 
 if TYPE_CHECKING:
     from textual.widget import Widget

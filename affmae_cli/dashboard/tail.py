@@ -97,15 +97,6 @@ class LineTail:
         self._identity, self._offset, self._before = None, 0, b""
 
 
-def last_lines(path: Path, count: int, *, limit: int = 1 << 18) -> list[str]:
-    """The last `count` lines of a text file, of its last `limit` bytes at most; [] when it cannot be read.
-
-    Bytes that are not UTF-8 become replacement characters. The last line may lack its line end.
-    """
-    data = tail_bytes(path, limit)
-    return data.decode("utf-8", "replace").splitlines()[-count:] if count > 0 else []
-
-
 def tail_bytes(path: Path, limit: int) -> bytes:
     """The last `limit` bytes of a file, from the beginning of a line on; b"" when it cannot be read."""
     try:

@@ -15,8 +15,9 @@ import numpy as np
 from affmae_engine.data.readers import Source
 from affmae_engine.data.statistics import Statistics
 from affmae_engine.errors import AffmaeError, one_line
+from affmae_engine.picture_files import save_png
 from affmae_engine.predict.label_rows import LabelRows
-from affmae_engine.visualize import overlay, save_png, to_grey
+from affmae_engine.visualize import overlay, to_grey
 
 LONGEST_EDGE = 768
 """Pixels of the longer edge of one section in the picture, at most."""

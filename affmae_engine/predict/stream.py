@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from affmae_engine import atomic
+from affmae_engine.class_colors import class_colours
 from affmae_engine.data.readers import PixelSize, Source
 from affmae_engine.data.readers.files import Original
 from affmae_engine.data.readers.limits import memory_budget
@@ -42,7 +43,6 @@ from affmae_engine.predict.sections import sections
 from affmae_engine.predict.tiff_labels import write_tiff
 from affmae_engine.predict.tiling import restart
 from affmae_engine.runtime.signals import StopRequest
-from affmae_engine.visualize import class_colours
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Card:
         self.missing = ""
         self.name = ""
         self._handle: Any = None
+        self._others: list[Any] = []
         self._device = device
         if device.type != "cuda":
             self.missing = "the run computes on the CPU" if torch.cuda.is_available() else why_no_cuda()
@@ -51,6 +52,11 @@ class Card:
             self._handle = _handle_of(device)
         except pynvml.NVMLError as error:
             self.missing = f"NVML: {error}"
+            return
+        for index in range(torch.cuda.device_count()):
+            if index != (device.index or 0):
+                with contextlib.suppress(pynvml.NVMLError):
+                    self._others.append(_handle_of(torch.device("cuda", index)))
 
     def sample(self) -> dict[str, Any]:
         """Fields of a `system` event that NVML gives; those it does not are absent."""
@@ -60,25 +66,15 @@ class Card:
             return found
         reserved = torch.cuda.memory_reserved(self._device)
         found["gpu_memory_reserved"] = reserved / GIB
-        memory = _asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
-        if memory is not None:
-            found |= {"gpu_memory_used": memory.used / GIB, "gpu_memory_total": memory.total / GIB}
+        found |= _figures(handle)
+        if "gpu_memory_used" in found:
             processes = _asked(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle)) or []
             own = own_memory(((p.pid, p.usedGpuMemory) for p in processes), os.getpid(), reserved)
             if own is not None:
-                found["gpu_memory_others"] = max(0, memory.used - own) / GIB
-        figures: dict[str, Callable[[], float]] = {
-            "gpu_utilisation": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            "power": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "power_limit": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "temperature": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "sm_clock": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "sm_clock_max": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        }
-        found |= {name: value for name, ask in figures.items() if (value := _asked(ask)) is not None}
+                found["gpu_memory_others"] = max(0.0, found["gpu_memory_used"] - own / GIB)
         reasons = _asked(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
         found["throttled"] = throttle_reasons(reasons or 0)
+        found["other_gpus"] = [_figures(other) for other in self._others]
         return found
 
     def close(self) -> None:
@@ -87,6 +83,24 @@ class Card:
             self._handle = None
             with contextlib.suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
+
+
+def _figures(handle: Any) -> dict[str, float]:
+    """Memory in GiB, load, power in W, temperature and clocks in MHz of a GPU, by the names of a `system` event."""
+    found: dict[str, float] = {}
+    memory = _asked(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
+    if memory is not None:
+        found |= {"gpu_memory_used": memory.used / GIB, "gpu_memory_total": memory.total / GIB}
+    figures: dict[str, Callable[[], float]] = {
+        "gpu_utilisation": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+        "power": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "power_limit": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+        "temperature": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        "sm_clock": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "sm_clock_max": lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_clock": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+    }
+    return found | {name: value for name, ask in figures.items() if (value := _asked(ask)) is not None}
 
 
 def throttle_reasons(bits: int) -> list[str]:

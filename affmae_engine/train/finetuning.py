@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from affmae_engine.data.split import Split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.model.build import build_segmenter, encoder_layers
+from affmae_engine.picture_files import Picture
 from affmae_engine.train.losses import SegmentationLoss, weights_from_counts
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.schedule import with_steps
@@ -98,7 +98,7 @@ class FinetuneTask(Task):
         """IoU and Dice on the validation sections."""
         return self.evaluation.evaluate(model, device)
 
-    def preview(self, model: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
         """Image, truth, prediction and errors of a few validation sections."""
         return self.evaluation.preview(model, device)
 

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,7 @@ class Monitor:
         step: the present step.
         emit: takes an event; called from this thread.
         take_requests: reads control/; called from this thread.
+        folder: on the disk whose free space is sampled; None: none is.
         sample_every_s: seconds between two samples; the first comes at once.
     """
 
@@ -45,10 +47,11 @@ class Monitor:
         step: Callable[[], int],
         emit: Callable[[Event], None],
         take_requests: Callable[[], None],
+        folder: Path | None = None,
         sample_every_s: float = SAMPLE_EVERY_S,
     ) -> None:
         self._card, self._step, self._emit, self._take_requests = card, step, emit, take_requests
-        self._sample_every_s = sample_every_s
+        self._folder, self._sample_every_s = folder, sample_every_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
@@ -76,18 +79,24 @@ class Monitor:
             self._take_requests()
             if time.monotonic() - sampled >= self._sample_every_s:
                 sampled = time.monotonic()
-                figures = {**self._card.sample(), **host_sample()}
-                rounded: dict[str, Any] = {
-                    name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()
-                }
-                self._emit(SystemSampled(step=self._step(), **rounded))
+                figures = {**self._card.sample(), **host_sample(self._folder)}
+                figures["other_gpus"] = [_rounded(other) for other in figures.get("other_gpus", ())]
+                self._emit(SystemSampled(step=self._step(), **_rounded(figures)))
 
 
-def host_sample() -> dict[str, Any]:
-    """Fields of a `system` event on this process and its machine. The load is that since the last call."""
+def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()}
+
+
+def host_sample(folder: Path | None = None) -> dict[str, Any]:
+    """Fields of a `system` event on this process, its machine and the disk of `folder`. The load is that since the last
+    call."""
     found: dict[str, Any] = {"cpu": psutil.cpu_percent() / 100}
     with contextlib.suppress(psutil.Error, OSError):
         memory = psutil.virtual_memory()
         found |= {"host_memory_used": (memory.total - memory.available) / GIB, "host_memory_total": memory.total / GIB}
         found["process_memory"] = psutil.Process().memory_info().rss / GIB
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            found["disk_free"] = psutil.disk_usage(str(folder)).free / GIB
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from affmae_engine.data.split import Split, split
 from affmae_engine.data.store import Store
 from affmae_engine.errors import CorruptError
 from affmae_engine.model.build import Autoencoder, build_autoencoder, encoder_layers
+from affmae_engine.picture_files import Picture
 from affmae_engine.train.optim import layer_decay_groups
 from affmae_engine.train.pretraining_evaluation import PretrainingEvaluation, choose_crops
 from affmae_engine.train.schedule import with_steps
@@ -89,7 +89,7 @@ class PretrainTask(Task):
         """Losses on the held-out crops, with fixed masks, and the effective rank of each stage."""
         return self.evaluation.evaluate(model, device)
 
-    def preview(self, model: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
         """Held-out crops, what is hidden of them, and their reconstructions."""
         return self.evaluation.preview(model, device)
 

@@ -9,6 +9,7 @@ Axes: B crops, C H W image, V visible and Q masked tokens, N tokens of a stage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -25,9 +26,10 @@ from affmae_engine.model.build import Autoencoder
 from affmae_engine.model.collapse import effective_rank
 from affmae_engine.model.masking import draw_mask
 from affmae_engine.model.patches import canvas_of
+from affmae_engine.picture_files import Picture
 from affmae_engine.runtime.memory import in_smaller_batches
 from affmae_engine.train.task import Evaluation
-from affmae_engine.visualize import ReconstructionRow, Rgb, reconstruction_picture
+from affmae_engine.visualize import ReconstructionRow, reconstruction_picture
 
 MOST_CROPS = 64
 """Crops in the held-out set."""
@@ -37,7 +39,7 @@ PREVIEW_ROWS = 3
 _MASK_SEED = 20_260_216
 _LARGEST_BATCH = 32
 _GOLDEN = 0.618034
-_TITLES = {"step1": "from stage 4", "step2": "from stages 4 and 3", "last": "from all stages"}
+_TITLES = {"step1": "from stage 4", "step2": "from stages 4 and 3", "last": "reconstruction"}
 _ONLY_TITLE = {"last": "reconstruction"}
 
 
@@ -92,7 +94,11 @@ class PretrainingEvaluation:
         self._batch: dict[str, Tensor] = {}
 
     def evaluate(self, model: nn.Module, device: torch.device) -> Evaluation:
-        """Mean losses over the crops and the effective rank of each stage; the score is minus the loss."""
+        """Mean losses over the crops and the effective rank of each stage; the score is minus the loss.
+
+        "mean_fill" is the error of filling what is hidden with the mean of what is visible, and "explained" the share
+        of that error which the reconstruction removes: 1 - last / mean_fill.
+        """
         train = self.config.train
         largest = train.micro_batch if isinstance(train.micro_batch, int) else train.batch_size
         return in_smaller_batches(
@@ -108,12 +114,14 @@ class PretrainingEvaluation:
             for name, value in model(part["image"], part["visible"], part["masked"]).items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value.float() * len(part["image"])
         metrics = {name: float(value) / count for name, value in sums.items()}
+        metrics["mean_fill"] = self._mean_fill_error()
+        metrics["explained"] = 1 - metrics["last"] / metrics["mean_fill"] if metrics["mean_fill"] > 0 else math.nan
         part = {name: tensor[:step].to(device) for name, tensor in batch.items()}
         stages = cast(Autoencoder, model).reconstruct(part["image"], part["visible"], part["masked"]).stage_feat
         ranks = [float(effective_rank(feat_BNC).mean()) for feat_BNC in stages]
         return Evaluation(score=-metrics["loss"], metrics=metrics, effective_rank=ranks)
 
-    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Rgb]:
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
         """One picture: a few crops, what every supervised step makes of them, and where the tokens of stages are."""
         batch = self._crops()
         chosen = _evenly(len(batch["image"]), PREVIEW_ROWS)
@@ -145,6 +153,16 @@ class PretrainingEvaluation:
                 "masked": torch.stack([masked_Q for _, masked_Q in masks]),
             }
         return self._batch
+
+    def _mean_fill_error(self) -> float:
+        """Mean squared error of the hidden pixels when each crop is filled with the mean of its visible ones."""
+        batch, errors = self._crops(), []
+        for image_CHW, masked_Q in zip(batch["image"], batch["masked"], strict=True):
+            image_YX = image_CHW[0].numpy()
+            hidden_YX = self._masked_pixels(masked_Q)[: image_YX.shape[0], : image_YX.shape[1]]
+            if hidden_YX.any() and not hidden_YX.all():
+                errors.append(float(np.square(image_YX[hidden_YX] - image_YX[~hidden_YX].mean()).mean()))
+        return sum(errors) / len(errors) if errors else math.nan
 
     def _masked_pixels(self, masked_Q: Tensor) -> np.ndarray:
         """True where a pixel was hidden, [Y, X]."""

@@ -21,6 +21,7 @@ from affmae_engine.config import RunConfig
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.segmentation import Section
 from affmae_engine.data.store import Store
+from affmae_engine.picture_files import Picture
 from affmae_engine.predict.infer import ArrayPlane, TileRunner, Tiling, blend
 from affmae_engine.segmentation_metrics import Confusion, class_mean, mean
 from affmae_engine.train.task import Evaluation
@@ -70,7 +71,7 @@ class SegmentationEvaluation:
         }
         return Evaluation(score=score, metrics=metrics, per_class=total.per_class(self.class_names))
 
-    def preview(self, model: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
         """One picture: for up to three sections the middle of image, truth, prediction and errors."""
         step = max(1, len(self.sections) // _PREVIEWED)
         rows = []

@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from affmae_engine.config import OptimConfig, RunConfig
+from affmae_engine.picture_files import Picture
 from affmae_engine.weights import WeightsMetadata
 
 
@@ -75,8 +75,8 @@ class Task(ABC):
         """Held-out figures. `model` is in eval mode, without gradients, under the run's autocast."""
 
     @abstractmethod
-    def preview(self, model: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
-        """RGB uint8 [H, W, 3] pictures by name ("" is the main one); `model` as in `evaluate`."""
+    def preview(self, model: nn.Module, device: torch.device) -> dict[str, Picture]:
+        """Pictures by name ("" is the main one); `model` as in `evaluate`."""
 
     @abstractmethod
     def parameter_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ from affmae_engine.events import (
     line,
 )
 from affmae_engine.model.build import runs_kernels
+from affmae_engine.picture_files import save_png
 from affmae_engine.run_dir import CHECKPOINT, REQUESTS, STOP, RunDir
 from affmae_engine.runtime.device import DeviceChoice, exact_fp32, memory_gib, pick_device
 from affmae_engine.runtime.distributed import current_ranks, peer_lost_error
@@ -64,7 +65,6 @@ from affmae_engine.train.schedule import due, learning_rate, times_due
 from affmae_engine.train.state import TrainState, restore_state, take_snapshot
 from affmae_engine.train.step import StepResult, TrainStep, seed_forward
 from affmae_engine.train.task import Evaluation, Task
-from affmae_engine.visualize import save_png
 
 MAX_FAILED_SAVES = 3
 """Checkpoints in a row that may fail (disk full) before the run stops."""
@@ -74,6 +74,8 @@ FORWARD_SHARE = 1 / 3
 """Share of a step that its forward pass takes, to guess the time of the first evaluation."""
 
 _LESS_MEMORY = "close other programs on the GPU, or use a smaller data.crop_size or model.size"
+FIRST_PREVIEW_S = 40.0
+"""Seconds after the start of a run when its first preview is drawn, whatever `train.preview_every` says."""
 _log = logging.getLogger(__name__)
 
 
@@ -120,6 +122,7 @@ class Trainer:
         self._failed_saves = 0
         self._save_requested = self._stop_agreed = False
         self._stall_s = 0.0
+        self._previewed = run.previews.is_dir() and any(run.previews.glob("*.png"))
         # Made by `_opened`, when the run is this process's alone:
         self.choice: DeviceChoice
         self.state: TrainState
@@ -166,7 +169,7 @@ class Trainer:
                         self.log(rate)
                     if due(train.eval_every, step, total):
                         self.evaluate()
-                    if due(train.preview_every, step, total):
+                    if due(train.preview_every, step, total) or self.first_preview_due:
                         self.preview()
                     # Read once: a stop requested between two reads would end the run without its checkpoint.
                     last = step == total or self.stopping
@@ -491,8 +494,15 @@ class Trainer:
             )
         )
 
+    @property
+    def first_preview_due(self) -> bool:
+        """Whether a run that draws previews has none after FIRST_PREVIEW_S: people want to see something."""
+        waited = time.monotonic() - self.watch.started >= FIRST_PREVIEW_S
+        return self.config.train.preview_every > 0 and not self._previewed and waited
+
     def preview(self) -> None:
         """Write the task's pictures. A full disk or a full GPU costs the picture, not the run."""
+        self._previewed = True
         if not self.ranks.first:
             return
         try:
@@ -501,10 +511,10 @@ class Trainer:
         except torch.OutOfMemoryError:
             self.warn("no picture: out of memory")
             return
-        for name, rgb in pictures.items():
+        for name, picture in pictures.items():
             path = self.run.preview(self.state.step, name)
             try:
-                save_png(path, rgb)
+                save_png(path, picture)
             except ResourceError as error:
                 self.warn(error.message)
                 return
@@ -589,6 +599,7 @@ class Trainer:
             step=lambda: self.state.step,
             emit=self.recorder.emit,
             take_requests=self.take_requests,
+            folder=self.run.root,
         )
 
     def _judge(self, means: Means) -> None:

@@ -14,13 +14,13 @@ from typer.testing import CliRunner, Result
 
 from affmae_cli.main import app
 from affmae_engine import checkpoint
+from affmae_engine.class_colors import class_colours
 from affmae_engine.config import RunConfig
 from affmae_engine.data.ingest import ingest
 from affmae_engine.predict.label_rows import LabelRows, OutputInfo
 from affmae_engine.predict.ome_zarr import ZarrRows, labels_attributes
 from affmae_engine.predict.tiff_labels import write_tiff
 from affmae_engine.run_dir import create
-from affmae_engine.visualize import class_colours
 from affmae_engine.weights import WeightsMetadata
 
 LABELS = np.random.default_rng(0).integers(0, 3, (3, 50, 40)).astype(np.uint8)

@@ -12,8 +12,8 @@ from affmae_cli.main import app
 from affmae_cli.tensorboard_copy import tensorboard_copy
 from affmae_engine import events
 from affmae_engine.config import RunConfig
+from affmae_engine.picture_files import save_png
 from affmae_engine.run_dir import RunDir, create
-from affmae_engine.visualize import save_png
 
 STEP = {
     "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 10.0, "data_wait": 0.0, "step_s": 0.1, "memory_gib": 1.0,

@@ -62,8 +62,8 @@ def test_a_live_run_at_80_columns_without_colours() -> None:
     assert result.exit_code == 0 and all(len(line) <= 80 for line in lines) and "\x1b" not in result.stdout
     for part in (
         "finetune a  running", "10/100  10%", "to go", "412 images/s", "108.0 Mpx/s", "waits for data 40%",
-        "data-bound: raise data.workers", "18.2 of 31.5 GiB, others 4.0  busy 97%  310 of 450 W  64 °C",
-        "held back: power limit", "[red]axon  iou 0.7000  dice 0.8000", "memory 20.0 of 64.0 GiB", "step-000010.png",
+        "data-bound: raise data.workers", "18.2 of 31.5 GiB, others 4.0  load 97%  310 of 450 W  64 °C",
+        "throttled: power limit", "[red]axon  iou 0.7000  dice 0.8000", "memory 20.0 of 64.0 GiB", "step-000010.png",
         "other processes hold 4.0 GiB",
     ):  # fmt: skip
         assert part in result.stdout, part
@@ -105,18 +105,19 @@ def test_which_run_is_meant() -> None:
             assert "runs/first" in several.stderr and "runs/second" in several.stderr
 
 
-def test_choosing_among_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from affmae_cli.commands.watch import _choose
-    from affmae_cli.dashboard.runs import RunsFolder
-
-    for name in ("first", "second"):
-        make(name)
-    rows = RunsFolder(Path("runs")).rows()
-    answers = iter([7, 0, 2])
-    monkeypatch.setattr("affmae_cli.commands.watch.typer.prompt", lambda *args, **options: next(answers))
-    assert _choose(rows) == rows[1].root
-    said = capsys.readouterr().err
-    assert "there is no number 7" in said and "there is no number 0" in said
+def test_with_several_live_runs_the_dashboard_opens_on_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr("affmae_cli.commands.watch.sys", SimpleNamespace(stdin=TTY, stdout=TTY))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(
+        "affmae_cli.dashboard.app.run_dashboard", lambda root, **options: opened.append((root, options))
+    )
+    with make("first").locked(), make("second").locked():
+        assert watch().exit_code == 0
+        assert watch("runs/first", "--notify", "notify-send 'my run'").exit_code == 0
+    (first, options), (second, named) = opened
+    assert first.parent == Path("runs") and options["tab"] == "runs"
+    assert second == Path("runs/first") and named["tab"] == "overview" and named["notify"] == ["notify-send", "my run"]
 
 
 def test_of_many_classes_the_worst_are_shown_and_the_others_counted() -> None:
@@ -153,6 +154,10 @@ def test_what_is_refused() -> None:
     assert no_terminal.exit_code == 2 and "--once" in no_terminal.stderr
     assert watch("runs/a", "--export", "x.svg", "--size", "big").exit_code == 2
     assert watch("runs/a", "--export", "missing/x.svg").exit_code == 4
+    suffix = watch("runs/a", "--export", "x.jpg")
+    assert suffix.exit_code == 2 and ".svg or .png" in suffix.stderr
+    quote = watch("runs/a", "--once", "--notify", "say 'it")
+    assert quote.exit_code == 2 and "--notify say 'it" in quote.stderr
 
 
 def test_the_screen_as_a_file() -> None:
@@ -161,3 +166,5 @@ def test_the_screen_as_a_file() -> None:
     assert result.exit_code == 0 and result.stdout == "out.svg\n"
     picture = Path("out.svg").read_text()
     assert picture.startswith("<svg") and "finished" in picture
+    assert watch("runs/a", "--export", "out.png", "--size", "80x24", "--screen", "metrics").exit_code == 0
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")

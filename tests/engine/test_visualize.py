@@ -1,5 +1,6 @@
 """Pictures: right sizes, right colours, odd input, atomic files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,18 +8,16 @@ import pytest
 from PIL import Image
 
 from affmae_engine import atomic
+from affmae_engine.class_colors import PALETTE, class_colour, class_colours
 from affmae_engine.errors import ResourceError
+from affmae_engine.picture_files import TILES_KEY, save_png
 from affmae_engine.visualize import (
     ERROR_COLOUR,
-    PALETTE,
     STAGE_COLOURS,
     ReconstructionRow,
-    class_colour,
-    class_colours,
     comparison_picture,
     overlay,
     reconstruction_picture,
-    save_png,
     to_grey,
     token_picture,
 )
@@ -48,7 +47,7 @@ def test_reconstruction_picture() -> None:
     image, mask = texture(64, 64), np.zeros((64, 64), bool)
     mask[:, 32:] = True
     row = ReconstructionRow(image, mask, {"step one": image, "step two": image, "last": image}, stages)
-    picture = reconstruction_picture([row, row], patch=8)
+    picture = reconstruction_picture([row, row], patch=8).rgb
     assert picture.dtype == np.uint8
     assert 1560 < picture.shape[1] <= 1600
     assert 500 < picture.shape[0] < 640
@@ -93,10 +92,24 @@ def test_overlay_needs_equal_shapes() -> None:
 def test_comparison_marks_errors_only_where_truth_is_known() -> None:
     image = texture(64, 64)
     truth, predicted = np.zeros((64, 64), np.uint8), np.ones((64, 64), np.uint8)
-    assert has(comparison_picture([(image, truth, predicted)], ["a", "b"])[:300], ERROR_COLOUR)
+    assert has(comparison_picture([(image, truth, predicted)], ["a", "b"]).rgb[:300], ERROR_COLOUR)
     unknown = np.full((64, 64), 255, np.uint8)
-    assert not has(comparison_picture([(image, unknown, predicted)], ["a", "b"], ignore=255)[:300], ERROR_COLOUR)
-    assert not has(comparison_picture([(image, truth, truth)], ["a", "b"])[:300], ERROR_COLOUR)
+    assert not has(comparison_picture([(image, unknown, predicted)], ["a", "b"], ignore=255).rgb[:300], ERROR_COLOUR)
+    assert not has(comparison_picture([(image, truth, truth)], ["a", "b"]).rgb[:300], ERROR_COLOUR)
+
+
+def test_a_saved_table_says_where_its_tiles_are(tmp_path: Path) -> None:
+    image, truth = texture(64, 64), np.zeros((64, 64), np.uint8)
+    picture = comparison_picture([(image, truth, truth)] * 2, ["a", "b"])
+    save_png(tmp_path / "a.png", picture)
+    with Image.open(tmp_path / "a.png") as saved:
+        found = json.loads(saved.text[TILES_KEY])
+        whole = np.asarray(saved)
+    assert [(tile["title"], tile["row"]) for tile in found["tiles"][:3]] == [("image", 0), ("image", 1), ("truth", 0)]
+    left, top, width, height = found["tiles"][0]["box"]
+    assert not (whole[top : top + height, left : left + width] == 255).all(axis=-1)[:, 0].all()
+    assert (whole[top - 1, left : left + width] == 255).all() and (whole[top : top + height, left - 1] == 255).all()
+    assert found["legend"][1] == ["b", list(class_colour(1))]
 
 
 def test_saved_picture_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

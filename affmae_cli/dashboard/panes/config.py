@@ -1,4 +1,4 @@
-"""Config: the resolved configuration, a box for each section; below, what the run was made with."""
+"""Config: the settings of the run, each with where it came from, and what the run was made with."""
 
 from __future__ import annotations
 
@@ -6,76 +6,95 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
+from rich.text import Text
 from textual.app import ComposeResult
-from textual.containers import Container, Vertical, VerticalScroll
-from textual.widgets import Static
+from textual.containers import Horizontal, VerticalScroll
 
-from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import RunView
-from affmae_cli.dashboard.widgets.figures import Figure, Figures
-from affmae_cli.output import printable, toml_value
+from affmae_cli.dashboard.panes.pane import Pane, Panel
+from affmae_cli.dashboard.run_model import RunModel
+from affmae_cli.dashboard.text import cut, one_line
+from affmae_cli.output import toml_value
+from affmae_engine.config import RunConfig
 
-COLUMNS = 3
+_WIDEST = 58
+_NAME, _SOURCE = 20, 16
 
 
 class ConfigPane(Pane):
-    """Made anew only when the configuration or the environment changed."""
+    """Sections in as many columns as fit."""
 
     def __init__(self, **kwargs: str) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]
-        self._shown: object = None
+        self._drawn: object = None
 
     def compose(self) -> ComposeResult:
-        """Boxes that scroll together."""
-        with VerticalScroll(id="config-scroll"):
-            yield Static("", id="config-problem", markup=False)
-            with Container(id="config-columns"):
-                for _ in range(COLUMNS):
-                    yield Vertical(classes="config-column")
-            yield Figures("environment", id="config-environment")
+        with VerticalScroll(id="config-scroll"), Horizontal(id="config-columns"):
+            for number in range(3):
+                yield Panel(id=f"config-{number}")
 
-    def show(self, view: RunView) -> None:
-        """The text comes by itself, see `take`."""
+    def focus_first(self) -> None:
+        self.query_one(VerticalScroll).focus()
 
-    async def take(self, config: str, environment: Mapping[str, Any], problem: str) -> None:
-        """Show what was read; a file that is no TOML is shown as it is."""
-        if self._shown == (config, environment, problem):
+    def take(self, model: RunModel) -> None:
+        super().take(model)
+        width = self.size.width
+        if self._drawn == (model.root, model.config, model.problem, width):
             return
-        self._shown = (config, environment, problem)
-        try:
-            tables = {name: table for name, table in tomllib.loads(config).items() if isinstance(table, dict)}
-        except (ValueError, RecursionError):
-            tables = {}
-        text = problem if tables else "\n".join(part for part in (problem, printable(config)) if part)
-        said = self.query_one("#config-problem", Static)
-        said.update(text)
-        said.display = bool(text)
-        boxes = [_box(name, table) for name, table in tables.items()]
-        self.query_one("#config-environment", Figures).rows = _rows(environment)
-        for column, dealt in zip(self.query(".config-column"), deal(boxes), strict=True):
-            await column.remove_children()
-            await column.mount_all(dealt)
+        self._drawn = model.root, model.config, model.problem, width
+        count = max(1, min(3, width // _WIDEST))
+        blocks = _blocks(model, min(width // count - 2, 76))
+        total, height, columns = sum(len(block) + 1 for block in blocks), 0, [Text() for _ in range(3)]
+        for block in blocks:
+            at = min(int((height + len(block) / 2) * count / max(total, 1)), count - 1)
+            columns[at].append_text(Text("\n").join(block)).append("\n\n")
+            height += len(block) + 1
+        for number, text in enumerate(columns):
+            panel = self.query_one(f"#config-{number}", Panel)
+            panel.display = number < count
+            panel.put(text)
 
 
-def deal(boxes: list[Figures]) -> list[list[Figures]]:
-    """Boxes in columns of about the same height, in reading order downwards."""
-    columns: list[list[Figures]] = [[] for _ in range(COLUMNS)]
-    total, height = sum(len(box.rows) + 1 for box in boxes), 0
-    for box in boxes:
-        size = len(box.rows) + 1
-        columns[min(int((height + size / 2) * COLUMNS / total), COLUMNS - 1)].append(box)
-        height += size
-    return columns
+def _blocks(model: RunModel, width: int) -> list[list[Text]]:
+    """Sections as lines."""
+    try:
+        text = model.run.config.read_text("utf-8", "replace")
+        tables = {name: table for name, table in tomllib.loads(text).items() if isinstance(table, dict)}
+    except OSError:
+        text, tables = "", {}
+    except (ValueError, RecursionError):
+        tables = {}
+    blocks = [[Text(one_line(model.problem), "bold")]] if model.problem else []
+    if not tables and text:
+        blocks.append([Text(cut(one_line(line), width)) for line in text.splitlines()])
+    origin = sources(tables, model.environment.get("command"))
+    for section, table in tables.items():
+        lines = [Text(one_line(section), "bold")]
+        for name, value in _flat(table):
+            source = origin.get(f"{section}.{name}", "")
+            room = max(4, width - _NAME - _SOURCE - 2)
+            shown = f"{cut(one_line(name), _NAME):<{_NAME}} {cut(one_line(toml_value(value)), room):<{room}} "
+            lines.append(Text(shown, "dim" if source == "default" else "").append(cut(source, _SOURCE), "dim"))
+        blocks.append(lines)
+    environment = [Text("environment", "bold")]
+    for name, value in _flat(model.environment):
+        environment.append(Text(cut(f"{cut(one_line(name), 30):<30} {one_line(toml_value(value))}", width)))
+    return [*blocks, environment]
 
 
-def _box(name: str, table: Mapping[str, Any]) -> Figures:
-    box = Figures(name, classes="config-box")
-    box.rows = _rows(table)
-    return box
-
-
-def _rows(table: Mapping[str, Any]) -> tuple[Figure, ...]:
-    return tuple(Figure(printable(key), printable(toml_value(value))) for key, value in _flat(table))
+def sources(tables: Mapping[str, Any], command: Any) -> dict[str, str]:
+    """Where each "section.field" came from, as the command recorded it; earlier versions did not, and only what differs
+    from the defaults is known of their runs."""
+    recorded = command.get("sources") if isinstance(command, dict) else None
+    defaults, found = RunConfig().model_dump(mode="json"), {}
+    for section, table in tables.items():
+        for name, value in table.items():
+            path, known = f"{section}.{name}", defaults.get(section)
+            if isinstance(recorded, dict):
+                found[path] = one_line(str(recorded.get(path, "default")))
+            else:
+                plain = isinstance(known, dict) and known.get(name) == value
+                found[path] = "default" if plain else "not the default"
+    return found
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,58 +1,138 @@
-"""Log: the end of the run's log.txt, followed while one looks at its end."""
+"""Log: the end of the run's log.txt. It follows new lines at its end and stays put while scrolled up; `/` searches."""
 
 from __future__ import annotations
 
-from rich.text import Text
+import re
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import on
 from textual.app import ComposeResult
-from textual.widgets import RichLog
+from textual.binding import Binding, BindingType
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+from textual.widgets import Input
 
+from affmae_cli.dashboard.panes.metrics import FilterInput, pattern
 from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import RunView
-from affmae_cli.dashboard.widgets.title import retitle
-from affmae_cli.output import printable
+from affmae_cli.dashboard.run_model import RunModel
+from affmae_cli.dashboard.text import one_line
 
-LINES = 500
-"""Lines that are kept; the whole log is in the file."""
+_FOUND = Style(reverse=True)
+
+
+class LogView(ScrollView, can_focus=True):
+    """Wrapped lines. wanted: what is marked in them."""
+
+    def __init__(self) -> None:
+        super().__init__(id="log-view", classes="panel")
+        self.border_title = "log.txt"
+        self.wanted: re.Pattern[str] | None = None
+        self._lines: list[str] = []
+        self._rows: list[str] = []
+
+    def show(self, lines: list[str]) -> None:
+        """These lines; the end stays in sight if it is, else what is seen stays where it is."""
+        if lines == self._lines:
+            return
+        at_end, height = self.is_vertical_scroll_end, len(self._rows)
+        gone = self._dropped(lines)
+        self._lines = lines
+        self._wrap()
+        if at_end:
+            self.scroll_end(animate=False)
+        elif gone:
+            self.scroll_to(y=max(0, self.scroll_y + len(self._rows) - height - self._added), animate=False)
+
+    def _dropped(self, lines: list[str]) -> bool:
+        """Whether lines went at the beginning, as when only the end of a long file is kept."""
+        self._added = 0
+        if not self._lines or lines[:1] == self._lines[:1]:
+            return False
+        if self._lines[-1] in lines:
+            self._added = len(lines) - 1 - lines.index(self._lines[-1])
+        return True
+
+    def on_resize(self) -> None:
+        at_end = self.is_vertical_scroll_end
+        self._wrap()
+        if at_end:
+            self.scroll_end(animate=False)
+
+    def _wrap(self) -> None:
+        width = max(20, self.scrollable_content_region.width)
+        self._rows = [row for text in self._lines for row in _pieces(one_line(text), width)]
+        self.virtual_size = Size(width, len(self._rows))
+        self.refresh()
+
+    def find(self, direction: int) -> bool:
+        """Scroll to the next (1) or the previous (-1) line with what is wanted; False if there is none."""
+        if self.wanted is None:
+            return False
+        found = [i for i, row in enumerate(self._rows) if self.wanted.search(row)]
+        here = round(self.scroll_y)
+        further = [i for i in found if (i > here if direction > 0 else i < here)]
+        if further:
+            self.scroll_to(y=further[0] if direction > 0 else further[-1], animate=False)
+        return bool(found)
+
+    def render_line(self, y: int) -> Strip:
+        number, blank = y + round(self.scroll_y), self.rich_style
+        text = self._rows[number] if number < len(self._rows) else ""
+        style = blank + Style(bold=True) if " ERROR " in text or " WARNING " in text else blank
+        segments, at = [], 0
+        for match in self.wanted.finditer(text) if self.wanted else ():
+            if match.end() > match.start():
+                segments += [Segment(text[at : match.start()], style), Segment(match[0], style + _FOUND)]
+                at = match.end()
+        return Strip([*segments, Segment(text[at:], style)]).adjust_cell_length(self.size.width, blank)
 
 
 class LogPane(Pane):
-    """Lines as they are; what is new is added below."""
+    """The log with a line to search in it."""
 
-    def __init__(self, **kwargs: str) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]
-        self._lines: list[str] = []
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "search", "Search", key_display="/"),
+        Binding("n", "find(1)", "Next"),
+        Binding("N", "find(-1)", "Previous", key_display="N"),
+        Binding("end", "end", "Newest"),
+    ]
 
     def compose(self) -> ComposeResult:
-        """One scrolling text."""
-        log = RichLog(id="log-text", max_lines=LINES, markup=False, highlight=False, wrap=True, min_width=20)
-        retitle(log, "log.txt")
-        yield log
+        yield FilterInput("search", id="log-search")
+        yield LogView()
 
-    def show(self, view: RunView) -> None:
-        """The log comes by itself, see `take`."""
+    def focus_first(self) -> None:
+        self.query_one(LogView).focus()
 
-    def take(self, lines: list[str]) -> None:
-        """Show the last lines of the log."""
-        log = self.query_one(RichLog)
-        new = new_lines(self._lines, lines)
-        if new is None:
-            log.clear()
-            new = lines
-        at_end = log.is_vertical_scroll_end
-        for line in new:
-            log.write(Text(printable(line), style=self._style(line)), scroll_end=at_end)
-        self._lines = lines
+    def take(self, model: RunModel) -> None:
+        super().take(model)
+        self.query_one(LogView).show(model.log_tail())
 
-    def _style(self, line: str) -> str:
-        return "bold" if " ERROR " in line or " WARNING " in line or "warning:" in line else ""
+    def action_search(self) -> None:
+        self.query_one(FilterInput).open()
+
+    def action_find(self, direction: int) -> None:
+        view = self.query_one(LogView)
+        if not view.find(direction):
+            self.notify("nothing found" if view.wanted else "press / to search", markup=False)
+
+    def action_end(self) -> None:
+        self.query_one(LogView).scroll_end(animate=False)
+
+    @on(Input.Changed, "#log-search")
+    def _changed(self, event: Input.Changed) -> None:
+        view = self.query_one(LogView)
+        view.wanted = pattern(event.value) if event.value else None
+        view.refresh()
+
+    @on(Input.Submitted, "#log-search")
+    def _searched(self) -> None:
+        self.focus_first()
+        self.action_find(-1)
 
 
-def new_lines(before: list[str], now: list[str]) -> list[str] | None:
-    """What `now` has at its end that `before` lacks; None when they do not overlap (another file)."""
-    if not before:
-        return None
-    for start in range(len(before)):
-        kept = before[start:]
-        if kept == now[: len(kept)]:
-            return now[len(kept) :]
-    return None
+def _pieces(text: str, width: int) -> list[str]:
+    return [text[i : i + width] for i in range(0, max(len(text), 1), width)]

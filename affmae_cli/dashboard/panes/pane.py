@@ -1,47 +1,93 @@
-"""What every tab has in common: it draws views of the run while it is seen, and obeys the keys that concern it."""
+"""What every tab has in common."""
 
 from __future__ import annotations
 
-from textual.containers import Container
-from textual.reactive import reactive
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from affmae_cli.dashboard.view import RunView
-from affmae_cli.dashboard.widgets.chart import Chart
-from affmae_cli.dashboard.zoom import ChartSettings
+from rich.text import Text
+from textual.containers import Vertical
+from textual.widgets import Static
+
+from affmae_cli.dashboard.colors import readable
+from affmae_cli.dashboard.text import cut, one_line
+
+if TYPE_CHECKING:
+    from affmae_cli.dashboard.run_model import RunModel
 
 
-class Pane(Container):
-    """Base of the tabs' contents. `view` is set while the tab is seen, and in every tab when another run is chosen;
-    subclasses draw it in `show`."""
+History = Callable[[int], Text]
+"""Draws a history in so many columns."""
 
-    # Containers hand these on and draw nothing of themselves.
-    view: reactive[RunView | None] = reactive(None, repaint=False)
-    settings: reactive[ChartSettings] = reactive(ChartSettings(), repaint=False)
 
-    def watch_view(self, view: RunView | None) -> None:
-        """Draw a new moment."""
-        if view is not None:
-            self.show(view)
+class Pane(Vertical, can_focus=True):
+    """A tab. The screen calls `take` after the run was read, and when the tab is seen again."""
 
-    def watch_settings(self, settings: ChartSettings) -> None:
-        """Draw charts otherwise."""
-        for chart in self.query(Chart):
-            chart.settings = settings
+    model: RunModel | None = None
 
-    def show(self, view: RunView) -> None:
-        """Hand parts of the view to the widgets."""
-        raise NotImplementedError
+    def take(self, model: RunModel) -> None:
+        self.model = model
 
-    def zoom(self, direction: int, at: float | None = None) -> bool:
-        """In (1), out (-1), whole (0), around `at`; False: the steps of the run are what is zoomed."""
-        return False
+    def focus_first(self) -> None:
+        self.focus()
 
-    def pan(self, across: int, down: int) -> bool:
-        """By one step; False: the steps of the run are what is moved through."""
-        return False
+    def on_resize(self) -> None:
+        if self.model is not None:
+            self.take(self.model)
 
-    def page(self, direction: int) -> None:
-        """A page down (1) or up (-1) through what does not fit, where the tab has such a thing."""
 
-    def turn(self) -> None:
-        """The next of several things, where the tab shows one at a time."""
+class Lines(Static):
+    """Text that changes often; laid out anew only when its height changes, since that redraws the whole screen."""
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__("", id=id, classes=classes, markup=False)
+        self._put: tuple[Text, int] = Text(), -1
+
+    def put(self, text: Text) -> None:
+        """Show this text."""
+        width = max(1, self.size.width)
+        height = sum(max(1, -(-len(row) // width)) for row in text.plain.split("\n"))
+        if (text, height) != self._put:
+            self.update(text, layout=height != self._put[1])
+            self._put = text, height
+
+
+class Panel(Lines):
+    """Lines of text below a title."""
+
+    def __init__(self, title: str = "", *, id: str | None = None) -> None:
+        super().__init__(id=id, classes="panel")
+        self.border_title = title
+
+    def paint(self, color: str) -> str:
+        """A color that can be seen on the background, as a Rich style."""
+        return readable(color, self.background_colors[1], self.styles.color).hex
+
+
+def figure(label: str, value: str, width: int, *, history: History | None = None, style: str = "") -> Text:
+    """One line: a label, its value, and in the room that is left its history."""
+    line = Text(no_wrap=True, end="")
+    line.append(f"{label:<12}", "dim").append(cut(one_line(value), max(0, width - 12)), style)
+    room = min(40, width - line.cell_len - 2)
+    if history is not None and room >= 6:
+        line.append("  ").append_text(history(room))
+    return line
+
+
+def bar(share: float, width: int, color: str) -> Text:
+    """A bar that is filled up to `share` (0 to 1)."""
+    filled = round(min(max(share, 0.0), 1.0) * width)
+    return Text().append("━" * filled, color).append("─" * (width - filled), "dim")
+
+
+def in_columns(lines: list[Text], width: int, columns: int) -> Text:
+    """Lines one below the other in columns beside each other, in reading order downwards."""
+    rows = -(-len(lines) // columns)
+    each = width // columns
+    found = []
+    for row in range(rows):
+        parts = [line.copy() for line in lines[row::rows]]
+        for part in parts[:-1]:
+            part.truncate(each - 2, pad=True)
+        found.append(Text("  ").join(parts))
+    return Text("\n").join(found)

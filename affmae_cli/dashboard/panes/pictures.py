@@ -1,106 +1,128 @@
-"""Pictures: the tiles of a preview, and of a segmenter the scores and colours of its classes.
-
-Left and right go through the previews in time, up and down through the tiles that do not fit, + and - change the size
-of a tile, PageUp and PageDown scroll the classes.
-"""
+"""Pictures: previews through time, with the legend of their colors and the scores of every class."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import ClassVar
 
+from rich.text import Text
 from textual.app import ComposeResult
-from textual.containers import Horizontal, VerticalScroll
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
 from textual.reactive import reactive
 
-from affmae_cli.dashboard import present
-from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import RunView
-from affmae_cli.dashboard.widgets.figures import Figure, Figures
-from affmae_cli.dashboard.widgets.preview_wall import Picture, PreviewWall
-from affmae_cli.dashboard.widgets.title import retitle
-
-_GROWTH = 1.4
-_MOST_COLUMNS, _COLUMN = 4, 52
-"""Columns of the table of classes, and characters that one takes at least."""
-_CLASSES_SHARE = 0.4  # of the height at most, as in the stylesheet
+from affmae_cli.dashboard.colors import class_color
+from affmae_cli.dashboard.panes.pane import Pane, Panel, bar
+from affmae_cli.dashboard.pictures import PictureGrid
+from affmae_cli.dashboard.run_model import RunModel
+from affmae_cli.dashboard.text import cut, one_line
 
 
 class PicturesPane(Pane):
-    """The newest preview unless an older one was chosen. back: how many previews before the newest."""
+    """at: which preview is seen, as its step; None follows the newest."""
 
-    back: reactive[int] = reactive(0)
-
-    def __init__(self, **kwargs: str) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]
-        self._root: Path | None = None
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "time(-1)", "Time", key_display="←→", tooltip="Earlier and later previews"),
+        Binding("right", "time(1)", "Later", show=False),
+        Binding("home", "time(-1000000)", "First preview", show=False),
+        Binding("end", "time(1000000)", "Newest preview", show=False),
+        Binding("up", "image(-1)", "Image", key_display="↑↓", tooltip="Previous and next image of the preview"),
+        Binding("down", "image(1)", "Next image", show=False),
+        Binding("plus,equals_sign", "size(-1)", "Size", key_display="+-", tooltip="Fewer and larger images"),
+        Binding("minus", "size(1)", "More images", show=False),
+    ]
+    at: reactive[int | None] = reactive(None, init=False)
 
     def compose(self) -> ComposeResult:
-        """Tiles, and the classes beside them."""
-        yield PreviewWall(id="pictures-wall")
-        with VerticalScroll(id="pictures-classes", can_focus=False), Horizontal():  # the arrow keys are the pictures'
-            for _ in range(_MOST_COLUMNS):
-                yield Figures()
+        yield Panel("preview", id="pictures-slider")
+        yield PictureGrid(id="pictures-grid")
+        yield Panel(id="pictures-legend")
+        with VerticalScroll(id="pictures-scroll", can_focus=False):
+            yield Panel("IoU and Dice of held-out images", id="pictures-classes")
+
+    def focus_first(self) -> None:
+        self.query_one(PictureGrid).focus()
 
     @property
-    def wall(self) -> PreviewWall:
-        """Where the tiles are."""
-        return self.query_one(PreviewWall)
+    def number(self) -> int:
+        """Which of the previews is seen."""
+        previews = self.model.previews if self.model else []
+        known = [i for i, preview in enumerate(previews) if self.at is not None and preview.step <= self.at]
+        return known[-1] if known else len(previews) - 1
 
-    def show(self, view: RunView) -> None:
-        """Draw the view."""
-        wall = self.wall
-        if view.root != self._root:
-            self._root, self.back, wall.first = view.root, 0, 0
-        self._show_classes(present.classes(view))
-        if not view.previews:
-            wall.picture = None
-            retitle(wall, "preview")
-            return
-        number = max(0, len(view.previews) - 1 - self.back)
-        chosen = view.previews[number]
-        wall.picture = Picture(view.root / chosen.path, chosen.time)
-        of = f"{number + 1} of {len(view.previews)}"
-        retitle(wall, f"preview of step {chosen.step:,}   ← → {of}   ↑ ↓ further tiles   + - size")
+    def take(self, model: RunModel) -> None:
+        if self.model is not None and self.model.root != model.root:
+            self.at = None
+        super().take(model)
+        grid, slider = self.query_one(PictureGrid), self.query_one("#pictures-slider", Panel)
+        if not model.previews:
+            grid.path = None
+            slider.put(Text())
+        else:
+            chosen = model.previews[self.number]
+            grid.path, grid.stamp = model.root / chosen.path, chosen.time
+            slider.put(self._slider(model, slider))
+        self._take_legend(grid)
+        self._take_classes(model)
 
-    def on_resize(self) -> None:
-        """The table of classes has as many columns as it needs and as there is room for."""
-        if self.view is not None:
-            self._show_classes(present.classes(self.view))
+    def on_picture_grid_loaded(self) -> None:
+        self.call_after_refresh(lambda: self._take_legend(self.query_one(PictureGrid)))
 
-    def _show_classes(self, rows: tuple[Figure, ...]) -> None:
-        room = max(1, int(self.size.height * _CLASSES_SHARE) - 1)
-        fitting = min(_MOST_COLUMNS, max(1, self.size.width // _COLUMN))
-        height = -(-len(rows) // min(fitting, max(1, -(-len(rows) // room)))) or 1
-        table = self.query_one("#pictures-classes")
-        table.display = bool(rows)
-        hidden = "   PageUp PageDown further classes" if height > room else ""
-        retitle(table, f"{len(rows)} classes{hidden}" if hidden else "classes")
-        for number, column in enumerate(self.query(Figures)):
-            column.rows = rows[number * height : (number + 1) * height]
-            column.display = bool(column.rows)
+    def _slider(self, model: RunModel, panel: Panel) -> Text:
+        number, count = self.number, len(model.previews)
+        step = model.previews[number].step
+        shown = f" step {step:,}  ({number + 1} of {count}{', newest' if self.at is None else ''}) "
+        length = max(4, panel.size.width - len(shown) - 2)
+        place = round((length - 1) * (number / (count - 1) if count > 1 else 1))
+        text = Text(shown, "bold", no_wrap=True).append("─" * place, "dim")
+        return text.append("●", panel.paint("#56B4E9")).append("─" * (length - 1 - place), "dim")
 
-    def page(self, direction: int) -> None:
-        """Further classes."""
-        table = self.query_one("#pictures-classes")
-        table.scroll_page_down() if direction > 0 else table.scroll_page_up()
+    def _take_legend(self, grid: PictureGrid) -> None:
+        panel = self.query_one("#pictures-legend", Panel)
+        text = Text(no_wrap=False)
+        for name, (r, g, b) in grid.preview.legend:
+            text.append("■ ", f"rgb({r},{g},{b})").append(f"{one_line(name)}   ")
+        panel.put(text)
+        panel.display = bool(grid.preview.legend)
 
-    def watch_back(self) -> None:
-        """Another preview."""
-        if self.view is not None:
-            self.show(self.view)
+    def _take_classes(self, model: RunModel) -> None:
+        found = model.evaluated.per_class if model.evaluated else {}
+        panel = self.query_one("#pictures-classes", Panel)
+        self.query_one("#pictures-scroll").display = bool(found)
+        columns = 2 if panel.size.width >= 110 else 1
+        width = panel.size.width // columns
+        cells = []
+        for name, scores in found.items():
+            iou, dice = scores.get("iou", math.nan), scores.get("dice", math.nan)
+            text = Text(f"{cut(one_line(name), 20):<20} ")
+            color = panel.paint(class_color(model.classes[name]))
+            text.append_text(bar(iou if math.isfinite(iou) else 0.0, max(4, min(40, width - 52)), color))
+            text.append(
+                f" IoU {iou:.3f}  Dice {dice:.3f}" if math.isfinite(iou) else " no pixel in the held-out images"
+            )
+            text.truncate(max(1, width - 1), pad=True)
+            cells.append(text)
+        rows = [Text(" ").join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+        panel.put(Text("\n").join(rows))
 
-    def zoom(self, direction: int, at: float | None = None) -> bool:
-        """Larger or smaller tiles."""
-        self.wall.resize_tiles({1: _GROWTH, -1: 1 / _GROWTH}.get(direction))
-        return True
+    def action_time(self, by: int) -> None:
+        if self.model is not None and self.model.previews:
+            last = len(self.model.previews) - 1
+            number = min(max(self.number + by, 0), last)
+            self.at = None if number == last else self.model.previews[number].step
 
-    def pan(self, across: int, down: int) -> bool:
-        """Earlier and later previews, further tiles."""
-        wall = self.wall
-        count = len(self.view.previews) if self.view else 0
-        self.back = min(max(self.back - across, 0), max(count - 1, 0))
-        if down:
-            shown = math.prod(wall.layout_of_tiles)
-            wall.first = min(max(wall.first + down * shown, 0), max(len(wall.tiles) - 1, 0) // shown * shown)
-        return True
+    def watch_at(self) -> None:
+        if self.model is not None:
+            self.take(self.model)
+
+    def action_image(self, by: int) -> None:
+        """Another image; from all to one."""
+        grid = self.query_one(PictureGrid)
+        grid.zoomed = grid.zoomed or 1
+        grid.first = min(max(grid.first + by, 0), max(0, grid.preview.rows - grid.zoomed))
+
+    def action_size(self, by: int) -> None:
+        grid = self.query_one(PictureGrid)
+        rows = max(1, grid.preview.rows)
+        grid.zoomed = min(max((grid.zoomed or rows) + by, 1), rows)
+        grid.first = min(grid.first, rows - grid.zoomed)

@@ -1,66 +1,64 @@
-"""System: what the machine does for this run, as figures and over the last hours, and what to do about it."""
+"""System: every GPU, the CPU, memory, disk and wait for data, with their history."""
 
 from __future__ import annotations
 
+from rich.text import Text
 from textual.app import ComposeResult
-from textual.containers import Grid, Horizontal
+from textual.containers import Horizontal
 
-from affmae_cli.dashboard import present
-from affmae_cli.dashboard.gather import SYSTEM_SPECS, system_traces
-from affmae_cli.dashboard.panes.pane import Pane
-from affmae_cli.dashboard.view import RunView
-from affmae_cli.dashboard.widgets.chart import Chart
-from affmae_cli.dashboard.widgets.figures import Figures
-from affmae_cli.dashboard.zoom import ChartSettings
+from affmae_cli.dashboard.charts import machine_charts
+from affmae_cli.dashboard.panes.chart_grid import ChartGrid
+from affmae_cli.dashboard.panes.overview import machine_lines, training_lines, verdict_lines
+from affmae_cli.dashboard.panes.pane import Pane, Panel, figure
+from affmae_cli.dashboard.run_model import RunModel
+from affmae_cli.dashboard.text import gib, of, one_line, share
 
 
 class SystemPane(Pane):
-    """Card, memory, machine, verdicts."""
-
-    def __init__(self, **kwargs: str) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]
-        self._drawn: tuple[object, ...] = ()
+    """Figures above, charts over minutes below."""
 
     def compose(self) -> ComposeResult:
-        """Verdicts on top, figures, charts where there is room."""
-        yield Figures("what it means", id="system-verdicts")
+        """What runs where; now; charts."""
         with Horizontal(id="system-figures"):
-            yield Figures("card", id="system-card")
-            yield Figures("memory and machine", id="system-memory")
-            yield Figures("run", id="system-about")
-        with Grid(id="system-charts"):
-            for spec in SYSTEM_SPECS:
-                yield Chart(
-                    spec.title,
-                    empty=spec.empty,
-                    floor=0.0,
-                    may_log=False,
-                    unit="minute",
-                    id=f"system-chart-{spec.key}",
-                )
+            yield Panel("machine", id="system-machine")
+            yield Panel("this run", id="system-run")
+        yield ChartGrid()
 
-    def watch_settings(self, settings: ChartSettings) -> None:
-        """These charts are over time: zoom and log axis, which are about steps, leave them alone."""
-        super().watch_settings(ChartSettings(smoothing=settings.smoothing))
+    def focus_first(self) -> None:
+        if not self.query_one(ChartGrid).focus_first():
+            self.focus()
 
-    def zoom(self, direction: int, at: float | None = None) -> bool:
-        """What is not seen here is not zoomed from here."""
-        return True
+    def take(self, model: RunModel) -> None:
+        """Draw figures and charts; a chart that has no values is left out."""
+        super().take(model)
+        machine, run = self.query_one("#system-machine", Panel), self.query_one("#system-run", Panel)
+        machine.put(Text("\n").join(_machine(model, machine)))
+        lines = training_lines(model, run, run.size.width)
+        run.put(Text("\n").join([*lines, *verdict_lines(model, run)]))
+        self.query_one(ChartGrid).take(model, machine_charts(model))
 
-    def pan(self, across: int, down: int) -> bool:
-        """Nor moved."""
-        return True
 
-    def show(self, view: RunView) -> None:
-        """Draw the view."""
-        self.set_class(view.on_cpu, "-no-card")
-        self.query_one("#system-verdicts", Figures).rows = present.verdicts(view)
-        self.query_one("#system-card", Figures).rows = present.card(view)
-        self.query_one("#system-memory", Figures).rows = (*present.memory(view), *present.host(view))
-        self.query_one("#system-about", Figures).rows = (*present.about(view), *present.ranks(view))
-        if self._drawn != (view.root, view.revision):
-            self._drawn = (view.root, view.revision)
-            for spec in SYSTEM_SPECS:
-                found = system_traces(view, spec.key)
-                chart = self.query_one(f"#system-chart-{spec.key}", Chart)
-                chart.traces, chart.last = found, max((float(t.x[-1]) for t in found if len(t.x)), default=0.0)
+def _machine(model: RunModel, panel: Panel) -> list[Text]:
+    system, width, started = model.system, panel.size.width, model.started
+    lines = []
+    if started is not None:
+        lines.append(figure("device", started.device, width))
+        kernels = ", ".join(sorted(set(started.backends.values())))
+        lines.append(figure("kernels", kernels, width))
+    if system is None:
+        return [*lines, Text("no sample of the machine yet", "dim")]
+    if system.gpu:
+        lines.append(figure("GPU", system.gpu, width))
+    elif system.gpu_missing:
+        lines.append(figure("GPU", f"none: {one_line(system.gpu_missing)}", width))
+    lines += machine_lines(model, panel, width)
+    if system.gpu:
+        clocks = of(system.sm_clock, system.sm_clock_max, "MHz")
+        lines.append(figure("GPU clock", clocks, width))
+    if system.throttled:
+        lines.append(figure("throttled", ", ".join(system.throttled), width, style="bold"))
+    if not model.on_cpu:
+        lines.append(figure("CPU load", share(system.cpu), width))
+    lines.append(figure("memory", of(system.host_memory_used, system.host_memory_total, "GiB", 1), width))
+    lines.append(figure("trainer", gib(system.process_memory), width))
+    return lines

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from textual.pilot import Pilot
 from textual.widget import Widget
 
 from affmae_cli.dashboard.app import DashboardApp, settled
-from affmae_cli.dashboard.messages import RunChosen
-from affmae_cli.dashboard.result import DashboardResult, TrainerProcess
-from affmae_cli.dashboard.screens.run import RunScreen
+from affmae_cli.dashboard.control import DashboardResult, TrainerProcess
+from affmae_cli.dashboard.panes.runs import RunsPane
+from affmae_cli.dashboard.run_screen import RunScreen
 from affmae_engine import events
 
 SIZES = ((80, 24), (120, 40), (200, 60))
@@ -51,9 +51,9 @@ class Driver:
 
     async def switch(self, name: str) -> None:
         """Follow another run of the folder."""
-        self.screen.post_message(RunChosen(self.screen.root.parent / name))
+        self.screen.post_message(RunsPane.Chosen(self.screen.root.parent / name))
         await self.see(name)
-        await self.until(lambda: self.screen.newest is not None and self.screen.newest.root.name == name)
+        await self.until(lambda: self.screen.model.root.name == name and not self.screen.model.opening)
 
     def unwrapped(self) -> str:
         """The text as if nothing had been broken into lines."""
@@ -64,11 +64,7 @@ class Driver:
 
     def lines(self) -> list[str]:
         """The screen's rows as text."""
-        # Not from `picture`: making an SVG of a large screen takes a second, and this is asked for again and again.
         return [strip.text for strip in self.app.screen._compositor.render_strips()]
-
-    def picture(self) -> str:
-        return self.app.export_screenshot()
 
 
 def drive(
@@ -79,9 +75,10 @@ def drive(
     tab: str = "overview",
     child: TrainerProcess | None = None,
     pixels: type[Widget] | None = None,
+    notify: Sequence[str] = (),
 ) -> DashboardResult | None:
     """Open the dashboard on a run, wait until it is drawn, do something, and return what it returned."""
-    app = DashboardApp(root, child=child, tab=tab, pixels=pixels)
+    app = DashboardApp(root, child=child, tab=tab, pixels=pixels, notify=notify)
 
     async def go() -> None:
         async with app.run_test(size=size, notifications=True) as pilot:

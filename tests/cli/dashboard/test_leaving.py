@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from affmae_cli.dashboard.result import DashboardResult
-from affmae_cli.dashboard.screens.question import Question
-from affmae_cli.dashboard.screens.run import RunScreen
+from affmae_cli.dashboard.control import DashboardResult
+from affmae_cli.dashboard.dialogs import Question
+from affmae_cli.dashboard.run_screen import RunScreen
 from affmae_engine import events
 from tests.cli.dashboard.conftest import Recorded
 from tests.cli.dashboard.driving import Driver, drive, started, stepped
@@ -87,7 +87,7 @@ def test_a_run_that_ended_while_the_view_stands_still_is_left_at_once(
     async def do(driver: Driver) -> None:
         await driver.press("p")
         live.add(events.RunEnded(step=41, status="failed", seconds=4.0, message="out of memory"))
-        await driver.until(lambda: driver.screen.newest is not None and driver.screen.newest.status.ended)
+        await driver.until(lambda: driver.screen.model.status.ended)
         await driver.press("q")
 
     assert drive(live.root, do, child=child) == DashboardResult("ended")

@@ -1,18 +1,15 @@
 """Pictures and classes: always of the run that is shown, as new as they are, and never in the way of all else."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 from PIL import Image
-from textual.events import MouseScrollDown
 from textual.geometry import Region
 
-from affmae_cli.dashboard.messages import RunChosen
-from affmae_cli.dashboard.widgets import preview_wall
-from affmae_cli.dashboard.widgets.chart import Chart
-from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
+from affmae_cli.dashboard.chart import Chart
+from affmae_cli.dashboard.panes.runs import RunsPane
+from affmae_cli.dashboard.pictures import PictureGrid, arrangement, read_preview
 from affmae_engine import events
 from tests.cli.dashboard.conftest import Recorded, Trained
 from tests.cli.dashboard.driving import SIZES, Driver, drive, started, stepped
@@ -20,40 +17,73 @@ from tests.cli.dashboard.driving import SIZES, Driver, drive, started, stepped
 Record = Callable[..., Recorded]
 
 
-def test_a_finetuning_shows_its_classes_and_the_newest_overlay(trained: Trained) -> None:
+def test_a_finetuning_shows_its_classes_and_the_legend(trained: Trained) -> None:
     async def look(driver: Driver) -> None:
-        await driver.see("classes", "IoU", "Dice", "prediction")
-        await driver.press("3")
-        wall = driver.screen.query_one("#pictures-wall", PreviewWall)
-        await driver.see("preview of step 2", "prediction", "truth", "classes")
-        assert [tile.title for tile in wall.tiles[:4]] == ["prediction", "truth", "image", "errors"]
-        assert driver.picture().count("▀") > 500
+        grid = driver.screen.query_one("#pictures-grid", PictureGrid)
+        await driver.see("step 2", "image", "truth", "prediction", "errors", "IoU", "Dice", "■ ", "wrong")
+        assert [tile.title for tile in grid.shown[:4]] == ["image", "truth", "prediction", "errors"]
+        assert driver.text().count("▀") > 500
 
-    drive(trained.finetune, look)
+    drive(trained.finetune, look, tab="pictures")
 
 
-def test_pictures_are_turned_over_resized_and_followed(trained: Trained) -> None:
+def test_the_slider_goes_through_time_and_keys_through_images(trained: Trained) -> None:
     async def look(driver: Driver) -> None:
-        wall = driver.screen.query_one("#pictures-wall", PreviewWall)
+        grid = driver.screen.query_one("#pictures-grid", PictureGrid)
+        await driver.see("step 4  (2 of 2, newest)")
         await driver.press("left")
-        await driver.see("preview of step 2", "1 of 2")
+        await driver.see("step 2  (1 of 2)")
         await driver.press("left", "right")
-        await driver.see("preview of step 4", "2 of 2")
-        many = wall.layout_of_tiles
-        await driver.press("plus", "plus", "plus", "plus")
-        assert wall.layout_of_tiles == (1, 1)
+        await driver.see("step 4  (2 of 2, newest)")
+        every = len(grid.shown)
+        assert every == 6 * grid.preview.rows
         await driver.press("down")
-        assert wall.first == 1
-        await driver.see("from all stages")
-        await driver.press("up", "up", "0")
-        assert wall.first == 0 and wall.layout_of_tiles == many
+        await driver.until(lambda: len(grid.shown) == 6 and grid.first == min(1, grid.preview.rows - 1))
+        await driver.press("up", *["minus"] * 3)
+        await driver.until(lambda: len(grid.shown) == every)
+        await driver.press("plus")
+        assert len(grid.shown) == max(6, every - 6)
 
     drive(trained.pretrain, look, tab="pictures")
 
 
+def test_a_picture_without_a_list_of_tiles_is_one_tile(tmp_path) -> None:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "old.png")
+    preview = read_preview(tmp_path / "old.png")
+    assert [tile.rgb.shape for tile in preview.tiles] == [(40, 60, 3)] and not preview.problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"tiles": [{"title": "a"}], "legend": []}',
+        '{"tiles": [], "legend": []}',
+        '{"tiles": [{"title": "a", "row": 0, "main": true, "box": [90, 0, 5, 5]}], "legend": []}',
+    ],
+)
+def test_a_damaged_list_of_tiles_costs_the_list_only(tmp_path, text: str) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_text("affmae-tiles", text)
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png", pnginfo=chunks)
+    assert [tile.rgb.shape for tile in read_preview(tmp_path / "a.png").tiles] == [(40, 60, 3)]
+
+
+def test_tiles_are_arranged_as_large_as_they_fit() -> None:
+    assert arrangement(3, 90, 16) == (3, 1) and arrangement(3, 30, 60) == (1, 3) and arrangement(4, 60, 31) == (2, 2)
+    assert arrangement(6, 200, 20, 3) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
-    [(b"nonsense", "step-000007.png is not a picture"), (None, "step-000007.png is gone"), (b"cut", "cannot be read")],
+    [
+        (b"nonsense", "step-000007.png is not a picture"),
+        (None, "step-000007.png was removed"),
+        (b"cut", "cannot be read"),
+    ],
 )
 def test_a_picture_that_is_damaged_or_gone_is_a_sentence(
     record: Record, trained: Trained, data: bytes | None, says: str
@@ -82,12 +112,12 @@ def test_a_run_without_previews_shows_none_of_another(record: Record, tab: str) 
     run.add(drawn(run, 7, "red"))
 
     async def look(driver: Driver) -> None:
-        await driver.see("preview of step 7", "▀▀▀")
-        driver.screen.post_message(RunChosen(other.root))
+        await driver.see("step 7", "▀▀▀")
+        driver.screen.post_message(RunsPane.Chosen(other.root))
         await driver.see("step 8 of 100")
         driver.screen.action_tab(tab)
-        await driver.see("no preview yet")
-        assert "preview of step 7" not in driver.text() and "▀▀▀" not in driver.text()
+        await driver.see("preview")
+        assert "▀▀▀" not in driver.text()
 
     drive(run.root, look, tab=tab, size=(120, 40))
 
@@ -98,49 +128,13 @@ def test_a_picture_that_is_made_again_is_shown_anew(record: Record, tab: str) ->
     run.add(drawn(run, 7, "red"))
 
     async def look(driver: Driver) -> None:
-        wall = driver.screen.pane.query_one(PreviewWall)
-        assert wall.tiles[0].rgb[0, 0].tolist() == [255, 0, 0]
+        wall = driver.screen.pane.query_one(PictureGrid)
+        assert wall.preview.tiles[0].rgb[0, 0].tolist() == [255, 0, 0]
         run.add(started(step=6, resumed=True), stepped(7), drawn(run, 7, "blue"))
-        await driver.until(lambda: wall.tiles and wall.tiles[0].rgb[0, 0].tolist() == [0, 0, 255])
+        await driver.until(lambda: wall.preview.tiles and wall.preview.tiles[0].rgb[0, 0].tolist() == [0, 0, 255])
 
     with run.run.locked():
         drive(run.root, look, tab=tab, size=(120, 40))
-
-
-def test_a_preview_of_an_unforeseen_kind_is_a_sentence(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = record(started(), stepped(7))
-    run.add(drawn(run, 7, "red"))
-
-    def fail(path: Path) -> None:
-        raise MemoryError("too large")
-
-    monkeypatch.setattr(preview_wall, "read_tiles", fail)
-
-    async def look(driver: Driver) -> None:
-        await driver.see("step-000007.png cannot be read: MemoryError: too large")
-
-    drive(run.root, look, tab="pictures")
-
-
-def test_pictures_take_on_the_colours_of_a_theme(record: Record) -> None:
-    run = record(started(), stepped(7))
-    run.add(drawn(run, 7, "red"))
-
-    async def look(driver: Driver) -> None:
-        wall = driver.screen.query_one("#pictures-wall", PreviewWall)
-
-        def background() -> str:
-            title = driver.app.screen._compositor.render_strips()[wall.region.y + 1].crop(wall.region.x + 1)
-            return str(next(segment.style.bgcolor for segment in title if segment.style is not None))
-
-        wall.refresh()
-        await driver.until(lambda: driver.text() and wall._strips)
-        dark = background()
-        await driver.press("t")
-        await driver.until(lambda: background() != dark)
-        assert background() == str(wall.rich_style.bgcolor)
-
-    drive(run.root, look, tab="pictures")
 
 
 def finetuned(record: Record, names: list[str]) -> Recorded:
@@ -160,33 +154,16 @@ def test_many_classes_leave_room_for_everything_else(record: Record, size: tuple
 
     async def look(driver: Driver) -> None:
         inside = Region(0, 0, *size)
-        events_list = driver.screen.query_one("#overview-events")
-        assert driver.screen.query_one("#overview-loss").size.height >= size[1] // 5
-        assert inside.contains_region(events_list.region) and events_list.size.height >= 3
+        assert driver.screen.query_one("#overview-chart").size.height >= size[1] // 5
         if size[0] >= 100 and count == 120:
-            await driver.see("the worst classes", "class119", "more, see Pictures")
+            await driver.see("class119", "better classes, see Pictures")
         elif size[0] >= 100:
             await driver.see(*(f"class{i} " for i in range(count)))
         await driver.press("3")
-        wall, table = (driver.screen.query_one(f"#pictures-{part}") for part in ("wall", "classes"))
+        grid, table = driver.screen.query_one("#pictures-grid"), driver.screen.query_one("#pictures-scroll")
         await driver.see("class0 ", "▀▀▀")
-        assert wall.size.height >= size[1] // 3 and inside.contains_region(table.region)
-        assert not wall.region.overlaps(table.region)
-        if count == 5:
-            assert not table.max_scroll_y and "PageDown" not in driver.text()
-            return
-        await driver.see("120 classes   PageUp PageDown further classes")
-        for turns in range(40):
-            if table.scroll_y == table.max_scroll_y:
-                break
-            await driver.press("pagedown")
-            await driver.until(lambda before=turns: table.scroll_y == table.scroll_target_y)
-        await driver.see("class119")
-        await driver.press("down", "pageup")
-        await driver.until(lambda: table.scroll_y < table.max_scroll_y)
-        table.scroll_home(animate=False)
-        await driver.pilot._post_mouse_events([MouseScrollDown], table, (5, 2), button=0)
-        await driver.until(lambda: table.scroll_y > 0)
+        assert grid.size.height >= size[1] // 3 and inside.contains_region(table.region)
+        assert not grid.region.overlaps(table.region)
 
     with run.run.locked():
         drive(run.root, look, size=size)
@@ -196,15 +173,11 @@ def test_of_many_classes_the_worst_are_drawn(record: Record) -> None:
     run = finetuned(record, [f"class{i}" for i in range(40)])
 
     async def look(driver: Driver) -> None:
-        await driver.press("n")
-        await driver.see("held-out metrics, the worst 8 of 40 classes")
-        chart = driver.screen.query_one("#curves-held-out", Chart)
-        assert [t.name for t in chart.traces] == ["iou", "dice", *(f"class{i} IoU" for i in range(39, 31, -1))]
-        run.add(started(resumed=True), stepped(1))  # from the beginning: the evaluations are done again
-        await driver.see("step 1 of 100", "not evaluated yet")
+        chart = driver.screen.query_one("#overview-chart", Chart)
+        assert [curve.name for curve in chart.curves] == ["mean IoU", *(f"class{i}" for i in range(39, 31, -1))]
 
     with run.run.locked():
-        drive(run.root, look, tab="curves", size=(80, 24))
+        drive(run.root, look, size=(120, 40))
 
 
 def test_names_of_classes_stay_on_their_line_and_reach_the_terminal_as_text(record: Record) -> None:
@@ -218,13 +191,12 @@ def test_names_of_classes_stay_on_their_line_and_reach_the_terminal_as_text(reco
     async def look(driver: Driver) -> None:
         for key, sees in {
             "1": (),
-            "2": ("a\\x1b[31mb IoU", "two lines IoU"),
-            "3": ("a\\x1b[31mb ", "two lines ", "a name that is too long…", "c "),
+            "2": ("two lines",),
+            "3": ("a\\x1b[31mb ", "two lines ", "a name that is too", "c "),
             "4": ("GPU\\x1b[2J X", "tri\\x1bton"),
+            "7": (),
         }.items():
             await driver.press(key)
-            if key == "2":
-                await driver.press("n")
             await driver.see("fine\\x1btune", *sees)
             strips = driver.app.screen._compositor.render_strips()
             assert not any(ord(c) < 32 for strip in strips for segment in strip for c in segment.text)

@@ -18,8 +18,8 @@ from textual.geometry import Size
 from textual.widget import Widget
 
 from affmae_cli.dashboard import pixels
+from affmae_cli.dashboard.pictures import PictureGrid
 from affmae_cli.dashboard.pixels import pixel_widget
-from affmae_cli.dashboard.widgets.preview_wall import PreviewWall
 from affmae_engine.events import PreviewSaved
 from tests.cli.dashboard.conftest import Recorded
 from tests.cli.dashboard.driving import Driver, drive, started, stepped
@@ -142,7 +142,7 @@ def pictured(record: Callable[..., Recorded]) -> Recorded:
 
 def test_a_widget_of_pixels_takes_the_place_of_half_blocks(pictured: Recorded) -> None:
     async def look(driver: Driver) -> None:
-        wall = driver.screen.query_one("#pictures-wall", PreviewWall)
+        wall = driver.screen.query_one("#pictures-grid", PictureGrid)
         await driver.until(lambda: len(wall.query(Canvas)) == 1 and wall.query_one(Canvas).size.width)
         canvas = wall.query_one(Canvas)
         assert canvas.picture.size == (64, 64) and canvas.region.width == 2 * canvas.region.height

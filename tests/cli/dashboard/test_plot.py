@@ -1,93 +1,115 @@
-"""Charts as characters: where lines run, what axes say, what zooming shows."""
+"""Charts as characters: where lines run, what axes and labels say, what zoom and cursor show."""
 
 import math
 
 import numpy as np
 import pytest
 
-from affmae_cli.dashboard.frame import draw_frame
-from affmae_cli.dashboard.plot import GRID, MARK, Trace, View, draw, fitting_view, layers, smooth, value_at
-from affmae_cli.dashboard.ticks import count_label, linear_ticks, log_ticks, tick_label
-from affmae_cli.dashboard.zoom import Zoom
+from affmae_cli.dashboard.plot import (
+    AXIS,
+    ChartView,
+    Curve,
+    Drawing,
+    draw,
+    linear_ticks,
+    log_ticks,
+    tick_label,
+    value_at,
+)
+from affmae_cli.dashboard.text import count
+
+RAW = ChartView(smoothing=False)
 
 
-def line(*y: float, name: str = "loss", ink: int = 0, marks: bool = False) -> Trace:
-    return Trace(name, np.arange(len(y), dtype=float), np.array(y, float), ink=ink, marks=marks)
+def curve(*y: float, name: str = "loss", marks: bool = False) -> Curve:
+    return Curve(name, "#FFFFFF", np.arange(len(y), dtype=float), np.stack([np.array(y, float)] * 3), marks)
 
 
-def text(frame_lines: list[list[tuple[str, int, bool]]]) -> list[str]:
-    return ["".join(piece for piece, _, _ in row) for row in frame_lines]
+def drawn(*curves: Curve, size: tuple[int, int] = (60, 12), view: ChartView = RAW, **options: object) -> Drawing:
+    found = draw(curves, *size, view, **options)  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def rows(found: Drawing) -> list[str]:
+    return ["".join(piece for piece, _, _ in row) for row in found.lines]
+
+
+def dots(found: Drawing, ink: int = 0) -> list[tuple[int, int]]:
+    """(row, column) of every cell that a curve has inked."""
+    cells = []
+    for number, line in enumerate(found.lines):
+        at = 0
+        for text, of, _ in line:
+            if of == ink and at < found.left + found.columns:
+                cells += [(number, at + i) for i, char in enumerate(text) if not char.isspace()]
+            at += len(text)
+    return cells
 
 
 def test_a_rising_line_runs_from_corner_to_corner() -> None:
-    raster = draw([line(0, 1, 2, 3)], View(0, 3, 0, 3), columns=4, rows=2)
-    assert raster.chars[1, 0] != " " and raster.chars[0, 3] != " "
-    assert raster.chars[0, 0] == " " and raster.chars[1, 3] == " "
-    assert (raster.ink[raster.chars != " "] == 0).all()
+    cells = dots(drawn(curve(0, 1, 2, 3)))
+    assert min(cells)[0] == 0 and max(cells)[0] == 9
+    left, right = min(column for _, column in cells), max(column for _, column in cells)
+    assert max(row for row, column in cells if column == left) == 9
+    assert min(row for row, column in cells if column == right) == 0
 
 
-def test_nan_breaks_a_line_and_what_lies_outside_is_cut_off() -> None:
-    broken = draw([line(1, math.nan, 1)], View(0, 2, 0, 2), columns=9, rows=3)
-    assert (broken.chars[:, 3:6] == " ").all() and (broken.chars[:, 0] != " ").any()
-    outside = draw([line(50, 50)], View(0, 1, 0, 2), columns=9, rows=3)
-    assert (outside.chars == " ").all()
+def test_nan_breaks_a_line() -> None:
+    found = drawn(curve(1, 1, math.nan, 1, 1))
+    columns = {column for _, column in dots(found)}
+    assert len(columns) < found.columns * 0.6
 
 
-def test_the_grid_stays_behind_lines_and_marks_are_signs_of_their_own() -> None:
-    raster = draw([line(1, 1), line(2, 2, marks=True)], View(0, 1, 0, 2), columns=10, rows=5, grid=[1.0, 0.0])
-    assert GRID not in raster.chars[2] and (raster.chars[4] == GRID).all()
-    assert raster.chars[0, 0] == raster.chars[0, -1] == MARK
+@pytest.mark.parametrize("size", [(60, 4), (60, 8), (100, 20)])
+def test_a_chart_has_the_size_asked_for_and_labels_every_curve(size: tuple[int, int]) -> None:
+    found = drawn(curve(5, 1, name="a"), curve(5, 1.01, name="b"), curve(9, 9, name="held-out", marks=True), size=size)
+    lines = rows(found)
+    assert [len(line) for line in lines] == [size[0]] * size[1]
+    if size[1] > 4:
+        assert all(any(label in line for line in lines) for label in ("a 1", "b 1.01", "held-out 9"))
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_a_fitting_view_holds_every_point(log: bool) -> None:
-    view = fitting_view([line(0.1, 5.0, 2.0)], 0, 2, log=log)
-    assert view is not None and view.y0 < 0.1 and view.y1 > 5.0 and view.log is log
+def test_a_spike_between_the_points_of_a_long_curve_is_drawn() -> None:
+    y = np.ones(5000)
+    y[1234] = 100.0
+    cells = dots(drawn(Curve("loss", "#FFFFFF", np.arange(5000.0), np.stack([y] * 3))))
+    assert min(row for row, _ in cells) == 0
 
 
-def test_a_log_view_leaves_out_what_has_no_logarithm() -> None:
-    view = fitting_view([line(-1.0, 0.0, 10.0, 100.0)], 0, 3, log=True)
-    assert view is not None and 5 < view.y0 < 10
-    assert fitting_view([line(-1.0, 0.0)], 0, 1, log=True) is None
-    assert fitting_view([line(math.nan)], 0, 1, log=False) is None
+def test_smoothing_draws_the_mean_over_the_faint_values() -> None:
+    y = np.where(np.arange(400) % 2, 1.0, 3.0)
+    found = drawn(Curve("loss", "#FFFFFF", np.arange(400.0), np.stack([y] * 3)), view=ChartView())
+    faint = [text for line in found.lines for text, ink, faint in line if ink == 0 and faint]
+    assert faint and any(ink == 0 and not pale for line in found.lines for _, ink, pale in line)
+    assert any("loss 3" in row or "loss 2" in row or "loss 1" in row for row in rows(found))
 
 
-def test_smoothing_keeps_a_straight_line_and_passes_over_nan() -> None:
-    straight = np.linspace(3, 7, 50)
-    np.testing.assert_allclose(smooth(straight, 9), straight)
-    holed = smooth(np.array([1.0, math.nan, 3.0, 3.0, 5.0]), 3)
-    assert math.isnan(holed[1]) and holed[2] == 3.0
+def test_the_cursor_labels_the_values_there() -> None:
+    found = drawn(curve(3, 5, 9, 7), view=ChartView(smoothing=False, cursor=1.0))
+    assert any("loss 5" in row for row in rows(found)) and any("│" in row[found.left :] for row in rows(found))
+    assert value_at(curve(3, 5, 9), 1.4) == 5.0 and math.isnan(value_at(curve(), 1.0))
 
 
-def test_the_raw_line_behind_a_smoothed_one_passes_through_the_extremes() -> None:
-    trace = Trace("loss", np.array([1.0, 2.0]), np.array([5.0, 5.0]), np.array([1.0, 4.0]), np.array([9.0, 6.0]))
-    behind, above = layers([trace], 0, 2, smoothing=True)
-    assert behind.faint and behind.y.tolist() == [1.0, 9.0, 4.0, 6.0] and not above.faint
-    (alone,) = layers([trace], 0, 2, smoothing=False)
-    assert alone.y.tolist() == [1.0, 9.0, 4.0, 6.0] and not alone.faint
+def test_a_zoomed_view_fits_its_axis_to_what_is_seen() -> None:
+    found = drawn(curve(*([100.0] * 50 + [1.0] * 50)), view=ChartView(smoothing=False, span=(60.0, 90.0)))
+    assert not any("100" in row[: found.left] for row in rows(found))
+    assert found.x_at(found.left) == 60.0 and found.x_at(found.left + found.columns - 1) == 90.0
+    assert found.x_at(0) is None
 
 
-@pytest.mark.parametrize("height", [4, 8, 20])
-def test_a_frame_has_the_size_asked_for_and_names_every_line(height: int) -> None:
-    traces = [line(5, 1, name="a", ink=1), line(5, 1.01, name="b", ink=2), line(9, 9, name="held-out", marks=True)]
-    view = fitting_view(traces, 0, 1, log=False)
-    assert view is not None
-    rows = text(draw_frame(traces, view, 60, height).lines)
-    assert [len(row) for row in rows] == [60] * height
-    if height > 4:
-        assert all(any(label in row for row in rows) for label in ("a 1.0000", "b 1.0100", "held-out 9.0000"))
+def test_a_log_axis_leaves_out_what_has_no_logarithm() -> None:
+    view = ChartView(log=True, smoothing=False)
+    found = drawn(curve(-1.0, 0.0, 10.0, 1000.0), view=view)
+    assert any(row.lstrip().startswith("100") for row in rows(found))
+    assert draw([curve(-1.0, 0.0)], 60, 12, view) is None
+    assert drawn(curve(-1.0, 1.0), view=view, may_log=False)
 
 
-def test_the_place_under_the_pointer_is_a_step() -> None:
-    frame = draw_frame([line(*range(101))], View(0, 100, 0, 100), 60, 10)
-    assert (
-        frame.x_at(0) is None and frame.x_at(frame.left) == 0.0 and frame.x_at(frame.left + frame.columns - 1) == 100.0
-    )
-    assert value_at(line(3, 5, 9), 1.4) == 5.0
-
-
-def test_too_small_a_frame_is_blank() -> None:
-    assert text(draw_frame([line(1, 2)], View(0, 1, 1, 2), 6, 3).lines) == [" " * 6] * 3
+def test_there_is_nothing_to_draw() -> None:
+    assert draw([], 60, 12, RAW) is None and draw([curve(math.nan)], 60, 12, RAW) is None
+    assert draw([curve(1, 2)], 6, 2, RAW) is None
+    assert drawn(curve(4.0)).lines[0][0][1] == AXIS  # a single point
 
 
 @pytest.mark.parametrize(
@@ -114,23 +136,4 @@ def test_log_ticks() -> None:
 def test_labels_of_ticks() -> None:
     assert [tick_label(v, 0.05) for v in (0.0, 0.05, 1.0)] == ["0.00", "0.05", "1.00"]
     assert [tick_label(v, 1e-4) for v in (2e-4, 1e-3)] == ["2e-4", "0.0010"]
-    assert [count_label(v) for v in (0, 999, 1500, 250_000, 1e6, 1.25e6)] == ["0", "999", "1.5k", "250k", "1M", "1.25M"]
-
-
-def test_zooming_in_follows_the_newest_step_until_one_pans_away() -> None:
-    zoom = Zoom().closer(0, 1000)
-    assert zoom.window(0, 1000) == (500, 1000) and zoom.window(0, 1200) == (700, 1200)
-    away = zoom.panned(0, 1000, -0.5)
-    assert away.window(0, 1000) == away.window(0, 1200) == (250, 750)
-    assert away.panned(0, 1000, 5).window(0, 1200) == (700, 1200)
-    assert away.panned(0, 1000, -9).window(0, 1000) == (0, 500)
-    assert away.wider(0, 1000).whole
-
-
-def test_zooming_at_a_step_keeps_it_where_it_is() -> None:
-    x0, x1 = Zoom().closer(0, 1000, at=200).window(0, 1000)
-    assert (x0, x1) == (100, 600) and (200 - x0) / (x1 - x0) == 0.2
-    narrow = Zoom()
-    for _ in range(30):
-        narrow = narrow.closer(0, 1000)
-    assert narrow.span == 10
+    assert [count(v) for v in (0, 999, 1500, 250_000, 1e6, 1.25e6)] == ["0", "999", "1.5k", "250k", "1M", "1.25M"]

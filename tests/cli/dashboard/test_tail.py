@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from affmae_cli.dashboard.tail import LineTail, last_lines, tail_bytes
+from affmae_cli.dashboard.tail import LineTail, tail_bytes
 
 TEXT = "première ligne\nзначение 2\n\n第三行\nlast\n".encode()
 
@@ -109,12 +109,9 @@ def test_a_folder_or_an_unreadable_file_is_one_without_lines(tmp_path: Path) -> 
     assert everything(LineTail(tmp_path)) == b""
 
 
-def test_last_lines(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    assert last_lines(path, 3) == [] and tail_bytes(path, 10) == b""
+def test_the_end_of_a_file_begins_with_a_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    assert tail_bytes(path, 10) == b""
     path.write_bytes(b"one\ntwo\n\xff three\nfour")
-    assert last_lines(path, 2) == ["\ufffd three", "four"]
-    assert last_lines(path, 9) == ["one", "two", "\ufffd three", "four"]
-    assert last_lines(path, 0) == []
-    assert last_lines(path, 9, limit=6) == ["four"]  # begins inside a line, which is left out
-    assert tail_bytes(path, 4) == b"four" and tail_bytes(path, 5) == b"four"
+    assert tail_bytes(path, 100) == b"one\ntwo\n\xff three\nfour"
+    assert tail_bytes(path, 6) == b"four" and tail_bytes(path, 4) == b"four"

@@ -20,7 +20,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from affmae_cli.dashboard import app
-from affmae_cli.dashboard.screens.run import RunScreen
+from affmae_cli.dashboard.run_screen import RunScreen
 if sys.argv[2] == "broken":
     def action_pause(self): raise ValueError("a bug of ours")
     RunScreen.action_pause = action_pause

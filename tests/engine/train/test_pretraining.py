@@ -90,7 +90,7 @@ def test_evaluation_is_fixed_and_held_out(store: Store) -> None:
     with torch.no_grad():
         first, second = task.evaluate(task.model, CPU), task.evaluate(task.model, CPU)
     assert first == second
-    assert list(first.metrics) == ["loss", "last", "step2", "step1"]
+    assert list(first.metrics) == ["loss", "last", "step2", "step1", "mean_fill", "explained"]
     assert first.score == -first.metrics["loss"]
     assert 0.3 < first.metrics["last"] < 3
     assert len(first.effective_rank) == 4
@@ -109,9 +109,22 @@ def test_preview(store: Store) -> None:
         (name, picture), *others = task.preview(task.model, CPU).items()
     assert name == ""
     assert not others
-    assert picture.dtype == np.uint8
-    assert 1560 < picture.shape[1] <= 1600
-    assert picture.shape[0] > 700
+    assert picture.rgb.dtype == np.uint8
+    assert 1560 < picture.rgb.shape[1] <= 1600
+    assert picture.rgb.shape[0] > 700
+    assert [tile.title for tile in picture.tiles if tile.main and tile.row == 0] == [
+        "original",
+        "masked",
+        "reconstruction",
+    ]
+
+
+def test_explained_is_the_share_of_the_error_of_a_plain_fill(store: Store) -> None:
+    task = PretrainTask(config(), store)
+    with torch.no_grad():
+        metrics = task.evaluate(task.model.eval(), CPU).metrics
+    assert 0 < metrics["mean_fill"] < 10  # images are standardized
+    assert metrics["explained"] == pytest.approx(1 - metrics["last"] / metrics["mean_fill"])
 
 
 def test_an_overflow_in_an_evaluation_costs_figures_not_the_run(store: Store) -> None:
@@ -125,7 +138,7 @@ def test_an_overflow_in_an_evaluation_costs_figures_not_the_run(store: Store) ->
             picture = task.preview(task.model, CPU)[""]
     assert not np.isfinite(found.score)
     assert len(found.effective_rank) == 4 and np.isnan(found.effective_rank).all()
-    assert picture.shape[0] > 700
+    assert picture.rgb.shape[0] > 700
 
 
 def test_short_run_learns_and_leaves_everything(store: Store, tmp_path: Path) -> None:
@@ -138,7 +151,7 @@ def test_short_run_learns_and_leaves_everything(store: Store, tmp_path: Path) ->
     events = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     losses = [event["losses"]["last"] for event in events if event["kind"] == "step"]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    assert set(summary.metrics) == {"loss", "last", "step2", "step1"}
+    assert set(summary.metrics) == {"loss", "last", "step2", "step1", "mean_fill", "explained"}
     assert run.preview(12, "").is_file()
 
     continued = PretrainTask(config(), store, init_from=run.root)

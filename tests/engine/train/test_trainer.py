@@ -57,6 +57,17 @@ def test_a_run_writes_what_the_architecture_promises(make_toy: Make, make_config
     assert not logging.getLogger("affmae_engine").handlers
 
 
+def test_the_first_preview_does_not_wait_for_its_turn(
+    make_toy: Make, make_config: Make, make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("affmae_engine.train.trainer.FIRST_PREVIEW_S", 0.0)
+    for every, steps in ((100, [1, 6]), (0, [6])):
+        config = make_config(preview_every=every)
+        run = make_run(config, f"every-{every}")
+        fit(run, config, make_toy().task)
+        assert [event.step for event in of_kind(run, events.PreviewSaved)] == steps
+
+
 def test_the_time_left_counts_evaluations_before_and_after_the_first(
     make_toy: Make, make_config: Make, make_run: Make
 ) -> None:

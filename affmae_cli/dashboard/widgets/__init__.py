@@ -1,1 +1,0 @@
-"""Parts of the dashboard's screens: each draws what it is given and knows no run."""
