@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from affmae_engine.data.labels import IGNORE
-from affmae_engine.train.segmentation_metrics import Confusion, mean
+from affmae_engine.segmentation_metrics import Confusion, mean
 
 
 def make_confusion(prediction: list[int], truth: list[int], classes: int = 3) -> Confusion:
