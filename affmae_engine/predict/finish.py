@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from affmae_engine.predict.outputs import stem
 from affmae_engine.predict.overlay import OverlayPicture
 from affmae_engine.predict.sources import described
 from affmae_engine.predict.tiff_labels import OutputInfo, rows_per_band, write_tiff
-from affmae_engine.predict.volume import ZARR_DIALECT
+from affmae_engine.predict.volume import ZARR_DIALECT, fingerprint_of
+from affmae_engine.predict.work import digest
 
 Wait = Callable[[int], object]
 """Returns when that block is finished."""
@@ -118,9 +118,10 @@ def _finish(job: Job, wait: Wait, check: Callable[[], object]) -> Finished:
             picture.gather(job.output.labels)
             warnings.extend(picture.attempt(job.targets.overlay, job.source, job.statistics, names))
         if job.targets.probabilities is not None:
-            path = job.targets.probabilities
-            with suppress(FileNotFoundError):  # published by a call that ended between this and the labels
-                atomic.publish_folder(job.work.folder / "probabilities", path, replace=path.exists())
+            path, built = job.targets.probabilities, job.work.folder / "probabilities"
+            # A call that was killed between this and the labels has published them; what is there is what it replaced.
+            if fingerprint_of(built) == digest(job.made_from):
+                atomic.publish_folder(built, path, replace=path.exists())
 
     if job.targets.is_zarr:
         dialect = ZARR_DIALECT

@@ -7,7 +7,6 @@ command is given a second time.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from affmae_engine.predict.job import PredictOptions, made_from_of
 from affmae_engine.predict.outputs import OVERLAY_ENDING, TIFF_SUFFIXES, ZARR_SUFFIX, Outputs
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.sources import identity_of
-from affmae_engine.predict.volume import ATTRIBUTE, labels_group
+from affmae_engine.predict.volume import fingerprint_of, labels_group
 from affmae_engine.predict.work import Work, digest
 
 # In JSON, in JSON inside XML attributes, or in XML text.
@@ -89,12 +88,7 @@ def recorded_fingerprint(labels: Path) -> str | None:
         InputError: a file that is empty, or a TIFF that cannot be read: nobody knows what wrote it.
     """
     if labels.is_dir():
-        try:
-            attributes = json.loads((labels / "zarr.json").read_text("utf-8"))["attributes"]
-            found = attributes[ATTRIBUTE].get("fingerprint")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
-        return found if isinstance(found, str) else None
+        return fingerprint_of(labels)
     if not labels.is_file():
         return None
     with reading(labels):

@@ -165,8 +165,9 @@ class Job:
                 work.refuse_other(made_from, plan["made_from"])
             work.discard()
             plan = None
-        if plan is not None and not (work.folder / "volume").exists() and any(work.blocks.glob("*.json")):
-            work.discard()  # a call that replaced an output was killed just after that
+        there = volume.fingerprint_of(work.folder / "volume") == digest(made_from)
+        if plan is not None and not there and any(work.blocks.glob("*.json")):
+            work.discard()  # killed just after it was published; what is there is what it replaced
             plan = None
         if plan is None and (work.folder / "journal").exists() and not options.overwrite:
             raise ConfigError(

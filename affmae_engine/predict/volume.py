@@ -225,7 +225,18 @@ def labels_group(path: Path) -> Path:
 
 def is_ours(folder: Path) -> bool:
     """Whether a folder is a volume that `affmae predict` wrote."""
+    return _record(folder) is not None
+
+
+def fingerprint_of(folder: Path) -> str | None:
+    """The hash of what a volume was made from, as it says itself; None where something else stands there."""
+    found = (_record(folder) or {}).get("fingerprint")
+    return found if isinstance(found, str) else None
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
     try:
-        return ATTRIBUTE in json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]
+        record = json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"][ATTRIBUTE]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return None
+    return record if isinstance(record, dict) else None
