@@ -442,18 +442,18 @@ def _show(outcome: Outcome, *, quiet: bool) -> None:
     from rich.text import Text
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    blocks = (
-        [_described(outcome.reports)] if len(outcome.reports) > _FEW else [_described([r]) for r in outcome.reports]
-    )
-    for block in blocks if outcome.reports else []:
+    many = len(outcome.reports) > _FEW
+    blocks = [_described(outcome.reports)] if many else [_described([report]) for report in outcome.reports]
+    for block in blocks:
         for name, value in block.items():
             if value:
                 table.add_row(Text(name, style="bold"), Text(output.printable(value), overflow="fold"))
-    output.show(table)
+    if outcome.reports:
+        output.show(table)
     if outcome.finished:
         output.show(f"{len(outcome.finished)} finished before, {len(outcome.reports)} predicted now")
     for path in outcome.waiting:
-        output.show(output.printable(f"{path}: this part is done; other parts are not, or complete it just now"))
+        output.show(output.printable(f"{path}: this part is done; others are not complete yet"))
     if outcome.refused:
         output.show(f"{len(outcome.reports)} predicted, {len(outcome.refused)} passed over (named above)")
     if outcome.reports and not quiet:
@@ -465,9 +465,12 @@ def _how_to_open(labels: Path) -> str:
     from shlex import quote
 
     if labels.suffix.lower() == ".zarr":
+        from affmae_engine.predict.volume import has_image, labels_group
+
+        shown, what = (labels, " (image and labels)") if has_image(labels) else (labels_group(labels), "")
         return (
-            f"napari --plugin napari-ome-zarr {quote(str(labels))} (image and labels); in Fiji: File > Import > "
-            f"HDF5/N5/Zarr/OME-NGFF Viewer, {labels.resolve()}"
+            f"napari --plugin napari-ome-zarr {quote(str(shown))}{what}; in Fiji: File > Import > "
+            f"HDF5/N5/Zarr/OME-NGFF Viewer, {shown.resolve()}"
         )
     return f"in Fiji: File > Open, {labels.resolve()} (colors are set); or napari {quote(str(labels))}"
 

@@ -12,7 +12,7 @@ Axes: B tiles of a batch, C classes, T edge of a tile, Z Y X window, H W planes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -218,6 +218,43 @@ def _tiles(window: WindowInput, multiple: int) -> np.ndarray:
     return np.concatenate([tiles_N4, np.repeat(tiles_N4[-1:] * [1, 1, 1, 0], missing, 0)])
 
 
+BAND_BYTES = 1 << 28
+"""Memory of the class probabilities of a band, about; it has `BAND_ROWS` rows at most."""
+BAND_ROWS = 512, 2048
+"""Fewest and most rows of a band: the tiles at its edges are computed for its neighbor too."""
+
+
+def bands(
+    network: TileNetwork,
+    source: Readable,
+    depth: int,
+    geometry: PlaneGeometry,
+    intensity: IntensityMap,
+    batch_size: int,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Class probabilities of a stack, a band of rows at a time.
+
+    Args:
+        depth: planes of the stack.
+        batch_size: tiles of a forward pass; halved as often as memory runs out.
+
+    Yields:
+        section, first row, and the probabilities, float32 [C, R, X] on the network's device.
+    """
+    height, width = geometry.y.length, geometry.x.length
+    fitting = BAND_BYTES // (4 * network.classes * width)
+    rows = min(max(fitting, BAND_ROWS[0]), BAND_ROWS[1])
+    for z in range(depth):
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            window = read_window(source, geometry, intensity, (z, z + 1), (first, last), (0, width))
+
+            def compute(size: int, window: WindowInput = window) -> Tensor:
+                return window_probabilities(network, window, size, intensity=intensity)
+
+            yield z, first, in_smaller_batches(compute, batch_size, network.device)[0]
+
+
 class _InMemory:
     """A plane [Y, X] as a stack of one section."""
 
@@ -227,10 +264,6 @@ class _InMemory:
     def read(self, z: slice, y: slice, x: slice) -> np.ndarray:
         """The window of it."""
         return self._image_YX[None, y, x][z]
-
-
-WINDOW_ROWS = 2048
-"""Rows of a plane that `predicted_classes` computes at a time."""
 
 
 def predicted_classes(
@@ -247,17 +280,11 @@ def predicted_classes(
     Args:
         image_YX: intensities as they are stored.
         intensity: their normalization.
-        batch_size: tiles of a forward pass; halved as often as memory runs out.
+        batch_size: see `bands`.
     """
-    geometry = PlaneGeometry.of(image_YX.shape, image_YX.shape, tile, overlap)
-    source, classes_YX = _InMemory(image_YX), np.empty(image_YX.shape, np.int64)
-    for first in range(0, len(image_YX), WINDOW_ROWS):
-        rows = first, min(first + WINDOW_ROWS, len(image_YX))
-        window = read_window(source, geometry, intensity, (0, 1), rows, (0, image_YX.shape[1]))
-
-        def classes(size: int, window: WindowInput = window) -> np.ndarray:
-            values_ZCYX = window_probabilities(network, window, size, intensity=intensity)
-            return values_ZCYX[0].argmax(dim=0).cpu().numpy()
-
-        classes_YX[slice(*rows)] = in_smaller_batches(classes, batch_size, network.device)
+    shape = image_YX.shape[0], image_YX.shape[1]
+    geometry, classes_YX = PlaneGeometry.of(shape, shape, tile, overlap), np.empty(shape, np.int64)
+    for _, first, values_CRX in bands(network, _InMemory(image_YX), 1, geometry, intensity, batch_size):
+        classes_RX = values_CRX.argmax(dim=0).cpu().numpy()
+        classes_YX[first : first + len(classes_RX)] = classes_RX
     return classes_YX

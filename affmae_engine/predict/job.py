@@ -189,7 +189,7 @@ class Job:
             predictor_of: weights file and kind of device -> the model in this process.
 
         Raises:
-            ConfigError: nothing is under way there.
+            ConfigError: nothing is under way there, or it was begun on another kind of device.
             InputError: the input or the weights are not to be found here.
         """
         plan = Work(output).read_plan()
@@ -197,6 +197,12 @@ class Job:
             raise ConfigError(f"no prediction to {output} is under way", "start one first")
         source = reopened(plan["inputs"], plan["name"])
         predictor = predictor_of(Path(plan["weights"]), plan["made_from"]["device"][0])
+        choice, wanted = predictor.choice, plan["made_from"]["device"]
+        if [choice.device.type, choice.precision] != wanted:
+            raise ConfigError(
+                f"this process computes on {choice.description}, but {output} was begun on {wanted[0]} in {wanted[1]}",
+                "use devices of one kind for one output",
+            )
         targets = Outputs(output, with_probabilities=plan["made_from"]["probabilities"])
         return cls._of(plan, source, predictor, targets, PredictOptions.from_dict(plan["options"]))
 

@@ -223,6 +223,11 @@ def labels_group(path: Path) -> Path:
     return path / "labels" / str(name)
 
 
+def has_image(path: Path) -> bool:
+    """Whether an OME-Zarr output holds a copy of the image beside the labels."""
+    return labels_group(path) != path and (path / "0").is_dir()
+
+
 def is_ours(folder: Path) -> bool:
     """Whether a folder is a volume that `affmae predict` wrote."""
     return _record(folder) is not None

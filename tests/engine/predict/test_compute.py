@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from affmae_engine.data.normalise import IntensityMap
+from affmae_engine.predict import compute
 from affmae_engine.predict.compute import (
     PlaneGeometry,
     predicted_classes,
@@ -170,9 +171,12 @@ class Greedy(torch.nn.Module):
         return self.inner(image)
 
 
-def test_validation_predicts_whole_planes_with_the_memory_there_is(toys: SimpleNamespace) -> None:
+def test_validation_predicts_whole_planes_with_the_memory_there_is(
+    toys: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = np.random.default_rng(6).normal(size=(70, 50)).astype(np.float32)
     model = Greedy(toys.conv(), 3)
+    monkeypatch.setattr(compute, "BAND_ROWS", (20, 30))
     found = predicted_classes(network(model), image, AS_IT_IS, tile=32, overlap=0.5, batch_size=8)
     assert model.sizes[:3] == [8, 4, 2]
     assert np.array_equal(found, probabilities(network(model.inner), image[None]).argmax(1)[0].numpy())

@@ -1,5 +1,6 @@
 """Prediction of whole files: labels, metadata, pixel sizes, shards, failures halfway, memory."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -717,6 +718,19 @@ def test_a_job_that_is_opened_elsewhere_computes_the_same_blocks(
     assert np.array_equal(labels_of(out), labels_of(tmp_path / "here.zarr")) and seen[-1].tiles_done == seen[-1].tiles
     with pytest.raises(ConfigError, match="is under way"):
         Job.open(out, lambda weights, device: predictor)
+
+
+def test_a_job_of_another_kind_of_device_is_not_opened(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
+) -> None:
+    predictor, out = make_predictor(), tmp_path / "out.zarr"
+    other = dataclasses.replace(predictor, choice=dataclasses.replace(predictor.choice, precision="bf16"))
+
+    def elsewhere(job: Job, numbers: Sequence[int], observer: Any) -> None:
+        Job.open(out, lambda weights, device: other)
+
+    with pytest.raises(ConfigError, match="was begun on cpu in fp32"):
+        run(write_stack(blobs), predictor, out, engine=elsewhere)
 
 
 MEMORY = """
