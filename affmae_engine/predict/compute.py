@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 import numpy as np
@@ -66,6 +66,11 @@ class AxisGeometry:
         """From the network's pixels to the input's."""
         return None if self.inner == self.length else AxisResampling(self.inner, self.length)
 
+    @cache  # noqa: B019 (a handful of ranges, asked for again and again)
+    def tile_count(self, first: int, last: int) -> int:
+        """Tiles that the input's pixels first..last-1 need."""
+        return len(self.window(first, last).numbers)
+
     def window(self, first: int, last: int) -> AxisWindow:
         """What the input's pixels first..last-1 need."""
         inner = (first, last) if self.back is None else self.back.needed(first, last)
@@ -111,7 +116,7 @@ class PlaneGeometry:
 
     def tile_count(self, y: Range, x: Range) -> int:
         """Tiles that one plane of a window takes."""
-        return len(self.y.window(*y).numbers) * len(self.x.window(*x).numbers)
+        return self.y.tile_count(*y) * self.x.tile_count(*x)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ It may run while blocks are still computed and follows them: a TIFF is then comp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class PredictReport:
 
     source, name: the input. sections: path and name inside the file of each image that it is made of. class_fractions:
     share of the pixels by class name. seconds: of this process, start of the model not included. megapixels_per_s: of
-    what was computed in that time. blocks, blocks_before: of the output, and how many an earlier call had finished.
+    what was computed in that time. blocks: that need the network. blocks_before: of those of this process, how many an
+    earlier call had finished.
     """
 
     source: Path
@@ -143,10 +144,15 @@ def _finish(job: Job, wait: Wait, check: Callable[[], object]) -> Finished:
     return Finished(dialect, counts, None if picture is None else picture.path, tuple(warnings))
 
 
-def report(job: Job, done: Finished, seconds: float, blocks_before: int) -> PredictReport:
-    """The report of a finished prediction."""
+def report(job: Job, done: Finished, seconds: float, numbers: Sequence[int], blocks_before: int) -> PredictReport:
+    """The report of a finished prediction.
+
+    Args:
+        numbers, blocks_before: the blocks of this process, and how many of them were finished before.
+    """
+    computed = (len(numbers) - blocks_before) / len(job.numbers)
     info, names = job.source.info, job.predictor.metadata.class_names
-    pixels, blocks = math.prod(info.shape_ZYX), len(job.output.grid)
+    pixels = math.prod(info.shape_ZYX)
     geometry = job.passes[0].geometry
     inner = geometry.y.inner, geometry.x.inner
     return PredictReport(
@@ -161,11 +167,11 @@ def report(job: Job, done: Finished, seconds: float, blocks_before: int) -> Pred
         pixel_nm=job.pixel_nm,
         class_fractions=dict(zip(names, (done.counts / pixels).tolist(), strict=True)),
         seconds=seconds,
-        megapixels_per_s=pixels * (len(job.numbers) - blocks_before) / len(job.numbers) / 1e6 / seconds,
+        megapixels_per_s=pixels * computed / 1e6 / seconds,
         tile=job.tile,
         batch=job.batch,
         rescaled_to=inner if inner != (geometry.y.length, geometry.x.length) else None,
-        blocks=blocks,
+        blocks=len(job.numbers),
         blocks_before=blocks_before,
         probabilities=job.targets.probabilities,
         overlay=done.overlay,

@@ -95,11 +95,6 @@ class Pass:
     probabilities: Pyramid | None = None
     image: Pyramid | None = None
 
-    @cached_property
-    def tiles(self) -> int:
-        """Tiles of all its blocks."""
-        return sum(self.tiles_of(self.grid[index]) for index in range(len(self.grid)))
-
     def tiles_of(self, block: Block) -> int:
         """Tiles of a block."""
         return (block.z[1] - block.z[0]) * self.geometry.tile_count(block.y, block.x)
@@ -258,11 +253,6 @@ class Job:
         """Whose blocks are those of the output."""
         return self.passes[0] if self.merge is None else self.merge
 
-    @property
-    def tiles(self) -> int:
-        """Tiles of all blocks."""
-        return sum(each.tiles for each in self.passes)
-
     def find(self, number: int) -> tuple[Pass, Block]:
         """Block `number`, and the pass that it belongs to."""
         for each in (*self.passes, *(() if self.merge is None else (self.merge,))):
@@ -270,9 +260,18 @@ class Job:
                 return each, each.grid[number - each.first]
         raise IndexError(number)
 
+    def tiles_of(self, number: int) -> int:
+        """Tiles of block `number`."""
+        each, block = self.find(number)
+        return each.tiles_of(block)
+
     def finished(self, numbers: Sequence[int]) -> set[int]:
         """Those of the blocks that are finished."""
         return self.work.finished(self.key, numbers)
+
+    def complete(self) -> bool:
+        """Whether all blocks that need the network are finished."""
+        return self.work.marked(self.numbers) and len(self.finished(self.numbers)) == len(self.numbers)
 
     def compute(self, number: int, on_tiles: Callable[[int], None] = lambda count: None) -> None:
         """Compute block `number` from its halo, write it and mark it as finished; see `read`, `infer` and `store`."""
@@ -479,7 +478,7 @@ def _new_plan(
                 f"{human_bytes(memory_budget())} may be used",
                 "use --no-rescale, or a machine with more memory",
             )
-    if len(options.planes) > 1:
+    if options.planes != ("xy",):
         plan["grids"]["output"] = [min(edge, length) for edge, length in zip(MERGE_BLOCK, shape, strict=True)]
     tile = made_from["tile"]
     network = predictor.network(tta=options.tta)
@@ -515,7 +514,7 @@ def _passes(
 ) -> tuple[tuple[Pass, ...], Pass | None, list[str], list[str]]:
     """The orientations with their blocks, what averages them, and notes and warnings."""
     work, classes = Work(targets.labels), predictor.classes
-    several = len(options.planes) > 1
+    merged = options.planes != ("xy",)  # sections of another orientation are turned back when they are merged
     tile, overlap = plan["made_from"]["tile"], options.overlap
     dtype = label_dtype(classes)
     notes, warnings = list(source.info.notes), list[str]()
@@ -545,14 +544,14 @@ def _passes(
         grid = Grid(view.info.shape_ZYX, (z, y, x))
         height, width = view.info.shape_ZYX[1:]
         geometry = PlaneGeometry.of((height, width), scale.shape, tile, overlap)
-        if several:
+        if merged:
             own = Pyramid(work.folder / "planes" / name, grid, np.dtype(np.uint8), classes, depth=1)
             passes.append(Pass(name, view, geometry, grid, first, probabilities=own))
         else:
             passes.append(Pass(name, view, geometry, grid, first, **written(grid)))
         first += len(grid)
     merge = None
-    if several:
+    if merged:
         z, y, x = plan["grids"]["output"]
         grid = Grid(source.info.shape_ZYX, (z, y, x))
         merge = Pass("output", source, passes[0].geometry, grid, first, **written(grid))

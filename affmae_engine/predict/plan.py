@@ -51,7 +51,7 @@ def planned_work(source: Source, predictor: Predictor, targets: Outputs, options
 
 def _described(job: Job, targets: Outputs) -> PlannedWork:
     done = job.finished(job.numbers)
-    tiles = job.tiles - sum(each.tiles_of(block) for each, block in map(job.find, done))
+    tiles = sum(job.tiles_of(number) for number in job.numbers if number not in done)
     rate = job.network.tiles_per_second(job.batch, job.tile)
     z, y, x = (min(edge, n) for edge, n in zip(job.passes[0].grid.block, job.passes[0].grid.shape, strict=True))
     return PlannedWork(

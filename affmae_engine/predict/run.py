@@ -42,7 +42,7 @@ POLL_S = 0.1
 
 @dataclass(frozen=True)
 class PredictProgress:
-    """How far one input is; tiles count over all its sections."""
+    """How far one input is, or the part of it that is this shard's; tiles count over all its sections."""
 
     name: str
     sections_done: int
@@ -81,20 +81,26 @@ class Observer:
 
     Args:
         job: the prediction.
-        done: blocks that are finished already.
+        numbers: the blocks that this process is to see finished.
+        done: those of them that are finished already.
         on_progress: called from the thread that computes.
         stop: a request to stop.
     """
 
     def __init__(
-        self, job: Job, done: set[int], on_progress: Callable[[PredictProgress], None], stop: StopRequest
+        self,
+        job: Job,
+        numbers: Sequence[int],
+        done: set[int],
+        on_progress: Callable[[PredictProgress], None],
+        stop: StopRequest,
     ) -> None:
         self._job, self._on_progress, self._stop = job, on_progress, stop
         self._done, self._changed, self._abandoned = set(done), threading.Condition(), False
         self.follower: Future[Any] | None = None
         """What puts the output together meanwhile; where it fails, the work stops."""
-        self._voxels = sum(job.find(number)[1].voxels for number in done)
-        self._tiles = sum(self._tiles_of(number) for number in done)
+        self._tiles, self._of_tiles = (sum(map(job.tiles_of, group)) for group in (done, numbers))
+        self._voxels, self._of_voxels = (sum(job.find(n)[1].voxels for n in group) for group in (done, numbers))
 
     def tiles(self, count: int) -> None:
         """So many tiles are done; raises Interrupted when the work is to stop."""
@@ -111,7 +117,7 @@ class Observer:
 
     def whole_block(self, number: int) -> None:
         """A block is finished whose tiles were not told of."""
-        self._tiles += self._tiles_of(number)
+        self._tiles += self._job.tiles_of(number)
         self.block(number)
         self.tell()
 
@@ -120,7 +126,7 @@ class Observer:
         if self.follower is not None and self.follower.done() and (error := self.follower.exception()) is not None:
             raise error
         if self._stop.requested:
-            done = f"{self._tiles} of {self._job.tiles} tiles"
+            done = f"{self._tiles} of {self._of_tiles} tiles"
             raise Interrupted(
                 f"prediction of {self._job.source.info.name} was stopped at {done}; no output was written yet",
                 "run the same command again to go on from there",
@@ -147,14 +153,9 @@ class Observer:
 
     def tell(self) -> None:
         """Pass on how far it is."""
-        info, job = self._job.source.info, self._job
-        total = sum(np.prod(each.grid.shape, dtype=np.int64) for each in job.passes)
-        sections = int(self._voxels * info.shape_ZYX[0] // total)
-        self._on_progress(PredictProgress(info.name, sections, info.shape_ZYX[0], self._tiles, job.tiles))
-
-    def _tiles_of(self, number: int) -> int:
-        each, block = self._job.find(number)
-        return each.tiles_of(block)
+        info = self._job.source.info
+        sections = int(self._voxels * info.shape_ZYX[0] // max(1, self._of_voxels))
+        self._on_progress(PredictProgress(info.name, sections, info.shape_ZYX[0], self._tiles, self._of_tiles))
 
 
 class Engine(Protocol):
@@ -212,12 +213,12 @@ def predict(
         began = time.perf_counter()
         job = Job.start(source, predictor, targets, options)
         outputs.check_space(job)
-        done = job.finished(job.numbers)
-        if done:
-            job.notes.append(f"{len(done)} of {len(job.numbers)} blocks were finished before")
-        observer = Observer(job, done, on_progress, stop)
-        observer.tell()
         mine = job.numbers if shard is None else share(len(job.numbers), shard.index, shard.count)
+        done = job.finished(mine)
+        if done:
+            job.notes.append(f"{len(done)} of {len(mine)} blocks were finished before")
+        observer = Observer(job, mine, done, on_progress, stop)
+        observer.tell()
         pending = [] if finish_only else [number for number in mine if number not in done]
         try:
             if shard is not None or finish_only:
@@ -229,7 +230,7 @@ def predict(
             with suppress(ResourceError):  # cannot be asked just now: nothing says that it changed
                 require_unchanged(job)  # blocks of two images do not go together
             raise
-        return None if finished is None else report(job, finished, time.perf_counter() - began, len(done))
+        return None if finished is None else report(job, finished, time.perf_counter() - began, mine, len(done))
 
 
 def in_process(job: Job, numbers: Sequence[int], observer: Events) -> None:
@@ -303,7 +304,7 @@ def _finish_shards(job: Job, *, must: bool) -> Finished | None:
     """Put the output together when every block is finished; None where others still compute, or do that already."""
     if must:
         return finish(job)
-    if len(job.finished(job.numbers)) < len(job.numbers):
+    if not job.complete():
         require_unchanged(job)
         return None
     try:

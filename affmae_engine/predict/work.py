@@ -137,11 +137,13 @@ class Work:
 
     def finished(self, key: str, numbers: Iterable[int]) -> set[int]:
         """Those of the blocks that are finished."""
-        try:
-            there = {int(name[:-5]) for name in os.listdir(self.blocks) if name[:-5].isdigit()}  # noqa: PTH208
-        except FileNotFoundError:
-            return set()
+        there = self._marked()
         return {number for number in numbers if number in there and self.marker(number, key) is not None}
+
+    def marked(self, numbers: Iterable[int]) -> bool:
+        """Whether all of the blocks have a marker, of whatever plan; no marker is read."""
+        there = self._marked()
+        return all(number in there for number in numbers)
 
     def discard(self) -> None:
         """Delete everything; the output is complete, or nothing of it can be used."""
@@ -194,6 +196,12 @@ class Work:
                 os.ftruncate(file.fileno(), 0)
                 os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield True
+
+    def _marked(self) -> set[int]:
+        try:
+            return {int(name[:-5]) for name in os.listdir(self.blocks) if name[:-5].isdigit()}  # noqa: PTH208
+        except FileNotFoundError:
+            return set()
 
     def _holder(self) -> str:
         try:

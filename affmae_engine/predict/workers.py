@@ -124,16 +124,11 @@ class Workers:
             elif "block" in answer:
                 number = answer["block"]
                 process.blocks.remove(number)
-                process.tiles -= _tiles_of(job, number)
+                process.tiles -= job.tiles_of(number)
                 observer.block(number)
             elif "end" in answer:
                 job.warnings += [text for text in answer["end"] if text not in job.warnings]
                 working = [each for each in working if each is not process or not each.ended]
-
-
-def _tiles_of(job: Job, number: int) -> int:
-    each, block = job.find(number)
-    return each.tiles_of(block)
 
 
 def _as_error(answer: dict[str, Any]) -> AffmaeError:

@@ -250,6 +250,10 @@ def test_orientations_are_averaged(tmp_path: Path, make_predictor: Make, toys: S
     assert np.abs(found - total / 3).max() <= 0.51
     assert np.array_equal(labels_of(tmp_path / "out.zarr"), total.argmax(0))
     assert sum(report.class_fractions.values()) == pytest.approx(1)
+    # One other orientation alone comes back in the volume's own order of axes.
+    report = run(path, predictor, tmp_path / "xz.zarr", PredictOptions(planes=("xz",)))
+    values = zarr.open_group(tmp_path / "alone1-probabilities.ome.zarr", mode="r")["0"][:]
+    assert np.array_equal(labels_of(tmp_path / "xz.zarr"), values.transpose(0, 2, 1, 3).argmax(0))
 
 
 @pytest.fixture
