@@ -128,6 +128,8 @@ def publish_folder(built: Path, path: Path, *, replace: bool = False) -> None:
                     path.rename(previous)
                 built.rename(path)
             fsync_folder(path.parent)
+            if built.parent != path.parent:
+                fsync_folder(built.parent)
             if swapped:  # it holds what was replaced
                 shutil.rmtree(built, ignore_errors=True)
     finally:

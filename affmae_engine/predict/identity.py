@@ -16,9 +16,11 @@ from affmae_engine.data.readers import Source, open_sources
 from affmae_engine.data.readers.formats import sniff
 from affmae_engine.data.readers.source import Refused, reading
 from affmae_engine.data.readers.tiff import logged_errors_fail
+from affmae_engine.data.statistics import measure
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.predict.job import PredictOptions, made_from_of
 from affmae_engine.predict.outputs import OVERLAY_ENDING, TIFF_SUFFIXES, ZARR_SUFFIX, Outputs
+from affmae_engine.predict.overlay import OverlayPicture
 from affmae_engine.predict.predictor import Predictor
 from affmae_engine.predict.sources import identity_of
 from affmae_engine.predict.volume import fingerprint_of, labels_group
@@ -30,6 +32,8 @@ _IN_TEXT = re.compile(r"fingerprint(?:\"|&quot;|\\\"): (?:\"|&quot;|\\\")([0-9a-
 
 def is_finished(source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions) -> bool:
     """Whether the output of this very prediction is there: labels appear last, and only when they are complete.
+
+    A picture that is missing then is drawn, and what a call that was killed after its last step left is removed.
 
     Raises:
         ConfigError: the labels there were made by another prediction, or by something else, or are damaged.
@@ -54,7 +58,12 @@ def is_finished(source: Source, predictor: Predictor, targets: Outputs, options:
         )
     if targets.probabilities is not None and not targets.probabilities.exists():
         return False
-    Work(targets.labels).discard()  # of a call that was killed after its last step
+    Work(targets.labels).discard()
+    if targets.overlay is not None and not targets.overlay.exists():
+        picture = OverlayPicture(source.info.shape_ZYX)
+        with open_labels(targets.labels) as labels:
+            picture.gather_from(labels)
+        picture.attempt(targets.overlay, source, measure(source), predictor.metadata.class_names)
     return True
 
 

@@ -14,7 +14,7 @@ Axes: C classes, Z Y X block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -99,11 +99,6 @@ class Pass:
         """Tiles of a block."""
         return (block.z[1] - block.z[0]) * self.geometry.tile_count(block.y, block.x)
 
-    @property
-    def pyramids(self) -> Iterator[Pyramid]:
-        """Everything that a block is written to."""
-        return (each for each in (self.labels, self.probabilities, self.image) if each is not None)
-
 
 @dataclass(frozen=True)
 class BlockResult:
@@ -125,7 +120,7 @@ class Job:
     """See above; made by `start` or `open`.
 
     made_from: everything that the output's bytes depend on, as asked for. key: hash of that and of what was chosen for
-    this run (batch, blocks, statistics); markers carry it. scale_notes, warnings: what to tell the user.
+    this run (batch, blocks, statistics); markers carry it. notes, warnings: what to tell the user.
     """
 
     source: Source
@@ -143,8 +138,13 @@ class Job:
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
-    def start(cls, source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions) -> Job:
+    def start(
+        cls, source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions, *, alone: bool = True
+    ) -> Job:
         """Begin a prediction, or continue the one that is under way; the caller holds `Work.locked`.
+
+        Args:
+            alone: no other process works in the folder, so another prediction that has no finished block may go.
 
         Raises:
             ConfigError: another prediction to the same place is unfinished; or --rescale lacks a pixel size.
@@ -156,7 +156,7 @@ class Job:
         made_from = made_from_of(identity, source, predictor, targets, options)
         plan = work.read_plan() if not options.overwrite else _readable_plan(work)
         if plan is not None and plan["made_from"] != made_from:
-            if not options.overwrite and work.finished(plan["key"], range(plan["blocks"])):
+            if not options.overwrite and (not alone or work.finished(plan["key"], range(plan["blocks"]))):
                 work.refuse_other(made_from, plan["made_from"])
             work.discard()
             plan = None

@@ -53,6 +53,23 @@ class OverlayPicture:
         rows, columns = np.minimum(rows, array.shape[1] - 1), np.minimum(columns, array.shape[2] - 1)
         self._labels = [array[z][rows][:, columns].astype(np.uint32) for z in self.sections]
 
+    def gather_from(self, labels: Source) -> None:
+        """Take the labels of the sections from a finished output.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        rows, columns = (
+            np.arange(count) * step + step // 2 for count, step in zip(self._shape, self._step, strict=True)
+        )
+        everything = slice(None)
+        self._labels = [
+            np.stack([labels.read(slice(z, z + 1), slice(y, y + 1), everything)[0, 0, columns] for y in rows]).astype(
+                np.uint32
+            )
+            for z in self.sections
+        ]
+
     def save(self, path: Path, source: Source, statistics: Statistics, class_names: Sequence[str]) -> None:
         """Draw the sections side by side and write the PNG atomically.
 

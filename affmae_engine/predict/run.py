@@ -211,7 +211,7 @@ def predict(
         if finish_only and work.read_plan() is None:
             raise ConfigError(f"nothing to {targets.labels} is under way", "run the same command without --finish")
         began = time.perf_counter()
-        job = Job.start(source, predictor, targets, options)
+        job = Job.start(source, predictor, targets, options, alone=shard is None)
         outputs.check_space(job)
         mine = job.numbers if shard is None else share(len(job.numbers), shard.index, shard.count)
         done = job.finished(mine)

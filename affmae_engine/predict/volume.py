@@ -105,7 +105,8 @@ class Pyramid:
             written = [file for file in files if file.exists()]
             for file in written:
                 atomic.fsync_file(file)
-            for folder in {file.parent for file in written}:
+            folders = {folder for file in written for folder in file.parents if self.folder in folder.parents}
+            for folder in sorted(folders, reverse=True):
                 atomic.fsync_folder(folder)
 
     def files(self, block: Block) -> Iterator[Path]:
@@ -137,6 +138,11 @@ def create(folder: Path, made: Sequence[tuple[Pyramid, dict[str, Any]]], groups:
             replace(each, folder=staging / each.folder.relative_to(folder)).create(attributes)
         for path, attributes in groups.items():
             zarr.create_group(staging / path.relative_to(folder), attributes=attributes, overwrite=False)
+        for path in sorted(staging.rglob("*"), reverse=True):
+            if path.is_dir():
+                atomic.fsync_folder(path)
+            else:
+                atomic.fsync_file(path)
         for top in tops:
             try:
                 (staging / top).rename(folder / top)

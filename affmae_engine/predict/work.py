@@ -100,7 +100,8 @@ class Work:
                 os.link(own, self.plan_file)  # unlike a rename, it never replaces
                 atomic.fsync_folder(self.folder)
         finally:
-            own.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it goes with the folder
+                own.unlink()
         found = self.read_plan()
         assert found is not None
         return found

@@ -303,6 +303,21 @@ def test_finish_puts_shards_together_and_says_what_is_missing(
     assert np.array_equal(labels_of(out), blobs) and report.blocks_before == 12
 
 
+def test_shards_of_another_prediction_are_refused_before_any_block(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray
+) -> None:
+    path, predictor, out = write_stack(blobs), make_predictor(), tmp_path / "a.zarr"
+
+    def meanwhile(job: Job, numbers: Sequence[int], observer: Any) -> None:
+        with pytest.raises(ConfigError, match="another overlap"):
+            run(path, predictor, out, PredictOptions(overlap=0.25), shard=Shard(1, 2))
+        for number in numbers:
+            job.compute(number)
+
+    assert run(path, predictor, out, shard=Shard(0, 2), engine=meanwhile) is None
+    assert run(path, predictor, out, shard=Shard(1, 2)) is not None and np.array_equal(labels_of(out), blobs)
+
+
 def test_more_shards_than_blocks(tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray) -> None:
     path, predictor = write_stack(blobs), make_predictor()
     reports = [run(path, predictor, tmp_path / "a.zarr", shard=Shard(i, 9)) for i in range(9)]
@@ -533,6 +548,18 @@ def test_a_call_that_was_killed_after_it_published_is_complete(
             run(path, predictor, tmp_path, PredictOptions(overwrite=True), targets=targets)
         run(path, predictor, tmp_path, PredictOptions(overwrite=True), targets=targets)
         assert np.array_equal(labels_of(targets.labels), blobs)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.zarr"])
+def test_a_missing_picture_of_a_finished_output_is_drawn(
+    tmp_path: Path, make_predictor: Make, write_stack: Write, blobs: np.ndarray, name: str
+) -> None:
+    path, targets = write_stack(blobs), Outputs(tmp_path / "out" / name)
+    run(path, make_predictor(), tmp_path, targets=targets)
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / "a-overlay.png").unlink()
+    assert is_finished(open_sources(path)[0], make_predictor(), targets, PredictOptions())
+    assert content(tmp_path / "out") == before
 
 
 def test_outputs_never_touch_inputs_or_foreign_folders(
