@@ -60,6 +60,7 @@ class Workers:
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
+        self._devices = tuple(devices)
         self._processes = [_Process(device) for device in devices]
 
     @classmethod
@@ -74,6 +75,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.end()
+        self._processes = []
 
     def __call__(self, job: Job, numbers: Sequence[int], observer: Observer) -> None:
         """Compute the blocks; see `run.Engine`.
@@ -82,14 +84,24 @@ class Workers:
             ResourceError: all processes ended, or a block was lost three times.
             AffmaeError: what a process met.
         """
+        alive = [process for process in self._processes if process.alive]
+        missing = list((Counter(self._devices) - Counter(process.device for process in alive)).elements())
+        self._processes = [*alive, *(_Process(device) for device in missing)]
+        try:
+            self._compute(job, numbers, observer)
+        except BaseException:
+            self.__exit__()  # what they are still at belongs to nobody
+            raise
+
+    def _compute(self, job: Job, numbers: Sequence[int], observer: Observer) -> None:
         left, failures = deque(numbers), Counter[int]()
         answers: queue.Queue[tuple[_Process, dict[str, Any] | None]] = queue.Queue()
-        working = [process for process in self._processes if process.alive]
+        working = list(self._processes)
         for process in working:
             process.begin(job, answers)
         while working:
             for process in working:
-                while left and len(process.blocks) < IN_HAND:
+                while left and not process.ended and len(process.blocks) < IN_HAND:
                     process.take(left.popleft())
                 if not left and not process.blocks and not process.ended:
                     process.send(end=True)
@@ -100,11 +112,16 @@ class Workers:
             except queue.Empty:
                 continue
             if answer is None:  # it is gone
-                working = [each for each in working if each is not process]
                 lost = list(process.blocks)
                 failures.update(lost)
                 left.extendleft(reversed(lost))
                 observer.tiles(-process.tiles)
+                working = [each for each in working if each is not process]
+                if lost:  # those that have ended already begin again
+                    idle = [each for each in self._processes if each.alive and each not in working]
+                    for each in idle:
+                        each.begin(job, answers)
+                    working += idle
                 reason = process.reason()
                 if not working or any(failures[number] >= MOST_FAILURES for number in lost):
                     raise ResourceError(
@@ -112,9 +129,6 @@ class Workers:
                         "see to it, then run the same command again",
                     )
                 job.warnings.append(f"the process on {process.title} {reason}: the others took over its blocks")
-                for each in working:  # they may have been told that nothing is left
-                    if each.ended and lost:
-                        each.begin(job, answers, again=True)
                 continue
             if "error" in answer:
                 raise _as_error(answer)
@@ -128,7 +142,10 @@ class Workers:
                 observer.block(number)
             elif "end" in answer:
                 job.warnings += [text for text in answer["end"] if text not in job.warnings]
-                working = [each for each in working if each is not process or not each.ended]
+                if left:  # lost by another one meanwhile
+                    process.begin(job, answers)
+                else:
+                    working = [each for each in working if each is not process]
 
 
 def _as_error(answer: dict[str, Any]) -> AffmaeError:
@@ -139,9 +156,10 @@ def _as_error(answer: dict[str, Any]) -> AffmaeError:
 
 
 class _Process:
-    """One of them. blocks: that it has. tiles: that it has told of, of unfinished blocks."""
+    """One of them. device: as given to `Workers`. blocks: that it has. tiles: that it told of, of unfinished blocks."""
 
     def __init__(self, device: str) -> None:
+        self.device = device
         self.title = f"GPU {device}" if device else "the CPU"
         self.blocks: list[int] = []
         self.tiles = 0
@@ -162,13 +180,9 @@ class _Process:
         """Whether it runs."""
         return self._child.poll() is None
 
-    def begin(
-        self, job: Job, answers: queue.Queue[tuple[_Process, dict[str, Any] | None]], *, again: bool = False
-    ) -> None:
-        """Open a prediction, or open it once more. Answers go to the queue from now on."""
-        if not again:
-            self._answers, self.blocks, self.tiles = answers, [], 0
-        self.ended = False
+    def begin(self, job: Job, answers: queue.Queue[tuple[_Process, dict[str, Any] | None]]) -> None:
+        """Open a prediction. Answers go to the queue from now on."""
+        self._answers, self.blocks, self.tiles, self.ended = answers, [], 0, False
         self.send(output=str(job.targets.labels.absolute()))
 
     def take(self, number: int) -> None:
