@@ -112,6 +112,7 @@ class Workers:
             except queue.Empty:
                 continue
             if answer is None:  # it is gone
+                reason = process.reason()  # waits for its end, so that it does not count as alive below
                 lost = list(process.blocks)
                 failures.update(lost)
                 left.extendleft(reversed(lost))
@@ -122,7 +123,6 @@ class Workers:
                     for each in idle:
                         each.begin(job, answers)
                     working += idle
-                reason = process.reason()
                 if not working or any(failures[number] >= MOST_FAILURES for number in lost):
                     raise ResourceError(
                         f"the process on {process.title} {reason}; finished blocks are kept",
