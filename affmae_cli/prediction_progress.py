@@ -14,7 +14,8 @@ from affmae_cli import output
 
 if TYPE_CHECKING:
     from affmae_engine.predict.files import Refused
-    from affmae_engine.predict.stream import PredictProgress, PredictReport
+    from affmae_engine.predict.finish import PredictReport
+    from affmae_engine.predict.run import PredictProgress
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -92,7 +92,7 @@ def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not replace:
         raise FileExistsError(path)
-    partial, previous = _partial_name(path), _partial_name(path)
+    partial = _partial_name(path)
     try:
         with translated_write_errors(path):
             partial.mkdir()
@@ -102,18 +102,41 @@ def committed_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                     fsync_file(file)
             for folder in sorted((p for p in partial.rglob("*") if p.is_dir()), reverse=True):
                 fsync_folder(folder)
-            fsync_folder(partial)
-            if not (replace and path.exists() and _exchange(partial, path)):
+        publish_folder(partial, path, replace=replace)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_folder(built: Path, path: Path, *, replace: bool = False) -> None:
+    """Rename a folder whose content is complete and on the device to its final name.
+
+    Args:
+        built: in the same folder, or at least on the same device, as `path`. It is gone afterwards.
+        replace: see `committed_folder`.
+
+    Raises:
+        ResourceError: the rename failed; what stood under the final name still does.
+    """
+    previous = _partial_name(path)
+    try:
+        with translated_write_errors(path):
+            fsync_folder(built)
+            swapped = replace and path.exists() and _exchange(built, path)
+            if not swapped:
                 if replace and path.exists():
                     path.rename(previous)
-                partial.rename(path)
+                built.rename(path)
             fsync_folder(path.parent)
+            if built.parent != path.parent:
+                fsync_folder(built.parent)
+            if swapped:  # it holds what was replaced
+                shutil.rmtree(built, ignore_errors=True)
     finally:
         if previous.exists() and not path.exists():
             previous.rename(path)
-        for leftover in (partial, previous):
-            if leftover.exists():
-                shutil.rmtree(leftover, ignore_errors=True)
+        if previous.exists():
+            shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextlib.contextmanager

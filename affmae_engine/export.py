@@ -80,7 +80,8 @@ def export(path: Path, *, tile: int | None = None) -> Exported:
     predictor = Predictor.from_weights(path, device="cpu", backend="reference")
     if predictor.metadata.model.get("family", "affmae") != "affmae":
         raise ConfigError("only AFFMAE networks are exported; this is a ViT", "share it without --export")
-    edge = predictor.tile(tile)
+    largest = tile or predictor.metadata.image_size
+    edge = predictor.tile(tile, (1, largest, largest))
     network = ClassProbabilities(predictor.model, predictor.excluded).eval()
     quiet = logging.getLogger("torch.export")
     level = quiet.level

@@ -11,19 +11,21 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zarr
 
 from affmae_engine import checkpoint, events
 from affmae_engine.data.ledger import replay
 from affmae_engine.data.readers import open_sources
+from affmae_engine.data.readers.files import natural_key
 from affmae_engine.data.store import Store
 from affmae_engine.data.store_layout import StorePaths, bands, chunk_shapes
 from affmae_engine.errors import AffmaeError, CorruptError, InputError, one_line
-from affmae_engine.predict import journal
 from affmae_engine.predict.identity import recorded_fingerprint
-from affmae_engine.predict.outputs import is_ours
+from affmae_engine.predict.outputs import TIFF_SUFFIXES
+from affmae_engine.predict.volume import is_ours, labels_group
+from affmae_engine.predict.work import UNFINISHED, work_folder
 from affmae_engine.run_dir import RunDir
 
 Kind = Literal["dataset", "run", "prediction"]
@@ -54,7 +56,7 @@ class Findings:
 
 
 def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findings:
-    """Check a dataset, a run directory or the labels of a prediction.
+    """Check a dataset, a run directory, the labels or probabilities of a prediction, or a folder of predictions.
 
     Args:
         on_part: called with the name of each part before it is read.
@@ -67,14 +69,14 @@ def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findi
         return _dataset(path, on_part)
     if RunDir(path).exists():
         return _run(path, on_part)
-    if not path.exists() and journal.folder_of(path).is_dir():
+    if not path.exists() and work_folder(path).is_dir():
         return Findings(path, "prediction", problems=[f"{path} is unfinished: run the same `affmae predict` again"])
     if not path.exists():
         raise InputError(f"no such dataset, run or prediction: {path}", "check the path")
     if not path.is_dir() and not _is_label_file(path):
         raise InputError(f"{path} was not written by affmae", "name a dataset, a run or the labels of a prediction")
     if path.is_dir() and not is_ours(path):
-        raise InputError(f"{path} is neither a dataset, a run nor a prediction", "name one that affmae wrote")
+        return _predictions(path, on_part)
     return _prediction(path, on_part)
 
 
@@ -132,9 +134,51 @@ def _run(path: Path, on_part: Callable[[str], None]) -> Findings:
     return found
 
 
+def _predictions(folder: Path, on_part: Callable[[str], None]) -> Findings:
+    """All predictions in a folder, and what is unfinished there."""
+    found = Findings(folder, "prediction")
+    results = 0
+    for path in _results_in(folder):
+        if path.name.endswith(UNFINISHED):
+            found.problems.append(f"{path} is an unfinished prediction: run the same `affmae predict` again")
+            continue
+        try:
+            inner = _prediction(path, on_part)
+        except CorruptError as error:
+            inner = Findings(path, "prediction", problems=[error.message])
+        results += 1
+        found.checked += inner.checked
+        found.problems += inner.problems
+    if not results and not found.problems:
+        raise InputError(f"{folder} is neither a dataset, a run nor a prediction", "name one that affmae wrote")
+    return found
+
+
+def _results_in(folder: Path) -> Iterator[Path]:
+    """Label files and volumes that `affmae predict` wrote, and the work folders of unfinished ones, in natural order.
+
+    A TIFF that cannot be read is taken for a result: nobody knows what wrote it.
+    """
+    for entry in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
+        if entry.is_dir():
+            if entry.name.endswith(UNFINISHED) or is_ours(entry):
+                yield entry
+            elif not entry.name.startswith(".") and not entry.is_symlink():
+                yield from _results_in(entry)
+        elif entry.suffix.lower() in TIFF_SUFFIXES and not entry.name.startswith("."):
+            try:
+                ours = recorded_fingerprint(entry) is not None
+            except InputError as error:
+                if isinstance(error.__cause__, OSError):  # its content was not even seen
+                    raise
+                ours = True
+            if ours:
+                yield entry
+
+
 def _prediction(path: Path, on_part: Callable[[str], None]) -> Findings:
     found = Findings(path, "prediction")
-    if journal.folder_of(path).is_dir():
+    if work_folder(path).is_dir():
         found.notes.append("another prediction to the same place is unfinished")
     if path.is_file():
         try:
@@ -154,27 +198,43 @@ def _prediction(path: Path, on_part: Callable[[str], None]) -> Findings:
     return found
 
 
-def _shards(group: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
+def _arrays(volume: Path) -> Iterator[Path]:
+    """Every array that a volume must have: all levels of the image, where there is one, and of the labels."""
+    labels = labels_group(volume)
+    for group in dict.fromkeys((volume, labels)):
+        try:
+            attributes = json.loads((group / "zarr.json").read_text("utf-8"))["attributes"]
+            levels = attributes.get("ome", {}).get("multiscales", [{}])[0].get("datasets", [])
+            names = [str(level["path"]) for level in levels]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise CorruptError(f"{group}: its metadata is damaged", "predict it again") from error
+        if not names and group == labels:
+            names = ["0"]
+        yield from (group / name for name in names)
+
+
+def _shards(volume: Path) -> Iterator[tuple[Path, Callable[[], object]]]:
     """Every shard that a volume must have, with a function that reads it or raises CorruptError."""
-    try:
-        array = zarr.open_array(group / "0", mode="r")
-        grid = [range(-(-length // shard)) for length, shard in zip(array.shape, array.shards, strict=True)]
-    except Exception as error:  # whatever zarr makes of damaged metadata
-        raise CorruptError(f"{group}: its array is damaged ({one_line(error, 80)})", "predict it again") from error
+    for folder in _arrays(volume):
+        try:
+            array = zarr.open_array(folder, mode="r")
+            grid = [range(-(-length // shard)) for length, shard in zip(array.shape, array.shards, strict=True)]
+        except Exception as error:  # whatever zarr makes of damaged metadata
+            raise CorruptError(f"{folder}: its array is damaged ({one_line(error, 80)})", "predict it again") from error
 
-    for place in itertools.product(*grid):
-        file = group / "0" / "c" / Path(*map(str, place))
-        where = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, array.shards, strict=True))
+        for place in itertools.product(*grid):
+            file = folder / "c" / Path(*map(str, place))
+            where = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, array.shards, strict=True))
 
-        def read(file: Path = file, where: tuple[slice, ...] = where) -> None:
-            if not file.is_file():
-                raise CorruptError(f"{file} is missing", "predict it again")
-            try:
-                array[where]
-            except Exception as error:
-                raise CorruptError(f"{file} is damaged ({one_line(error, 80)})", "predict it again") from error
+            def read(array: Any = array, file: Path = file, where: tuple[slice, ...] = where) -> None:
+                if not file.is_file():
+                    raise CorruptError(f"{file} is missing", "predict it again")
+                try:
+                    array[where]
+                except Exception as error:
+                    raise CorruptError(f"{file} is damaged ({one_line(error, 80)})", "predict it again") from error
 
-        yield file, read
+            yield file, read
 
 
 def _is_json(line: str) -> bool:

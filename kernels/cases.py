@@ -31,6 +31,7 @@ OPERATIONS = (
     "pixel_loss",
     "segmentation_loss",
     "adamw",
+    "tile_blending",
 )
 """The folders of all operations, in reading order."""
 

@@ -19,7 +19,9 @@ _MOST_SHOWN = 20
 
 
 def check(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Datasets, runs, labels of predictions.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Datasets, runs, predictions, or folders of these.")
+    ],
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

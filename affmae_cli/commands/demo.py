@@ -111,8 +111,8 @@ class _Story:
 
     def finetune(self, specimen: _Specimen, name: str) -> Score:
         """Finetune, predict the test images, and return their score."""
+        from affmae_engine.predict.job import PredictOptions
         from affmae_engine.predict.predictor import Predictor
-        from affmae_engine.predict.stream import PredictOptions
 
         run = self._run(name)
         origin = self._run("pretrain") if name == "finetune" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from affmae_engine.data.labels.checks import CheckedLabels
     from affmae_engine.data.readers import Source
     from affmae_engine.predict.files import Outcome, Plan
+    from affmae_engine.predict.finish import PredictReport
+    from affmae_engine.predict.job import PredictOptions
     from affmae_engine.predict.outputs import Outputs
     from affmae_engine.predict.predictor import Predictor
+    from affmae_engine.predict.run import Engine
     from affmae_engine.predict.score import Score
-    from affmae_engine.predict.stream import PredictOptions, PredictReport
 
 _FEW = 4
 """Predictions up to this number are described one by one."""
@@ -42,7 +45,13 @@ WhichOption = Annotated[
     Literal["best", "last"], typer.Option("--which", help="Which checkpoint of the run: best held-out, or newest.")
 ]
 RescaleOption = Annotated[
-    bool, typer.Option("--rescale", help="Predict at the training's pixel size; labels keep the input's grid.")
+    bool | None,
+    typer.Option(
+        "--rescale/--no-rescale",
+        help="Predict at the training's pixel size; labels keep the input's grid. Default: where the sizes differ by "
+        "more than 15 %.",
+        show_default=False,
+    ),
 ]
 ProbabilitiesOption = Annotated[
     bool, typer.Option("--probabilities", help="Also write class probabilities (OME-Zarr, value / 255).")
@@ -50,20 +59,66 @@ ProbabilitiesOption = Annotated[
 OverlayOption = Annotated[
     bool, typer.Option("--overlay/--no-overlay", help="Picture of a few sections with their labels.")
 ]
+ImageOption = Annotated[
+    bool, typer.Option("--image/--no-image", help="Copy the image into an OME-Zarr, so that it opens with its labels.")
+]
+SeparateOption = Annotated[
+    bool, typer.Option("--separate", help="Numbered sections of a folder as an output each, not as one stack.")
+]
 TileOption = Annotated[
     int | None, typer.Option("--tile", min=8, help="Edge of a tile in pixels; by default the training image's.")
 ]
 OverlapOption = Annotated[
     float | None, typer.Option("--overlap", min=0, max=0.94, help="Overlap of tiles, as a fraction. Default: 0.5.")
 ]
+TtaOption = Annotated[bool, typer.Option("--tta", help="Average over flips of each tile: four times the work.")]
+PlanesOption = Annotated[
+    str,
+    typer.Option(
+        "--planes",
+        metavar="xy,xz,yz",
+        help="Orientations of the planes; probabilities of several are averaged. For nearly isotropic volumes.",
+    ),
+]
 LabelsOption = Annotated[
     list[Path] | None,
-    typer.Option("--labels", metavar="PATH", help="True labels of the inputs: the result is scored (IoU, Dice)."),
+    typer.Option(
+        "--labels", metavar="PATH", help="True labels of the inputs: the result is scored, in scores.json and .csv."
+    ),
 ]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Keep outputs that this same prediction finished before, do the rest.")
+BatchOption = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Tiles per forward pass. Default: what fits the GPU, 4 on a CPU.")
 ]
-BatchOption = Annotated[int | None, typer.Option("--batch", min=1, help="Tiles per forward pass. Default: 4.")]
+_MANY = "Many GPUs and machines"
+GpusOption = Annotated[
+    str | None, typer.Option("--gpus", metavar="N|all", help="A process for each GPU.", rich_help_panel=_MANY)
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Compute part I (from 0) of N of the blocks of an OME-Zarr; the last process to finish completes it.",
+        rich_help_panel=_MANY,
+    ),
+]
+DaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dask",
+        metavar="ADDRESS",
+        help="Submit the blocks to a dask cluster: the scheduler's address or file.",
+        rich_help_panel=_MANY,
+    ),
+]
+PlanOption = Annotated[
+    bool,
+    typer.Option("--plan", help="Print blocks, sizes, expected time and disk, and stop.", rich_help_panel=_MANY),
+]
+FinishOption = Annotated[
+    bool,
+    typer.Option("--finish", help="Compute nothing; put finished shards together.", rich_help_panel=_MANY),
+]
 
 
 def predict(
@@ -71,52 +126,95 @@ def predict(
     model: ModelOption = None,
     out: OutOption = None,
     which: WhichOption = "best",
-    rescale: RescaleOption = False,
+    rescale: RescaleOption = None,
     pixel_size: PixelSizeOption = None,
     channel: ChannelOption = None,
     axes: AxesOption = None,
     labels: LabelsOption = None,
     probabilities: ProbabilitiesOption = False,
     overlay: OverlayOption = True,
+    image: ImageOption = True,
+    separate: SeparateOption = False,
     tile: TileOption = None,
     overlap: OverlapOption = None,
+    tta: TtaOption = False,
+    planes: PlanesOption = "xy",
     batch: BatchOption = None,
     device: DeviceOption = None,
+    gpus: GpusOption = None,
+    shard: ShardOption = None,
+    dask: DaskOption = None,
+    plan: PlanOption = False,
+    finish: FinishOption = False,
     trust_sizes: TrustSizesOption = False,
-    resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Segment images and stacks of any size, section by section.
+    """Segment images and stacks of any size.
 
     Labels go to -o: a .tif (ImageJ TIFF, BigTIFF above 4 GB), a .zarr (OME-Zarr), or a folder. Without it, to
-    predictions/NAME-labels.tif in the working directory. A stack that was stopped or killed half way is continued by
-    the same command; of a folder, --resume passes over what is complete. Earlier results and true labels that lie in
-    folders are no inputs.
+    predictions/NAME-labels.tif in the working directory. Numbered sections of one size in a folder are one stack. What
+    was stopped or killed is continued by the same command, which passes over what is complete. Earlier results and true
+    labels that lie in folders are no inputs.
     """
     from affmae_cli.score_table import show_scores
     from affmae_engine.errors import ConfigError
     from affmae_engine.predict.predictor import Predictor, newest_finetune_run
 
-    if resume and overwrite:
-        raise ConfigError("--resume keeps what --overwrite would replace", "give one of them")
-    if resume and labels:
-        raise ConfigError("--resume leaves finished images out, so --labels cannot score them all", "give one of them")
+    if sum(each is not None for each in (gpus, shard, dask)) + finish > 1:
+        raise ConfigError("--gpus, --shard, --dask and --finish are different ways to do the work", "give one of them")
+    if labels and (shard or plan):
+        raise ConfigError("--labels cannot score what is not complete", "score with the same command without --shard")
+    how = Distribution(gpus, _parsed_shard(shard), dask, finish)
     voxel = parse_pixel_size(pixel_size) or (None, None, None)
     run = model or newest_finetune_run()
     predictor = Predictor.from_weights(run, which=which, device=device or "auto")
     if not quiet:
         output.say(f"model {run} (step {predictor.metadata.step}) on {predictor.choice.description}")
-    options = replace(_options(predictor, tile, overlap, batch, rescale, voxel), overwrite=overwrite, resume=resume)
-    targets = Targets(out, probabilities=probabilities, overlay=overlay)
-    outcome, scored = segment(sources, predictor, targets, options, labels=labels, quiet=quiet)
+    options = replace(
+        _options(predictor, tile, overlap, batch, rescale, voxel),
+        tta=tta, planes=_parsed_planes(planes), image=image, overwrite=overwrite,
+    )  # fmt: skip
+    targets = Targets(out, probabilities=probabilities, overlay=overlay, separate=separate)
+    if plan:
+        _show_plans(sources, predictor, targets, options, as_json=as_json)
+        return
+    outcome, scored = segment(sources, predictor, targets, options, labels=labels, how=how, quiet=quiet)
     if as_json:
         output.print_json(_document(outcome, scored, run, predictor))
         return
-    _show(outcome)
+    _show(outcome, quiet=quiet)
     if scored is not None:
         show_scores({"": scored})
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Who computes. gpus: a process for each of so many. shard: a part of the blocks. dask: address of a scheduler.
+    finish: nobody; finished blocks are put together."""
+
+    gpus: str | None = None
+    shard: tuple[int, int] | None = None
+    dask: str | None = None
+    finish: bool = False
+
+    def engine(self, stack: contextlib.ExitStack) -> Engine | None:
+        """What computes the blocks; None is this process.
+
+        Raises:
+            ConfigError: more GPUs than there are; dask is not installed.
+            ResourceError: no scheduler answers.
+        """
+        if self.gpus is not None:
+            from affmae_engine.predict.workers import Workers, gpu_indices
+
+            return stack.enter_context(Workers.on_gpus(gpu_indices(self.gpus)))
+        if self.dask is not None:
+            from affmae_engine.predict.cluster import Cluster
+
+            return stack.enter_context(Cluster(self.dask))
+        return None
 
 
 @dataclass(frozen=True)
@@ -126,6 +224,7 @@ class Targets:
     out: Path | None
     probabilities: bool = False
     overlay: bool = True
+    separate: bool = False
 
 
 def segment(
@@ -135,50 +234,148 @@ def segment(
     options: PredictOptions,
     *,
     labels: Sequence[Path] | None = None,
+    how: Distribution | None = None,
     quiet: bool = False,
 ) -> tuple[Outcome, Score | None]:
     """Predict with progress on stderr, and score where true labels are given; these are checked first."""
     from affmae_cli.prediction_progress import showing
-    from affmae_engine.errors import Interrupted
     from affmae_engine.predict import files
-    from affmae_engine.predict.identity import is_finished
-    from affmae_engine.predict.score import score
+    from affmae_engine.predict.run import Shard, predict
     from affmae_engine.runtime.signals import StopRequest
 
-    def finished(source: Source, outputs: Outputs) -> bool:
-        return is_finished(source, predictor, outputs, options)
-
-    planned = files.plan(
-        sources,
-        targets.out,
-        probabilities=targets.probabilities,
-        overlay=targets.overlay,
-        overwrite=options.overwrite,
-        protect=[predictor.weights],
-        truth=labels or (),
-        finished=finished if options.resume else None,
-    )
+    how = how or Distribution()
+    planned = _planned(sources, predictor, targets, options, labels)
     truth = _truth(sources, planned, labels, predictor) if labels else None
     for source, _ in planned.jobs:
         for question in source.info.questions:
             output.say(f"{source.info.path}: {question}", label="warning", style="bold yellow")
     if not quiet:
         there = f", {len(planned.finished)} finished before" if planned.finished else ""
-        output.say(f"{len(planned.jobs)} image{'s' * (len(planned.jobs) != 1)} to {planned.out}{there}")
+        count = len(planned.jobs)
+        output.say(f"{count} image{'s' * (count != 1)} to {planned.out}{there}")
     with (
+        contextlib.ExitStack() as stack,
         showing(len(planned.jobs) + len(planned.refused), quiet=quiet) as view,
         StopRequest(view.on_signal).installed() as stop,
     ):
-        try:
-            outcome = files.run(
-                planned, predictor, options,
-                on_progress=view.progress, on_report=view.report, on_refused=view.refused, stop=stop,
+        engine = how.engine(stack) if planned.jobs else None
+        shard = None if how.shard is None else Shard(*how.shard)
+
+        def predict_one(source: Source, outputs: Outputs) -> PredictReport | None:
+            return predict(
+                source, predictor, outputs, options,
+                on_progress=view.progress, stop=stop, shard=shard, engine=engine, finish_only=how.finish,
             )  # fmt: skip
-        except Interrupted as stopped:
-            if len(planned.jobs) + len(planned.finished) > 1:  # finished ones would be in the way
-                stopped.hint = "run it again with --resume (and without --labels) to go on from there"
-            raise
-    return outcome, None if truth is None else score(outcome.reports, truth)
+
+        outcome = files.run(planned, predict_one, on_report=view.report, on_refused=view.refused)
+    return outcome, None if truth is None else _scored(planned, outcome, truth, predictor)
+
+
+def _planned(
+    sources: Sequence[Path],
+    predictor: Predictor,
+    targets: Targets,
+    options: PredictOptions,
+    labels: Sequence[Path] | None = None,
+) -> Plan:
+    """The inputs and their outputs."""
+    from affmae_engine.predict import files
+    from affmae_engine.predict.identity import is_finished
+
+    def finished(source: Source, outputs: Outputs) -> bool:
+        return is_finished(source, predictor, outputs, options)
+
+    return files.plan(
+        sources,
+        targets.out,
+        probabilities=targets.probabilities,
+        overlay=targets.overlay,
+        separate=targets.separate,
+        overwrite=options.overwrite,
+        protect=[predictor.weights],
+        truth=labels or (),
+        finished=finished,
+    )
+
+
+def _scored(planned: Plan, outcome: Outcome, truth: CheckedLabels, predictor: Predictor) -> Score:
+    """Score everything, also what was finished before, and write the scores beside the output."""
+    from affmae_engine.predict.score import Predicted, TrainedOn, score, write_scores
+    from affmae_engine.predict.sources import described
+
+    predictions = [Predicted(described(source), outputs.labels) for source, outputs in outcome.finished]
+    predictions += [Predicted(report.sections, report.labels) for report in outcome.reports]
+    found = score(predictions, truth, TrainedOn.of_weights(predictor.weights))
+    folder = planned.out if planned.out.is_dir() and planned.out.suffix != ".zarr" else planned.out.parent
+    about = {"weights": str(predictor.weights), "step": predictor.metadata.step}
+    document, table = write_scores(folder, found, about)
+    output.say(f"scores: {document}, {table.name}")
+    if found.trained_on:
+        names = ", ".join(found.trained_on[:_FEW]) + (" ..." if len(found.trained_on) > _FEW else "")
+        text = f"the model was trained on some of what is scored, so the scores are too good: {names}"
+        output.say(text, label="warning", style="bold yellow")
+    return found
+
+
+def _parsed_shard(text: str | None) -> tuple[int, int] | None:
+    """`0/3` as (0, 3).
+
+    Raises:
+        ConfigError: something else, or a number out of range.
+    """
+    from affmae_engine.errors import ConfigError
+
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit()):
+        raise ConfigError(f"--shard {text!r} is not of the form I/N", "give for example --shard 0/8 to --shard 7/8")
+    if int(index) >= int(count):
+        raise ConfigError(f"--shard {text}: there is no such part", f"parts of {count} are 0 to {int(count) - 1}")
+    return int(index), int(count)
+
+
+def _parsed_planes(text: str) -> tuple[str, ...]:
+    """`xy,xz` as ("xy", "xz").
+
+    Raises:
+        ConfigError: an unknown orientation, or one twice.
+    """
+    from affmae_engine.errors import ConfigError
+    from affmae_engine.predict.sources import ORIENTATIONS
+
+    planes = tuple(part.strip() for part in text.split(","))
+    if len(set(planes)) < len(planes) or not set(planes) <= set(ORIENTATIONS):
+        raise ConfigError(f"--planes {text!r}: orientations are {', '.join(ORIENTATIONS)}, each at most once")
+    return planes
+
+
+def _show_plans(
+    sources: Sequence[Path], predictor: Predictor, targets: Targets, options: PredictOptions, *, as_json: bool
+) -> None:
+    """What the work would be. The rate is measured here, on the network alone."""
+    from dataclasses import asdict
+
+    from affmae_engine.errors import human_bytes
+    from affmae_engine.predict.plan import planned_work
+    from affmae_engine.runtime.formatting import duration
+
+    planned = _planned(sources, predictor, targets, options)
+    found = [planned_work(source, predictor, outputs, options) for source, outputs in planned.jobs]
+    if as_json:
+        output.print_json({"plans": [asdict(each) for each in found], "finished": len(planned.finished)})
+        return
+    for each in found:
+        size, block = (" x ".join(map(str, shape)) for shape in (each.shape_ZYX, each.block_ZYX))
+        output.show(f"{each.source} ({size}) -> {each.labels}")
+        output.show(f"  blocks   {each.blocks} of {block} voxels, {each.blocks_finished} finished")
+        output.show(f"  tiles    {each.tiles} of {each.tile} pixels, {each.batch} at a time")
+        rate = f"{each.tiles_per_s:.3g} tiles/s measured on {predictor.choice.description}"
+        output.show(f"  network  {duration(each.seconds)} on one device like this one ({rate})")
+        free = human_bytes(each.free_bytes)
+        output.show(f"  disk     about {human_bytes(each.disk_bytes)} needed, {free} free")
+    if planned.finished:
+        output.show(f"{len(planned.finished)} finished before")
 
 
 def _truth(sources: Sequence[Path], planned: Plan, labels: Sequence[Path], predictor: Predictor) -> CheckedLabels:
@@ -204,7 +401,7 @@ def _options(
     tile: int | None,
     overlap: float | None,
     batch: int | None,
-    rescale: bool,
+    rescale: bool | None,
     pixel_nm: VoxelSize,
 ) -> PredictOptions:
     """What was asked, over what the run was configured with."""
@@ -212,7 +409,7 @@ def _options(
 
     from affmae_engine.config import PredictConfig
     from affmae_engine.errors import CorruptError
-    from affmae_engine.predict.stream import PredictOptions
+    from affmae_engine.predict.job import PredictOptions
 
     trained = predictor.metadata.config.get("predict", {})
     known = {key: trained[key] for key in PredictConfig.model_fields if key in trained}
@@ -224,7 +421,7 @@ def _options(
     return PredictOptions(
         tile=tile or defaults.tile,
         overlap=defaults.overlap if overlap is None else overlap,
-        batch_size=batch or defaults.batch_size,
+        batch_size=batch,
         rescale=rescale,
         pixel_nm=pixel_nm,
     )
@@ -239,30 +436,50 @@ def _document(outcome: Outcome, scored: Score | None, run: Path, predictor: Pred
         "step": predictor.metadata.step,
         "device": predictor.choice.description,
         "class_names": predictor.metadata.class_names,
-        "finished": outcome.finished,
+        "finished": [outputs.labels for _, outputs in outcome.finished],
+        "waiting": outcome.waiting,
         "predictions": [asdict(report) for report in outcome.reports],
         "refused": [asdict(problem) for problem in outcome.refused],
         "score": None if scored is None else asdict(scored),
     }
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: Outcome, *, quiet: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    blocks = (
-        [_described(outcome.reports)] if len(outcome.reports) > _FEW else [_described([r]) for r in outcome.reports]
-    )
-    for block in blocks if outcome.reports else []:
+    many = len(outcome.reports) > _FEW
+    blocks = [_described(outcome.reports)] if many else [_described([report]) for report in outcome.reports]
+    for block in blocks:
         for name, value in block.items():
             if value:
                 table.add_row(Text(name, style="bold"), Text(output.printable(value), overflow="fold"))
-    output.show(table)
+    if outcome.reports:
+        output.show(table)
     if outcome.finished:
         output.show(f"{len(outcome.finished)} finished before, {len(outcome.reports)} predicted now")
+    for path in outcome.waiting:
+        output.show(output.printable(f"{path}: this part is done; others are not complete yet"))
     if outcome.refused:
         output.show(f"{len(outcome.reports)} predicted, {len(outcome.refused)} passed over (named above)")
+    if outcome.reports and not quiet:
+        output.say(output.printable(_how_to_open(outcome.reports[0].labels)), label="open", style="bold cyan")
+
+
+def _how_to_open(labels: Path) -> str:
+    """One line on how to look at labels in Fiji and in napari."""
+    from shlex import quote
+
+    if labels.suffix.lower() == ".zarr":
+        from affmae_engine.predict.volume import has_image, labels_group
+
+        shown, what = (labels, " (image and labels)") if has_image(labels) else (labels_group(labels), "")
+        return (
+            f"napari --plugin napari-ome-zarr {quote(str(shown))}{what}; in Fiji: File > Import > "
+            f"HDF5/N5/Zarr/OME-NGFF Viewer, {shown.resolve()}"
+        )
+    return f"in Fiji: File > Open, {labels.resolve()} (colors are set); or napari {quote(str(labels))}"
 
 
 def _described(reports: Sequence[PredictReport]) -> dict[str, str]:

@@ -125,6 +125,8 @@ class Measurement:
     """With the data loader and CLAHE."""
     clahe_wait: float | None = None
     """Share of that time in which the device waited for data."""
+    end_to_end: dict[str, float] = field(default_factory=dict)
+    """Of `predict`: tiles per second of the whole command by output ("tiff", "zarr"; with CLAHE "tiff, CLAHE", ...)."""
     kernels: list[tuple[str, float, float]] = field(default_factory=list)
     """(name, milliseconds, launches) per step of the most expensive kernels."""
 
@@ -204,6 +206,17 @@ def _measure(result: Measurement, case: SpeedCase, choice: DeviceChoice, *, prof
     # What else was asked for.
     if profile:
         result.kernels = top_kernels(step, device)
+    if case.task == "predict" and case.protocol == "trainer":
+        from affmae_engine.bench.prediction import end_to_end
+
+        del step
+        _empty_cache(device)
+        try:
+            for clahe in (False, True) if on_gpu else (False,):
+                rates = end_to_end(case, model, choice, result.images_per_s, clahe=clahe)
+                result.end_to_end |= {f"{kind}, CLAHE" if clahe else kind: rate for kind, rate in rates.items()}
+        except Exception as error:  # the other figures stand
+            result.note = f"end to end: {first_line(error)}"
     if data is not None and case.task != "predict" and case.protocol == "trainer":
         from affmae_engine.bench.loading import with_loading
 

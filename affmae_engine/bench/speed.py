@@ -230,7 +230,7 @@ def figures_of(results: Mapping[SpeedCase, Measurement]) -> list[Figure]:
 
 def tables_of(results: Mapping[SpeedCase, Measurement]) -> list[Table]:
     """The comparison, the cases, loading where it was measured, and the top kernels where they were asked for."""
-    tables = [_ratio_table(results), _case_table(results), _loading_table(results)]
+    tables = [_ratio_table(results), _case_table(results), _loading_table(results), _end_to_end_table(results)]
     for case, measured in results.items():
         rows = [(name, figure(ms), figure(launches)) for name, ms, launches in measured.kernels]
         tables.append(Table(f"Top kernels: {case.name}", ("kernel", "ms per step", "launches"), rows))
@@ -301,6 +301,18 @@ def _loading_table(results: Mapping[SpeedCase, Measurement]) -> Table:
     ]
     columns = (*_ROW, "network", "images/s", "with loading", "waiting", "and with CLAHE", "waiting for both")
     return Table("With data loading", columns, rows)
+
+
+def _end_to_end_table(results: Mapping[SpeedCase, Measurement]) -> Table:
+    """The whole of `affmae predict` beside its network."""
+    rows = [
+        (*_row(case.row), TITLES[case.family], output, figure(found.images_per_s), figure(rate), _share(share))
+        for case, found in results.items()
+        for output, rate in found.end_to_end.items()
+        for share in (rate / found.images_per_s if found.images_per_s else None,)
+    ]
+    columns = (*_ROW, "network", "output", "tiles/s of the network", "tiles/s end to end", "share")
+    return Table("Prediction, end to end", columns, rows)
 
 
 def _share(value: float | None) -> str:

@@ -29,7 +29,8 @@ from affmae_engine.objects.blocks import Block, ReadWindow, Shape
 from affmae_engine.objects.job import Job
 from affmae_engine.objects.make import MadeObjects
 from affmae_engine.objects.volumes import values_dtype
-from affmae_engine.visualize import save_png, to_grey
+from affmae_engine.picture_files import save_png
+from affmae_engine.visualize import to_grey
 
 ATTRIBUTE = "affmae_objects"
 """Key of our own record in the attributes of an output."""

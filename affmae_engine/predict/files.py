@@ -1,12 +1,13 @@
 """From what a user typed to a list of predictions with their output names, and running that list.
 
-One file in gives one file out; anything else (a folder, a pattern, several names) gives a folder with one TIFF per
-image, subfolders kept. All names are decided, and clashes refused, before anything is computed.
+Numbered sections of one size in a folder are one stack. One stack or file gives one output; anything else gives a
+folder with one TIFF per image, subfolders kept. All names are decided, and clashes refused, before any work is done.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ from affmae_engine.data.readers import Source, find_files, scan_sources
 from affmae_engine.data.store_layout import safe_name
 from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.predict import outputs
+from affmae_engine.predict.finish import PredictReport
 from affmae_engine.predict.identity import is_result
 from affmae_engine.predict.outputs import Outputs
-from affmae_engine.predict.predictor import Predictor
-from affmae_engine.predict.stream import PredictOptions, PredictProgress, PredictReport, predict
-from affmae_engine.runtime.signals import StopRequest
+from affmae_engine.predict.sources import SectionStack, files_of
 
 DEFAULT_FOLDER = Path("predictions")
 """Where results go when no output is named, in the working directory: inputs may lie on read-only microscope shares."""
+
+_NUMBER = re.compile(r"[0-9]+")
+_STACK_NAME = re.compile(r"^(.*?)[ _.-]*(?:z|slice|section|s)?[ _.-]*[0-9]+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,27 @@ class Refused:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every image to predict with its outputs; `out` is the file or folder that all of them are in.
+    """Every input to predict with its outputs; `out` is the file or folder that all of them are in.
 
-    files: where the images are, as they were found below the inputs. finished: label files that an earlier call of the
-    same prediction completed.
+    files: where the images are, as they were found below the inputs. finished: inputs that an earlier call of the same
+    command has completed.
     """
 
     jobs: list[tuple[Source, Outputs]]
     refused: list[Refused]
     out: Path
     files: tuple[Path, ...] = ()
-    finished: tuple[Path, ...] = ()
+    finished: tuple[tuple[Source, Outputs], ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a plan; `finished` are label files that were complete before."""
+    """What came of a plan. finished: inputs that were complete before. waiting: outputs that other shards work on."""
 
     reports: list[PredictReport]
     refused: list[Refused]
-    finished: tuple[Path, ...] = ()
+    finished: tuple[tuple[Source, Outputs], ...] = ()
+    waiting: tuple[Path, ...] = ()
 
 
 def plan(
@@ -63,22 +67,25 @@ def plan(
     *,
     probabilities: bool = False,
     overlay: bool = True,
+    separate: bool = False,
     overwrite: bool = False,
     protect: Sequence[Path] = (),
     truth: Sequence[Path] = (),
-    finished: Callable[[Source, Outputs], bool] | None = None,
+    finished: Callable[[Source, Outputs], bool] = lambda source, targets: False,
 ) -> Plan:
     """Find the images and decide every output's name.
 
     Args:
         inputs: files, folders, patterns. What folders and patterns hold of earlier results is passed over.
-        out: a .tif, .tiff or .zarr for one image, or a folder; None is, in the working directory,
-            `predictions/NAME-labels.tif` for a file, `predictions/FOLDER/` for a folder, `predictions/` for anything
-            else.
+        out: a .tif, .tiff or .zarr for one image or stack, or a folder; None is, in the working directory,
+            `predictions/NAME-labels.tif` for a file or a stack, `predictions/FOLDER/` for a folder of anything else,
+            `predictions/` for the rest.
+        separate: keep numbered sections apart.
+        overwrite: what is there gives way; otherwise only what `finished` knows may be there.
         protect: further paths that no output may touch (the weights).
         truth: files, folders, patterns of true labels, which are passed over like earlier results.
-        finished: whether an image's outputs are there, complete and the very ones wanted (`identity.is_finished`);
-            such an image is left out, and incomplete ones are completed. None refuses outputs that exist.
+        finished: whether an input's outputs are there, complete and the very ones wanted (`identity.is_finished`);
+            such an input is left out.
 
     Raises:
         InputError: nothing was found, or nothing of it can be read.
@@ -86,11 +93,89 @@ def plan(
         ResourceError: the output folder cannot be written to.
     """
     single = len(inputs) == 1 and find_files(inputs) == [Path(inputs[0]).expanduser()]
-    named_file = out is not None and _is_one_file(out, single)
-    folder = _folder(inputs, out, single=single, named_file=named_file)
-    ending = "-labels" if single else ""
-    jobs, refused, readable = [], [], []
-    for file, relative in _found(inputs, folder, truth):
+    named_file = out is not None and _is_one_file(out)
+    found, refused, readable = _opened(inputs, out, truth, single=single)
+    stacks = [] if separate else _stacks(found)
+    in_stacks = {id(source) for stack in stacks for _, source in stack}
+    alone = [(relative, source) for relative, source in found if id(source) not in in_stacks]
+    count = len(alone) + len(stacks)
+    if not count:
+        raise InputError(f"none of the {len(refused)} files could be read; the first: {refused[0].reason}")
+    if named_file and count > 1:
+        if single:
+            raise ConfigError(f"{inputs[0]} holds {count} images, which need a folder", "name one with -o/--out")
+        raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
+    one = count == 1 and (single or bool(stacks))
+    folder = _folder(inputs, out, one=one, named_file=named_file)
+    ending = "-labels" if one else ""
+    jobs = []
+    for stack in stacks:
+        relative, first = stack[0]
+        source: Source = SectionStack([section for _, section in stack], _stack_name(first))
+        jobs.append((source, folder / (Path() if one else relative) / f"{source.info.name}{ending}.tif"))
+    for source, relative, name in _named(alone):
+        jobs.append((source, folder / relative / f"{name}{ending}.tif"))
+    made = [
+        (source, Outputs(out if named_file and out is not None else labels, probabilities, overlay))
+        for source, labels in jobs
+    ]
+    done = [] if overwrite else [(source, targets) for source, targets in made if finished(source, targets)]
+    of_done = {targets.labels for _, targets in done}
+    _check_all(made, overwrite, protect, of_done)
+    left = [(source, targets) for source, targets in made if targets.labels not in of_done]
+    return Plan(left, refused, made[0][1].labels if one else folder, tuple(readable), tuple(done))
+
+
+def run(
+    planned: Plan,
+    predict_one: Callable[[Source, Outputs], PredictReport | None],
+    *,
+    on_report: Callable[[PredictReport], None] = lambda _: None,
+    on_refused: Callable[[Refused], None] = lambda _: None,
+) -> Outcome:
+    """Predict everything that was planned. A file that turns out to be damaged is passed over when there are others.
+
+    Args:
+        predict_one: `run.predict` with everything else set.
+
+    Raises:
+        InputError: not one image could be read.
+        ConfigError, ResourceError, Interrupted: see `run.predict`; finished outputs stay.
+    """
+    reports: list[PredictReport] = []
+    waiting: list[Path] = []
+    refused = list(planned.refused)
+    for problem in refused:
+        on_refused(problem)
+    for source, targets in planned.jobs:
+        try:
+            with source:
+                report = predict_one(source, targets)
+        except InputError as error:
+            if len(planned.jobs) == 1 and not planned.refused and not planned.finished:
+                raise
+            refused.append(Refused(source.info.path, error.message))
+            on_refused(refused[-1])
+            continue
+        if report is None:
+            waiting.append(targets.labels)
+            continue
+        reports.append(report)
+        on_report(report)
+    if not reports and not waiting and not planned.finished:
+        raise InputError(f"none of the {len(refused)} images could be read; the first: {refused[0].reason}")
+    return Outcome(reports, refused, planned.finished, tuple(waiting))
+
+
+def _opened(
+    inputs: Sequence[Path], out: Path | None, truth: Sequence[Path], *, single: bool
+) -> tuple[list[tuple[Path, Source]], list[Refused], list[Path]]:
+    """Images with their folder below the input, what was refused, and the files that could be read."""
+    results = DEFAULT_FOLDER if out is None else out.parent if outputs.is_label_file(out) else out
+    found: list[tuple[Path, Source]] = []
+    refused: list[Refused] = []
+    readable: list[Path] = []
+    for file, relative in _found(inputs, results, truth):
         try:
             sources, problems = scan_sources(file)
         except InputError as error:
@@ -100,74 +185,50 @@ def plan(
             continue
         readable.append(file)
         refused += [Refused(file, problem.message) for problem in problems]
-        if named_file and len(sources) > 1:
-            raise ConfigError(f"{file} holds {len(sources)} images, which need a folder", "name one with -o/--out")
-        for source, name in _named(file, sources):
-            labels = out if named_file and out is not None else folder / relative / f"{name}{ending}.tif"
-            jobs.append((source, Outputs(labels, probabilities, overlay)))
-    if not jobs:
-        raise InputError(f"none of the {len(refused)} files could be read; the first: {refused[0].reason}")
-    where = jobs[0][1].labels if len(jobs) == 1 and single else folder
-    _check_all(jobs, overwrite or finished is not None, protect)
-    done = [targets.labels for source, targets in jobs if finished is not None and finished(source, targets)]
-    jobs = [(source, targets) for source, targets in jobs if targets.labels not in done]
-    return Plan(jobs, refused, where, tuple(readable), tuple(done))
+        found += [(relative, source) for source in sources]
+    return found, refused, readable
 
 
-def _named(file: Path, sources: Sequence[Source]) -> Iterator[tuple[Source, str]]:
-    """The images of a file and the stems of their outputs, which no two share whatever the case of letters."""
-    names: set[str] = set()
-    for source in sources:
-        name = outputs.stem(file)
-        if len(sources) > 1:
-            series = safe_name(source.info.series, names)
-            names.add(series.lower())
+def _stacks(found: Sequence[tuple[Path, Source]]) -> list[list[tuple[Path, Source]]]:
+    """Sections that belong together: of one folder, alike in size, type and pixel size, told apart by numbers alone."""
+    groups: dict[tuple[object, ...], list[tuple[Path, Source]]] = {}
+    for relative, source in found:
+        info = source.info
+        pattern = _NUMBER.sub("#", info.path.stem)
+        if info.shape_ZYX[0] == 1 and not info.series and "#" in pattern:
+            key = info.path.parent, pattern, info.path.suffix.lower(), info.shape_ZYX, info.dtype, info.pixel_nm
+            groups.setdefault(key, []).append((relative, source))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _stack_name(first: Source) -> str:
+    """What the names of the sections have in common, or the name of their folder."""
+    match = _STACK_NAME.match(first.info.path.stem)
+    return (match[1] if match else "") or first.info.path.resolve().parent.name or "stack"
+
+
+def _named(found: Sequence[tuple[Path, Source]]) -> Iterator[tuple[Source, Path, str]]:
+    """Images with their folder and the stems of their outputs, which differ within a file whatever the case."""
+    several: dict[Path, int] = {}
+    for _, source in found:
+        several[source.info.path] = several.get(source.info.path, 0) + 1
+    names: dict[Path, set[str]] = {}
+    for relative, source in found:
+        path = source.info.path
+        name = outputs.stem(path)
+        if several[path] > 1:
+            taken = names.setdefault(path, set())
+            series = safe_name(source.info.series, taken)
+            taken.add(series.lower())
             name = f"{name}-{series}"
-        yield source, name
+        yield source, relative, name
 
 
-def run(
-    planned: Plan,
-    predictor: Predictor,
-    options: PredictOptions,
-    *,
-    on_progress: Callable[[PredictProgress], None] = lambda _: None,
-    on_report: Callable[[PredictReport], None] = lambda _: None,
-    on_refused: Callable[[Refused], None] = lambda _: None,
-    stop: StopRequest | None = None,
-) -> Outcome:
-    """Predict everything that was planned. A file that turns out to be damaged is passed over when there are others.
-
-    Raises:
-        InputError: not one image could be read.
-        ConfigError, ResourceError, Interrupted: see `stream.predict`; finished outputs stay.
-    """
-    reports: list[PredictReport] = []
-    refused = list(planned.refused)
-    for problem in refused:
-        on_refused(problem)
-    for source, targets in planned.jobs:
-        try:
-            with source:
-                report = predict(source, predictor, targets, options, on_progress=on_progress, stop=stop)
-        except InputError as error:
-            if len(planned.jobs) == 1 and not planned.refused and not planned.finished:
-                raise
-            refused.append(Refused(source.info.path, error.message))
-            on_refused(refused[-1])
-            continue
-        reports.append(report)
-        on_report(report)
-    if not reports and not planned.finished:
-        raise InputError(f"none of the {len(refused)} images could be read; the first: {refused[0].reason}")
-    return Outcome(reports, refused, planned.finished)
-
-
-def _is_one_file(out: Path, single: bool) -> bool:
+def _is_one_file(out: Path) -> bool:
     """Whether the output that was named is a file for one image; else it is a folder.
 
     Raises:
-        ConfigError: a file of another kind, or one file for several inputs.
+        ConfigError: a file of another kind.
     """
     named_file = outputs.is_label_file(out)
     if out.suffix and not named_file and not out.is_dir():
@@ -175,17 +236,15 @@ def _is_one_file(out: Path, single: bool) -> bool:
             f"{out}: labels are written as .tif, .tiff or .zarr (OME-Zarr)",
             "name the output with one of these extensions, or name a folder without one",
         )
-    if named_file and not single:
-        raise ConfigError(f"several inputs cannot go into the one file {out}", "name a folder with -o/--out")
     return named_file
 
 
-def _folder(inputs: Sequence[Path], out: Path | None, *, single: bool, named_file: bool) -> Path:
+def _folder(inputs: Sequence[Path], out: Path | None, *, one: bool, named_file: bool) -> Path:
     """The folder that results go to."""
     if out is not None:
         return out.parent if named_file else out
     first = Path(inputs[0]).expanduser()
-    one_folder = len(inputs) == 1 and not single and first.is_dir()
+    one_folder = len(inputs) == 1 and not one and first.is_dir()
     return DEFAULT_FOLDER / first.resolve().name if one_folder else DEFAULT_FOLDER
 
 
@@ -218,8 +277,10 @@ def _found(inputs: Sequence[Path], folder: Path, truth: Sequence[Path]) -> Itera
         raise InputError(f"there are only {what} in {', '.join(map(str, inputs))}", "name the images")
 
 
-def _check_all(jobs: Sequence[tuple[Source, Outputs]], overwrite: bool, protect: Sequence[Path]) -> None:
-    sources = list(dict.fromkeys(source.info.path for source, _ in jobs))
+def _check_all(
+    jobs: Sequence[tuple[Source, Outputs]], overwrite: bool, protect: Sequence[Path], finished: set[Path]
+) -> None:
+    sources = list(dict.fromkeys(path for source, _ in jobs for path in files_of(source)))
     taken: dict[str, Source] = {}
     for source, targets in jobs:
         for path in targets.all:
@@ -231,4 +292,4 @@ def _check_all(jobs: Sequence[tuple[Source, Outputs]], overwrite: bool, protect:
                     "rename one, or predict them into different folders",
                 )
     for _, targets in jobs:
-        outputs.check(targets, [*sources, *protect], overwrite=overwrite)
+        outputs.check(targets, [*sources, *protect], overwrite=overwrite or targets.labels in finished)

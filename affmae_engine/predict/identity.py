@@ -1,67 +1,39 @@
-"""What the bytes of a prediction depend on, and whether outputs that are there already are those of a prediction.
+"""Whether outputs that are there already are those of a prediction, and what opens them.
 
-Outputs carry a hash over it, so that a finished one is known again when a folder is predicted a second time.
+Outputs carry a hash over everything that they were made from, so that a finished one is known again when the same
+command is given a second time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tifffile import TiffFile
 
-from affmae_engine.data.readers import Source
-from affmae_engine.data.readers.files import size_and_mtime
+from affmae_engine.data.readers import Source, open_sources
 from affmae_engine.data.readers.formats import sniff
 from affmae_engine.data.readers.source import Refused, reading
 from affmae_engine.data.readers.tiff import logged_errors_fail
+from affmae_engine.data.statistics import measure
 from affmae_engine.errors import ConfigError, InputError
-from affmae_engine.predict import journal
-from affmae_engine.predict.ome_zarr import ATTRIBUTE
+from affmae_engine.predict.job import PredictOptions, made_from_of
 from affmae_engine.predict.outputs import OVERLAY_ENDING, TIFF_SUFFIXES, ZARR_SUFFIX, Outputs
+from affmae_engine.predict.overlay import OverlayPicture
 from affmae_engine.predict.predictor import Predictor
-
-if TYPE_CHECKING:
-    from affmae_engine.predict.stream import PredictOptions
+from affmae_engine.predict.sources import identity_of
+from affmae_engine.predict.volume import fingerprint_of, labels_group
+from affmae_engine.predict.work import Work, digest
 
 # In JSON, in JSON inside XML attributes, or in XML text.
 _IN_TEXT = re.compile(r"fingerprint(?:\"|&quot;|\\\"): (?:\"|&quot;|\\\")([0-9a-f]{64})")
 
 
-def made_from(source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions) -> dict[str, Any]:
-    """Everything that the bytes of a prediction depend on, as plain JSON values.
-
-    Raises:
-        InputError: the image is gone.
-    """
-    info = source.info
-    with reading(info.path):
-        size, mtime = size_and_mtime(info.path)
-    return {
-        "weights": predictor.weights_sha256,
-        "image": [info.path.name, info.series, size, mtime, *info.shape_ZYX],
-        "tile": predictor.tile(options.tile),
-        "overlap": options.overlap,
-        "batch": options.batch_size,
-        "rescaling": options.rescale,
-        "pixel_size": list(options.pixel_nm),
-        "probabilities": targets.with_probabilities,
-        "device": [predictor.choice.device.type, predictor.choice.precision],
-    }
-
-
-def fingerprint(made_from: Mapping[str, Any]) -> str:
-    """SHA-256 of what a prediction depends on; outputs carry it, so that a finished one is known again."""
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-
-
 def is_finished(source: Source, predictor: Predictor, targets: Outputs, options: PredictOptions) -> bool:
-    """Whether every output of this very prediction is there; False as well when there are none or only some.
+    """Whether the output of this very prediction is there: labels appear last, and only when they are complete.
+
+    A picture that is missing then is drawn, and what a call that was killed after its last step left is removed.
 
     Raises:
         ConfigError: the labels there were made by another prediction, or by something else, or are damaged.
@@ -69,7 +41,7 @@ def is_finished(source: Source, predictor: Predictor, targets: Outputs, options:
     """
     if not targets.labels.exists():
         return False
-    wanted = fingerprint(made_from(source, predictor, targets, options))
+    wanted = digest(made_from_of(identity_of(source), source, predictor, targets, options))
     try:
         recorded = recorded_fingerprint(targets.labels)
     except InputError as error:
@@ -77,12 +49,31 @@ def is_finished(source: Source, predictor: Predictor, targets: Outputs, options:
             f"there is an output already that cannot be used: {error.message}",
             "replace it with --overwrite, or choose another -o/--out",
         ) from error
+    if recorded is None:
+        raise ConfigError(f"{targets.labels} exists already", "replace it with --overwrite, or choose another -o/--out")
     if recorded != wanted:
         raise ConfigError(
             f"{targets.labels} exists and was made with another model, image or options",
             "replace it with --overwrite, or choose another -o/--out",
         )
-    return all(path.exists() for path in targets.all) and not journal.folder_of(targets.labels).exists()
+    if targets.probabilities is not None and not targets.probabilities.exists():
+        return False
+    Work(targets.labels).discard()
+    if targets.overlay is not None and not targets.overlay.exists():
+        picture = OverlayPicture(source.info.shape_ZYX)
+        with open_labels(targets.labels) as labels:
+            picture.gather_from(labels)
+        picture.attempt(targets.overlay, source, measure(source), predictor.metadata.class_names)
+    return True
+
+
+def open_labels(path: Path) -> Source:
+    """The labels that a prediction wrote, of this version or of an earlier one.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    return open_sources(labels_group(path) if path.is_dir() else path, labels=True)[0]
 
 
 def is_result(file: Path) -> bool:
@@ -106,12 +97,7 @@ def recorded_fingerprint(labels: Path) -> str | None:
         InputError: a file that is empty, or a TIFF that cannot be read: nobody knows what wrote it.
     """
     if labels.is_dir():
-        try:
-            attributes = json.loads((labels / "zarr.json").read_text("utf-8"))["attributes"]
-            found = attributes[ATTRIBUTE].get("fingerprint")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
-        return found if isinstance(found, str) else None
+        return fingerprint_of(labels)
     if not labels.is_file():
         return None
     with reading(labels):

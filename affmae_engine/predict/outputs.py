@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from affmae_engine import atomic
 from affmae_engine.errors import ConfigError, ResourceError, human_bytes
-from affmae_engine.predict.ome_zarr import ATTRIBUTE
+from affmae_engine.predict.volume import is_ours
+from affmae_engine.predict.work import Work
+
+if TYPE_CHECKING:
+    from affmae_engine.predict.job import Job
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 ZARR_SUFFIX = ".zarr"
@@ -67,6 +72,8 @@ def is_label_file(path: Path) -> bool:
 def check(outputs: Outputs, inputs: Sequence[Path], *, overwrite: bool) -> None:
     """Refuse what must not be written, before anything is computed.
 
+    What lies beside the labels may be there while these are under way: it is published before them.
+
     Raises:
         ConfigError: an unknown extension, an output that is or touches an input, or one that exists.
         ResourceError: the folder cannot be written to.
@@ -76,36 +83,49 @@ def check(outputs: Outputs, inputs: Sequence[Path], *, overwrite: bool) -> None:
             f"{outputs.labels}: labels are written as .tif, .tiff or .zarr (OME-Zarr)",
             "name the output with one of these extensions, or name a folder",
         )
+    under_way = Work(outputs.labels).plan_file.exists()
     for path in outputs.all:
         _check_apart(path, inputs)
         if path.exists():
-            _check_replaceable(path, overwrite)
+            _check_replaceable(path, overwrite or (under_way and path != outputs.labels))
     atomic.ensure_folder(outputs.labels.parent)
 
 
 def sweep(outputs: Outputs) -> None:
-    """Delete what a killed process left under hidden names; the caller holds the output's journal."""
+    """Delete what a killed process left under hidden names; the caller holds the output's work folder."""
     for path in outputs.all:
         atomic.sweep(path.parent, path.name)
 
 
-def check_space(outputs: Outputs, label_bytes: int, classes: int, pixels: int) -> None:
+def needed_bytes(job: Job) -> int:
+    """Disk that a prediction takes until it is complete, estimated: compressed labels, probabilities and copy of the
+    image, with their pyramids."""
+    pixels = math.prod(job.source.info.shape_ZYX)
+    labels = pixels * job.dtype.itemsize // COMPRESSION
+    needed = SLACK_BYTES + labels + (0 if job.targets.is_zarr else labels)  # a TIFF is written from blocks
+    if job.targets.with_probabilities:
+        needed += job.predictor.classes * pixels // 2
+    if job.merge is not None:
+        needed += len(job.passes) * job.predictor.classes * pixels // 2
+    if job.output.image is not None:
+        needed += pixels * job.source.info.dtype.itemsize * 4 // 3
+    return needed
+
+
+def check_space(job: Job) -> None:
     """Refuse to start when the disk can hardly hold the result.
 
     Raises:
         ResourceError: too little space is left; the message has both numbers.
     """
-    needed = label_bytes // COMPRESSION + SLACK_BYTES
-    if outputs.with_probabilities:
-        needed += classes * pixels // 2
-    needed += needed - SLACK_BYTES  # the journal holds the same until the end
-    free = shutil.disk_usage(outputs.labels.parent).free
-    if free < needed:
+    folder, needed = job.targets.labels.parent, needed_bytes(job)
+    free = shutil.disk_usage(folder).free
+    if free < needed * (1 - len(job.finished(job.numbers)) / len(job.numbers)):
+        extra = [", or leave out --probabilities"] * job.targets.with_probabilities
+        extra += [", or use --no-image"] * (job.output.image is not None)
         raise ResourceError(
-            f"{outputs.labels.parent} has {human_bytes(free)} left and this prediction needs about "
-            f"{human_bytes(needed)}",
-            "free some space or choose another -o/--out"
-            + (", or leave out --probabilities" if outputs.with_probabilities else ""),
+            f"{folder} has {human_bytes(free)} left and this prediction needs about {human_bytes(needed)}",
+            f"free some space or choose another -o/--out{''.join(extra)}",
         )
 
 
@@ -133,11 +153,3 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{path} exists and was not written by affmae predict, so it is not replaced", "choose another -o/--out"
         )
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder is a volume that `affmae predict` wrote."""
-    try:
-        return ATTRIBUTE in json.loads((folder / "zarr.json").read_text("utf-8"))["attributes"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False

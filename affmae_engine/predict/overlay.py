@@ -1,8 +1,8 @@
-"""A picture of a few sections, plain and with their labels, gathered while the labels stream by.
+"""A picture of a few sections, plain above and with their labels below.
 
-Large sections are shown reduced: labels are sampled, the image is averaged over the same blocks.
+Large sections are shown reduced: labels are sampled, the image is averaged over the same squares.
 
-Axes: Y X section, R rows of one piece.
+Axes: Y X section.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from affmae_engine.data.readers import Source
 from affmae_engine.data.statistics import Statistics
 from affmae_engine.errors import AffmaeError, one_line
 from affmae_engine.picture_files import save_png
-from affmae_engine.predict.label_rows import LabelRows
+from affmae_engine.predict.volume import Pyramid
 from affmae_engine.visualize import overlay, to_grey
 
 LONGEST_EDGE = 768
@@ -27,7 +27,7 @@ GAP = 8
 
 
 class OverlayPicture:
-    """Collects reduced labels of sections spread evenly over a volume, then draws them over the image.
+    """Sections spread evenly over a volume.
 
     Args:
         shape_ZYX: of the volume.
@@ -37,29 +37,42 @@ class OverlayPicture:
         depth, height, width = shape_ZYX
         self.sections = sorted({(2 * i + 1) * depth // (2 * SECTIONS) for i in range(SECTIONS)})
         step = -(-max(height, width) // LONGEST_EDGE)
-        self._step = min(step, height), min(step, width)  # an edge shorter than a block is one block
+        self._step = min(step, height), min(step, width)  # an edge shorter than a square is one square
         self._shape = height // self._step[0], width // self._step[1]
         self.path: Path | None = None
         """Where it was written, once it is."""
-        self._labels = {z: np.zeros(self._shape, np.uint32) for z in self.sections}
+        self._labels: list[np.ndarray] = []
 
-    def add(self, piece: LabelRows) -> None:
-        """Take what is needed of some rows."""
-        target = self._labels.get(piece.z)
-        if target is None:
-            return
-        down, across = self._step
-        half = down // 2
-        first = -(-max(0, piece.first_row - half) // down)
-        last = min(self._shape[0], -(-max(0, piece.first_row + len(piece.labels_RX) - half) // down))
-        if last <= first:
-            return
-        rows = np.arange(first, last) * down + half - piece.first_row
-        columns = np.arange(self._shape[1]) * across + across // 2
-        target[first:last] = piece.labels_RX[rows][:, columns]
+    def gather(self, labels: Pyramid | None) -> None:
+        """Take the labels of the sections, from the coarsest level that has a pixel for every square."""
+        assert labels is not None
+        level = min(len(labels.levels) - 1, max(0, min(self._step).bit_length() - 1))
+        rows, columns = (
+            (np.arange(count) * step + step // 2) >> level for count, step in zip(self._shape, self._step, strict=True)
+        )
+        array = labels.arrays[level]
+        rows, columns = np.minimum(rows, array.shape[1] - 1), np.minimum(columns, array.shape[2] - 1)
+        self._labels = [array[z][rows][:, columns].astype(np.uint32) for z in self.sections]
+
+    def gather_from(self, labels: Source) -> None:
+        """Take the labels of the sections from a finished output.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        rows, columns = (
+            np.arange(count) * step + step // 2 for count, step in zip(self._shape, self._step, strict=True)
+        )
+        everything = slice(None)
+        self._labels = [
+            np.stack([labels.read(slice(z, z + 1), slice(y, y + 1), everything)[0, 0, columns] for y in rows]).astype(
+                np.uint32
+            )
+            for z in self.sections
+        ]
 
     def save(self, path: Path, source: Source, statistics: Statistics, class_names: Sequence[str]) -> None:
-        """Draw the sections side by side, plain above and labelled below, and write the PNG atomically.
+        """Draw the sections side by side and write the PNG atomically.
 
         Raises:
             InputError: the image cannot be read any more.
@@ -68,15 +81,15 @@ class OverlayPicture:
         limits = statistics.percentiles["0.5"], statistics.percentiles["99.5"]
         grey: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for z in self.sections:
+        for z, labels_YX in zip(self.sections, self._labels, strict=True):
             grey += [to_grey(self._reduced(source, z), limits), _gap(self._shape[0], GAP, 255)]
-            labels += [self._labels[z], _gap(self._shape[0], GAP, 0)]
-        image_YX, labels_YX = np.concatenate(grey[:-1], axis=1), np.concatenate(labels[:-1], axis=1)
-        # Above, everything is class 0, which is drawn without colour: the same sections as they are.
+            labels += [labels_YX, _gap(self._shape[0], GAP, 0)]
+        image_YX, classes_YX = np.concatenate(grey[:-1], axis=1), np.concatenate(labels[:-1], axis=1)
+        # Above, everything is class 0, which is drawn without color: the same sections as they are.
         gap = GAP, image_YX.shape[1]
         doubled = np.concatenate([image_YX, _gap(*gap, 255), image_YX])
-        coloured = np.concatenate([np.zeros_like(labels_YX), _gap(*gap, 0), labels_YX])
-        save_png(path, overlay(doubled, coloured, class_names))
+        colored = np.concatenate([np.zeros_like(classes_YX), _gap(*gap, 0), classes_YX])
+        save_png(path, overlay(doubled, colored, class_names))
 
     def attempt(self, path: Path, source: Source, statistics: Statistics, class_names: Sequence[str]) -> list[str]:
         """Like `save`, but returns what went wrong as a warning; none when nothing did."""
@@ -89,7 +102,7 @@ class OverlayPicture:
         return []
 
     def _reduced(self, source: Source, z: int) -> np.ndarray:
-        """Means over the blocks of a section, read a few rows at a time; float32."""
+        """Means over the squares of a section, read a few rows at a time; float32."""
         rows, columns = self._shape
         down, across = self._step
         width = columns * across

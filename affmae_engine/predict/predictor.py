@@ -7,8 +7,9 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import ValidationError
 from torch import nn
 
@@ -17,7 +18,7 @@ from affmae_engine.config import ModelConfig, TrainConfig
 from affmae_engine.data.normalise import Normalisation
 from affmae_engine.errors import CorruptError, InputError
 from affmae_engine.model.build import build_segmenter
-from affmae_engine.predict.label_rows import label_dtype
+from affmae_engine.predict.network import TileNetwork
 from affmae_engine.run_dir import RunDir, list_runs
 from affmae_engine.runtime.device import DeviceChoice, exact_fp32, pick_device
 from affmae_engine.weights import WeightsMetadata, read_metadata, read_tensors
@@ -101,9 +102,34 @@ class Predictor:
         with self.weights.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def tile(self, asked: int | None) -> int:
-        """Edge of a tile: `asked`, or the training image's, rounded up to whole patches."""
-        return -(-(asked or self.metadata.image_size) // self.patch) * self.patch
+    def tile(self, asked: int | None, shape_ZYX: tuple[int, int, int]) -> int:
+        """Edge of a tile in whole patches: `asked`, or the training image's.
+
+        What is larger than both the planes and the training image is clamped: it would see nothing but reflections.
+        """
+        wanted, trained, image = (
+            -(-pixels // self.patch) * self.patch
+            for pixels in (asked or self.metadata.image_size, self.metadata.image_size, max(shape_ZYX[1:]))
+        )
+        return min(wanted, max(trained, image))
+
+    def network(self, *, tta: bool = False) -> TileNetwork:
+        """The model as a function of tiles; the same one in every call."""
+        if tta not in self._networks:
+            self._networks[tta] = TileNetwork(
+                self.model,
+                classes=self.classes,
+                device=self.choice.device,
+                autocast=self.choice.dtype if self.choice.precision != "fp32" else None,
+                excluded=self.excluded,
+                tta=tta,
+                record=True,
+            )
+        return self._networks[tta]
+
+    @cached_property
+    def _networks(self) -> dict[bool, TileNetwork]:
+        return {}
 
     def describe(self) -> dict[str, object]:
         """What made an output, as plain JSON values."""
@@ -113,6 +139,11 @@ class Predictor:
             "dtype": str(label_dtype(self.classes)),
             "training_pixel_nm": self.metadata.pixel_nm,
         }
+
+
+def label_dtype(classes: int) -> np.dtype[Any]:
+    """The smallest unsigned integer that holds the labels 0..classes-1."""
+    return np.min_scalar_type(max(0, classes - 1))
 
 
 def newest_finetune_run(folder: Path = Path("runs")) -> Path:

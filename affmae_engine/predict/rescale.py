@@ -1,26 +1,18 @@
-"""Resampling of planes between two pixel sizes, band by band, with the result of resampling the whole plane.
+"""Resampling between two pixel sizes, one axis at a time, for any window of the result.
 
-The filter is the antialiased bilinear one (a triangle as wide as the larger of the two pixels). It is separable, so
-each axis is a sparse matrix with a few entries per output pixel, and a band of output rows needs only the input rows
-under its own entries: nothing depends on where bands begin.
-
-Axes: C classes, R rows of a band, Y X plane.
+The filter is the antialiased bilinear one (a triangle as wide as the larger of the two pixels). Every output pixel is a
+sum over a few input pixels, so a window of the output needs only the input under it, and has the values that it would
+have if the whole plane were resampled at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-
-from affmae_engine.predict.infer import Band, Plane
-
-ROWS_AT_ONCE = 64
-"""Rows that leave at once when probabilities are mapped back, which bounds memory however fine the input is."""
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,23 +23,42 @@ class AxisResampling:
     new: int
 
     @cached_property
-    def matrix(self) -> csr_matrix:
-        """float32 [new, old]; every row sums to 1."""
+    def taps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Input pixels of every output pixel, int64 [new, taps], and their weights, float32; the weights sum to 1."""
         ratio = self.old / self.new
         reach = max(1.0, ratio)
-        centre = (np.arange(self.new) + 0.5) * ratio - 0.5
-        taps = np.floor(centre - reach).astype(np.int64)[:, None] + np.arange(int(np.ceil(2 * reach)) + 2)
-        weight = np.maximum(0, 1 - np.abs(taps - centre[:, None]) / reach)
-        weight[(taps < 0) | (taps >= self.old)] = 0
+        center = (np.arange(self.new) + 0.5) * ratio - 0.5
+        place = np.floor(center - reach).astype(np.int64)[:, None] + np.arange(int(np.ceil(2 * reach)) + 2)
+        weight = np.maximum(0, 1 - np.abs(place - center[:, None]) / reach)
+        weight[(place < 0) | (place >= self.old)] = 0
         weight /= weight.sum(1, keepdims=True)
-        row, column = np.nonzero(weight)
-        entries = weight[row, column].astype(np.float32)
-        return csr_matrix((entries, (row, taps[row, column])), shape=(self.new, self.old))
+        return place, weight.astype(np.float32)
 
     def needed(self, first: int, last: int) -> tuple[int, int]:
         """First and one-past-last old pixel under the new pixels first..last-1."""
-        columns = self.matrix.indices[self.matrix.indptr[first] : self.matrix.indptr[last]]
-        return int(columns.min()), int(columns.max()) + 1
+        place, weight = (values[first:last] for values in self.taps)
+        used = place[weight > 0]
+        return int(used.min()), int(used.max()) + 1
+
+    def apply(self, values: Tensor, dim: int, held: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+        """The new pixels `wanted` along `dim`.
+
+        Args:
+            values: float32; along `dim` the old pixels `held` (first, one past last), which include all that is needed.
+            dim: the axis.
+            held, wanted: ranges of pixels.
+        """
+        place, weight = (part[wanted[0] : wanted[1]] for part in self.taps)
+        shape = [1] * values.ndim
+        shape[dim] = -1
+        total: Tensor | None = None
+        for k in range(place.shape[1]):
+            index = torch.from_numpy(np.clip(place[:, k] - held[0], 0, held[1] - held[0] - 1)).to(values.device)
+            factor = torch.from_numpy(weight[:, k].copy()).to(values.device).view(shape)
+            part = values.index_select(dim, index)
+            total = part.mul_(factor) if total is None else total.addcmul_(part, factor)
+        assert total is not None
+        return total
 
 
 def resampled_shape(
@@ -56,52 +67,3 @@ def resampled_shape(
     """Height and width of a plane after resampling from one pixel size to another, at least one pixel."""
     height, width = (max(1, round(n * old / new)) for n, old, new in zip(shape, old_nm, new_nm, strict=True))
     return height, width
-
-
-class ResampledPlane:
-    """A plane seen at another pixel size; rows are resampled when they are asked for."""
-
-    def __init__(self, plane: Plane, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self._plane = plane
-        self._y = AxisResampling(plane.shape[0], shape[0])
-        self._x = AxisResampling(plane.shape[1], shape[1])
-
-    def rows(self, first: int, last: int, /) -> np.ndarray:
-        """Resampled rows first..last-1 as float32."""
-        low, high = self._y.needed(first, last)
-        rows = self._y.matrix[first:last, low:high] @ self._plane.rows(low, high)
-        return np.ascontiguousarray((self._x.matrix @ rows.T).T)
-
-
-def map_back(bands: Iterable[Band], inner: tuple[int, int], outer: tuple[int, int]) -> Iterator[Band]:
-    """Probabilities at the network's pixel size, resampled to the input's own grid.
-
-    Args:
-        bands: complete planes in order, each of shape `inner`.
-        outer: shape of the planes that come out.
-
-    Yields:
-        bands of at most `ROWS_AT_ONCE` rows, on the CPU; they still sum to 1 over the classes.
-    """
-    y, x = AxisResampling(inner[0], outer[0]), AxisResampling(inner[1], outer[1])
-    held: np.ndarray | None = None
-    plane, held_from, done = -1, 0, 0
-    for band in bands:
-        values_CRX = band.probabilities_CRX.cpu().numpy()
-        if band.plane != plane:
-            plane, held_from, done, held = band.plane, 0, 0, None
-        held = values_CRX if held is None else np.concatenate([held, values_CRX], axis=1)
-        available = held_from + held.shape[1]
-        while done < outer[0]:
-            last = min(outer[0], done + ROWS_AT_ONCE)
-            low, high = y.needed(done, last)
-            if high > available:
-                break
-            rows_matrix = y.matrix[done:last, low:high]
-            part = [x.matrix @ (rows_matrix @ held_YX[low - held_from : high - held_from]).T for held_YX in held]
-            yield Band(plane, done, torch.from_numpy(np.stack(part).transpose(0, 2, 1)))
-            done = last
-        if done < outer[0]:
-            keep = y.needed(done, min(outer[0], done + 1))[0]
-            held, held_from = held[:, keep - held_from :], keep

@@ -10,6 +10,7 @@ Axes: T tile, N tiles along the axis.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,41 +95,7 @@ class Axis:
             rows.append(weight * ((position >= 0) & (position < self.length)))
         return torch.stack(rows).float()
 
-    def sources(self, first: int, last: int) -> np.ndarray:
-        """Pixels of the image that stand at positions first..last-1, reflected at its ends; int64."""
-        return reflect(np.arange(first, last), self.length)
-
-    def inside(self, tile_index: int) -> tuple[int, int]:
-        """First and one-past-last pixel of the image that tile `tile_index` covers."""
-        start = self.starts[tile_index]
-        return max(0, start), min(self.length, start + self.tile)
-
-    def finished(self, tile_index: int) -> int:
-        """Pixels 0..n-1 that no tile after `tile_index` covers."""
-        if tile_index + 1 >= len(self.starts):
-            return self.length
-        return min(self.length, max(0, self.starts[tile_index + 1]))
-
-
-def restart(y: Axis, columns: int, batch: int, done: tuple[int, int], *, whole: bool = False) -> tuple[int, int]:
-    """Where tiled inference takes up again so that what follows has the very bits that it would have had.
-
-    All tiles that reach unfinished rows must be seen again, and batches must hold the same tiles as before: a network
-    may round differently in another batch.
-
-    Args:
-        y: the tiles of a plane from top to bottom.
-        columns: tiles of one row.
-        batch: tiles of a forward pass; batches run on over rows and planes.
-        done: the plane and the row of pixels in it that come next.
-        whole: begin with the first row of a plane.
-
-    Returns:
-        plane and row of tiles to begin with.
-    """
-    plane, pixel_row = done
-    reaching = next(i for i in range(len(y.starts)) if y.inside(i)[1] > pixel_row)
-    number = plane * len(y.starts) + reaching
-    while number * columns % batch or (whole and number % len(y.starts)):
-        number -= 1
-    return divmod(number, len(y.starts))
+    def covering(self, first: int, last: int) -> range:
+        """Numbers of the tiles that reach into the pixels first..last-1."""
+        low = bisect.bisect_right(self.starts, first - self.tile)
+        return range(low, bisect.bisect_left(self.starts, last))

@@ -4,7 +4,7 @@ The score is the mean IoU over all validation pixels; classes without a true pix
 two classes are left there is no score. Very large validation sets are scored on sections spread evenly over them,
 always the same ones, so that scores stay comparable.
 
-Axes: C classes, R rows of a band, Y X section.
+Axes: Y X section.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.segmentation import Section
 from affmae_engine.data.store import Store
 from affmae_engine.picture_files import Picture
-from affmae_engine.predict.infer import ArrayPlane, TileRunner, Tiling, blend
+from affmae_engine.predict.compute import predicted_classes
+from affmae_engine.predict.network import TileNetwork
 from affmae_engine.segmentation_metrics import Confusion, class_mean, mean
 from affmae_engine.train.task import Evaluation
 from affmae_engine.visualize import comparison_picture
@@ -86,22 +87,19 @@ class SegmentationEvaluation:
     ) -> NDArray[np.int64]:
         """Predicted classes of a window of a section."""
         intensities = self.normalisation.for_image(self.store[section.name].statistics)
-        plane = ArrayPlane(intensities.standardise(section.image(self.store, y, x)))
         patch = self.config.model.patch_size
         tile = -(-(self.config.predict.tile or self.config.image_size) // patch) * patch
         ignored = self.config.finetune.ignore_label
-        runner = TileRunner(
+        network = TileNetwork(
             model,
             classes=len(self.class_names),
-            batch_size=self.config.predict.batch_size,
             device=device,
             excluded=() if ignored is None else (ignored,),
         )
-        classes_YX = np.empty(plane.shape, np.int64)
-        for band in blend([plane], runner, Tiling(tile, self.config.predict.overlap), prepare=intensities.equalise):
-            best_RX = band.probabilities_CRX.argmax(dim=0).cpu().numpy()
-            classes_YX[band.first_row : band.first_row + len(best_RX)] = best_RX
-        return classes_YX
+        return predicted_classes(
+            network, section.image(self.store, y, x), intensities, tile=tile,
+            overlap=self.config.predict.overlap, batch_size=self.config.predict.batch_size,
+        )  # fmt: skip
 
 
 def chosen_sections(sections: Sequence[Section], *, most_pixels: int = _MOST_PIXELS) -> list[Section]:

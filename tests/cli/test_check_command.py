@@ -14,12 +14,11 @@ from typer.testing import CliRunner, Result
 
 from affmae_cli.main import app
 from affmae_engine import checkpoint
-from affmae_engine.class_colors import class_colours
 from affmae_engine.config import RunConfig
 from affmae_engine.data.ingest import ingest
-from affmae_engine.predict.label_rows import LabelRows, OutputInfo
-from affmae_engine.predict.ome_zarr import ZarrRows, labels_attributes
-from affmae_engine.predict.tiff_labels import write_tiff
+from affmae_engine.predict.grid import Grid
+from affmae_engine.predict.tiff_labels import OutputInfo, write_tiff
+from affmae_engine.predict.volume import Pyramid, image_attributes, labels_attributes
 from affmae_engine.run_dir import create
 from affmae_engine.weights import WeightsMetadata
 
@@ -49,22 +48,38 @@ def run(root: Path) -> Path:
 
 def tiff(root: Path) -> Path:
     about = OutputInfo("a", (3, 50, 40), LABELS.dtype, (None, 4.0, 4.0), ("x", "y", "z"), {"fingerprint": "0" * 64})
-    write_tiff(root / "a.tif", about, (LabelRows(z, 0, LABELS[z]) for z in range(3)))
+    write_tiff(root / "a.tif", about, LABELS)
     return root / "a.tif"
 
 
-def volume(root: Path) -> Path:
-    attributes = labels_attributes("a", (None, None, None), ("x", "y", "z"), class_colours(3), {})
-    rows = ZarrRows(
-        root / "a.zarr",
-        shape_ZYX=(3, 50, 40),
-        dtype=LABELS.dtype,
-        attributes=attributes,
-        dimension_names=("z", "y", "x"),
-    )
-    for z in range(3):
-        rows.add(z, 0, LABELS[z] if z != 1 else np.zeros_like(LABELS[z]))
+def flat_volume(root: Path) -> Path:
+    """As version 0.1.0 wrote labels: one array at the root."""
+    pyramid = Pyramid(root / "a.zarr", Grid((3, 50, 40), (3, 50, 40)), LABELS.dtype)
+    pyramid.create(labels_attributes("a", (None, None, None), 1, ("x", "y", "z"), {}))
+    pyramid.write(pyramid.grid[0], LABELS)
     return root / "a.zarr"
+
+
+def volume(root: Path) -> Path:
+    """As it is written now: the image at the root, labels below it."""
+    grid = Grid((3, 50, 40), (3, 50, 40))
+    image, labels = (Pyramid(folder, grid, LABELS.dtype) for folder in (root / "b.zarr", root / "b.zarr/labels/b"))
+    image.create(image_attributes("b", (None, None, None), 1, (0.0, 2.0), {}))
+    labels.create(labels_attributes("b", (None, None, None), 1, ("x", "y", "z"), {}))
+    attributes = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": {"version": "0.5", "labels": ["b"]}}}
+    (root / "b.zarr" / "labels" / "zarr.json").write_text(json.dumps(attributes))
+    for pyramid in (image, labels):
+        pyramid.write(grid[0], LABELS)
+    return root / "b.zarr"
+
+
+def folder(root: Path) -> Path:
+    """A folder of predictions, with others' files between them."""
+    (root / "all" / "deep").mkdir(parents=True)
+    tiff(root / "all")
+    volume(root / "all" / "deep")
+    tifffile.imwrite(root / "all" / "foreign.tif", LABELS, photometric="minisblack")
+    return root / "all"
 
 
 def damage(file: Path) -> None:
@@ -83,7 +98,9 @@ def damage(file: Path) -> None:
     ("make", "kind", "victim"),
     [(dataset, "dataset", "images/a/0/c/0/0/0"), (run, "run", "checkpoints/step-000002/state.json"),
      (run, "run", "checkpoints/step-000001/weights.safetensors"), (tiff, "prediction", ""),
-     (volume, "prediction", "0/c/0/0/0")],
+     (flat_volume, "prediction", "0/c/0/0/0"), (volume, "prediction", "0/c/0/0/0"),
+     (volume, "prediction", "labels/b/0/c/0/0/0"), (folder, "prediction", "a.tif"),
+     (folder, "prediction", "deep/b.zarr/labels/b/0/c/0/0/0")],
 )  # fmt: skip
 def test_whole_then_damaged(tmp_path: Path, make: Any, kind: str, victim: str) -> None:
     path = make(tmp_path)
@@ -101,9 +118,17 @@ def test_whole_then_damaged(tmp_path: Path, make: Any, kind: str, victim: str) -
 
 def test_a_missing_chunk_is_not_background(tmp_path: Path) -> None:
     path = volume(tmp_path)
-    (path / "0" / "c" / "0" / "0" / "0").unlink()
+    (path / "labels" / "b" / "0" / "c" / "0" / "0" / "0").unlink()
     result = check(path)
     assert result.exit_code == 6 and "is missing" in result.stdout
+
+
+def test_an_unfinished_prediction_in_a_folder_is_told(tmp_path: Path) -> None:
+    path = folder(tmp_path)
+    assert check(path).exit_code == 0
+    (path / "deep" / ".c.tif.unfinished").mkdir()
+    result = check(path)
+    assert result.exit_code == 6 and ".c.tif.unfinished is an unfinished prediction" in result.stdout
 
 
 def test_unfinished_and_foreign_things(tmp_path: Path) -> None:

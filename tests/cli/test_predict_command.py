@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from typer.testing import CliRunner, Result
 
 from affmae_cli.main import app
@@ -129,7 +130,7 @@ def test_a_folder_keeps_its_names_and_passes_over_what_cannot_be_read(here: Path
     assert "broken.tif" in result.stderr and "passed over" in result.stderr
     assert "2 predicted, 1 passed over" in result.stdout
     again = affmae(folder, "-m", trained, "-o", here / "out", "--no-overlay")
-    assert again.exit_code == 2 and "exists already" in again.stderr
+    assert again.exit_code == 0 and "2 finished before, 0 predicted" in again.stdout
     inside = affmae(folder, "-m", trained, "-o", folder / "labels", "--no-overlay")
     assert inside.exit_code == 0, inside.output
     once_more = affmae(folder, "-m", trained, "-o", folder / "labels", "--no-overlay", "--overwrite")
@@ -175,16 +176,16 @@ def test_a_file_of_several_images_gives_a_file_each(here: Path, trained: Path) -
     assert one_file.exit_code == 2 and "holds 2 images" in one_file.stderr
 
 
-def test_a_mismatch_of_pixel_sizes_is_warned_about(here: Path, trained: Path) -> None:
+def test_planes_are_rescaled_unless_told_otherwise(here: Path, trained: Path) -> None:
     path = write(here / "a.tif", pixel_nm=8.0)
-    result = affmae(path, "-m", trained, "--no-overlay")
-    assert "8 nm" in result.stderr and "4 nm" in result.stderr and "--rescale" in result.stderr
-    result = affmae(path, "-m", trained, "--no-overlay", "--overwrite", "--rescale", "--json")
+    result = affmae(path, "-m", trained, "--no-overlay", "--no-rescale")
+    assert "8 nm" in result.stderr and "4 nm" in result.stderr and "--no-rescale" in result.stderr
+    result = affmae(path, "-m", trained, "--no-overlay", "--overwrite", "--json")
     assert json.loads(result.stdout)["predictions"][0]["rescaled_to"] == [160, 140]
     assert tifffile.imread(here / "predictions" / "a-labels.tif").shape == (2, 80, 70)
     result = affmae(path, "-m", trained, "--no-overlay", "--overwrite", "--pixel-size", "30,4,4", "--json")
     assert json.loads(result.stdout)["predictions"][0]["pixel_nm"] == [30, 4, 4]
-    assert "--rescale" not in result.stderr
+    assert json.loads(result.stdout)["predictions"][0]["rescaled_to"] is None
 
 
 @pytest.mark.parametrize(
@@ -201,11 +202,21 @@ def test_a_mismatch_of_pixel_sizes_is_warned_about(here: Path, trained: Path) ->
         (["a.tif", "b.tif", "-o", "out.tif"], 2, "several inputs cannot go into the one file"),
         (["a.tif", "--pixel-size", "1,2,3,4"], 2, "--pixel-size '1,2,3,4' is not a voxel size"),
         (["a.tif", "--pixel-size", "0,4,4"], 2, "is not a voxel size"),
+        (["a.tif", "--gpus", "2"], 2, "--gpus 2: no GPU can be used here"),
+        (["a.tif", "--gpus", "no"], 2, "give a number of GPUs, or all"),
+        (["a.tif", "-o", "o.zarr", "--shard", "3/3"], 2, "parts of 3 are 0 to 2"),
+        (["a.tif", "-o", "o.zarr", "--shard", "1"], 2, "--shard '1' is not of the form I/N"),
+        (["a.tif", "-o", "o.tif", "--shard", "0/3"], 2, "a TIFF is one file"),
+        (["a.tif", "-o", "o.zarr", "--shard", "0/3", "--gpus", "1"], 2, "give one of them"),
+        (["a.tif", "-o", "o.zarr", "--finish"], 2, "under way"),
+        (["a.tif", "--planes", "xy,zz"], 2, "orientations are xy, xz, yz"),
+        (["a.tif", "--dask", "tcp://127.0.0.1:1"], 4, "no dask scheduler answers at tcp://127.0.0.1:1"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    here: Path, trained: Path, arguments: list[str], code: int, text: str
+    here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, text: str
 ) -> None:
+    monkeypatch.setattr("affmae_engine.predict.cluster.CONNECT_S", 1)
     write(here / "a.tif")
     write(here / "b.tif")
     (here / "empty").mkdir()
@@ -216,7 +227,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     result = affmae(*arguments, "-m", trained)
     assert result.exit_code == code, result.output
     assert text in one_line(result.stderr) and "Traceback" not in result.output
-    assert not list(here.glob("**/*labels*"))
+    assert not list(here.glob("**/*labels*")) and not list(here.glob("o.*")) and not list(here.glob(".o*"))
 
 
 @pytest.mark.parametrize(
@@ -259,14 +270,13 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: P
         assert process.stderr is not None
         while "1 image to" not in (line := process.stderr.readline()):
             assert line, "ended before it began"
-        # The handlers are in place once the hidden journal has rows.
-        while process.poll() is None and not any(
-            len(journal.read_bytes().partition(b"\n")[2]) > 100 for journal in here.glob("predictions/.*/journal")
-        ):
+        while process.poll() is None and not list(here.glob("predictions/.*/blocks/*.json")):
             time.sleep(0.01)
+        sent = time.monotonic()
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130, rest
+    assert time.monotonic() - sent < 5
     assert "no output was written yet" in rest and "Traceback" not in rest
     assert [entry.name for entry in (here / "predictions").iterdir()] == [".long-labels.tif.unfinished"]
     other = affmae("long.tif", "-m", trained, "--overlap", "0.25")
@@ -274,44 +284,79 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(here: Path, trained: P
     assert "another overlap" in one_line(other.stderr)
     again = affmae("long.tif", "-m", trained)
     assert again.exit_code == 0, again.stderr
-    assert "went on from row" in one_line(again.stderr)
+    assert "blocks were finished before" in one_line(again.stderr)
     assert sorted(e.name for e in (here / "predictions").iterdir()) == ["long-labels-overlay.png", "long-labels.tif"]
 
 
-def test_a_stopped_folder_is_told_how_it_goes_on(here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a", "b"):
-        write(here / "in" / f"{name}.tif")
-    monkeypatch.setattr("affmae_engine.runtime.signals.StopRequest.requested", property(lambda self: True))
-    many, one = affmae("in", "-m", trained, "-o", "out"), affmae("in/a.tif", "-m", trained)
-    assert many.exit_code == 130 and "run it again with --resume" in one_line(many.stderr)
-    assert one.exit_code == 130 and "run the same command again" in one_line(one.stderr)
-
-
-def test_resume_of_a_folder_passes_over_what_is_finished(here: Path, trained: Path) -> None:
+def test_the_same_command_passes_over_what_is_finished(here: Path, trained: Path) -> None:
     for name in ("a", "b"):
         write(here / "in" / f"{name}.tif")
     common = "in", "-m", trained, "-o", "out"
     assert affmae(*common).exit_code == 0
     (here / "out" / "b.tif").unlink()
+    (here / "out" / "b-overlay.png").unlink()
     before = (here / "out" / "a.tif").stat().st_mtime_ns
-    result = affmae(*common, "--resume", "--json")
+    result = affmae(*common, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["finished"] == ["out/a.tif"] and len(document["predictions"]) == 1
     assert (here / "out" / "a.tif").stat().st_mtime_ns == before
-    everything = affmae(*common, "--resume")
+    everything = affmae(*common)
     assert everything.exit_code == 0 and "2 finished before, 0 predicted" in one_line(everything.stdout)
-    assert affmae(*common).exit_code == 2
-    other = affmae(*common, "--resume", "--tile", 40)
+    other = affmae(*common, "--tile", 40)
     assert other.exit_code == 2 and "another model, image or options" in one_line(other.stderr)
-    (here / "out" / "a-overlay.png").unlink()
-    assert affmae(*common, "--resume").exit_code == 0 and (here / "out" / "a-overlay.png").is_file()
-    assert affmae(*common, "--resume", "--overwrite").exit_code == 2
+
+
+def test_shards_of_separate_commands(here: Path, trained: Path) -> None:
+    write(here / "a.tif", (6, 40, 40))
+    common = "a.tif", "-m", trained, "--no-overlay"
+    assert affmae(*common, "-o", "whole.zarr").exit_code == 0
+    for part in (2, 0):
+        result = affmae(*common, "-o", "parts.zarr", "--shard", f"{part}/3")
+        assert result.exit_code == 0 and "this part is done" in one_line(result.stdout), result.output
+    refused = affmae(*common, "-o", "parts.zarr", "--finish")
+    assert refused.exit_code == 2 and "2 of 6 blocks" in one_line(refused.stderr)
+    last = affmae(*common, "-o", "parts.zarr", "--shard", "1/3", "--json")
+    assert len(json.loads(last.stdout)["predictions"]) == 1
+    again = affmae(*common, "-o", "parts.zarr", "--shard", "1/3")
+    assert again.exit_code == 0 and "1 finished before" in one_line(again.stdout)
+    whole, parts = (zarr.open_array(here / f"{n}.zarr" / "labels" / n / "0", mode="r")[:] for n in ("whole", "parts"))
+    assert np.array_equal(whole, parts)
+
+
+def test_a_plan_is_printed_and_nothing_is_written(here: Path, trained: Path) -> None:
+    write(here / "a.tif", (6, 40, 40))
+    result = affmae("a.tif", "-m", trained, "-o", "out/a.zarr", "--plan")
+    assert result.exit_code == 0, result.output
+    for text in ("6 of 1 x 40 x 40 voxels, 0 finished", "tiles/s measured on CPU", "free"):
+        assert text in one_line(result.stdout)
+    (plan,) = json.loads(affmae("a.tif", "-m", trained, "-o", "out/a.zarr", "--plan", "--json").stdout)["plans"]
+    assert plan["tiles"] == 54 and plan["tiles_per_s"] > 0 and list((here / "out").iterdir()) == []
+
+
+def test_scores_are_written_and_training_data_is_named(here: Path, trained: Path) -> None:
+    write(here / "in" / "a.tif", (2, 40, 40))
+    tifffile.imwrite(here / "truth.tif", np.zeros((2, 40, 40), np.uint8), photometric="minisblack")
+    common = "in/a.tif", "-m", trained, "-o", "out/a.tif", "--labels", "truth.tif"
+    result = affmae(*common)
+    assert result.exit_code == 0 and "scores.json" in result.stderr and "trained on" not in result.stderr
+    values = json.loads((here / "out" / "scores.json").read_text())
+    assert values["images"][0]["per_class"]["background"]["recall"] == pytest.approx(values["mean_iou"])
+    assert (here / "out" / "scores.csv").read_text().startswith("image,class,iou,dice,precision,recall,boundary_f1")
+    (here / "out" / "scores.json").unlink()
+    assert affmae(*common).exit_code == 0 and (here / "out" / "scores.json").is_file()  # the labels were finished
+
+
+def test_how_to_open_the_result_is_told(here: Path, trained: Path) -> None:
+    path = write(here / "a.tif", (1, 40, 40))
+    tiff, volume = affmae(path, "-m", trained), affmae(path, "-m", trained, "-o", "a.zarr")
+    assert "open: in Fiji: File > Open" in tiff.stderr and "napari predictions/a-labels.tif" in tiff.stderr
+    assert "napari --plugin napari-ome-zarr a.zarr" in volume.stderr and "Fiji" in volume.stderr
 
 
 def test_progress_lines_have_rate_and_eta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from affmae_cli import output, prediction_progress
-    from affmae_engine.predict.stream import PredictProgress
+    from affmae_engine.predict.run import PredictProgress
 
     output.console.cache_clear()
     monkeypatch.setattr(prediction_progress, "SECONDS_BETWEEN_LINES", 2.0)
@@ -363,7 +408,7 @@ def test_odd_names_go_through(here: Path, trained: Path) -> None:
     result = affmae("in", "-m", trained, "-o", "out", "--no-overlay")
     assert result.exit_code == 0, result.output
     assert {file.stem for file in (here / "out").iterdir()} == set(names)
-    assert affmae("in", "-m", trained, "-o", "out", "--no-overlay", "--resume").exit_code == 0
+    assert affmae("in", "-m", trained, "-o", "out", "--no-overlay").exit_code == 0
 
 
 def test_sizes_are_trusted_when_asked(here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

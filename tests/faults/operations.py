@@ -22,9 +22,11 @@ from affmae_engine.data.normalise import Normalisation
 from affmae_engine.data.readers import open_sources
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError
+from affmae_engine.predict.identity import is_finished, open_labels
+from affmae_engine.predict.job import PredictOptions
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
-from affmae_engine.predict.stream import PredictOptions, predict
+from affmae_engine.predict.run import predict
 from affmae_engine.run_dir import RunDir, create
 from affmae_engine.runtime.device import DeviceChoice
 from affmae_engine.weights import WeightsMetadata
@@ -196,7 +198,9 @@ def predicted(folder: Path, name: str, *, overwrite: bool = False) -> None:
     predictor = Predictor(weights, about, Levels().eval(), choice, Normalisation("dataset", 0.0, 100.0), 1)
     targets = Outputs(folder / "out" / name, with_probabilities=True)
     with open_sources(folder / "a.tif")[0] as source:
-        predict(source, predictor, targets, PredictOptions(overwrite=overwrite, resume=not overwrite))
+        options = PredictOptions(overwrite=overwrite)
+        if overwrite or not is_finished(source, predictor, targets, options):
+            predict(source, predictor, targets, options)
 
 
 def image(folder: Path, name: str) -> None:
@@ -216,7 +220,7 @@ def older(folder: Path, name: str) -> None:
 
 
 def _labels(path: Path) -> np.ndarray:
-    with open_sources(path, labels=True)[0] as source:
+    with open_labels(path) as source:
         return source.read(ALL, ALL, ALL)
 
 

@@ -25,9 +25,11 @@ from affmae_engine.data.phantom import generate
 from affmae_engine.data.readers import open_sources
 from affmae_engine.data.store import Store
 from affmae_engine.model.affmae import Segmenter
+from affmae_engine.predict.identity import is_finished
+from affmae_engine.predict.job import PredictOptions
 from affmae_engine.predict.outputs import Outputs
 from affmae_engine.predict.predictor import Predictor
-from affmae_engine.predict.stream import PredictOptions, predict
+from affmae_engine.predict.run import predict
 from affmae_engine.run_dir import RunDir, create
 from affmae_engine.train.pretraining import PretrainTask
 from affmae_engine.train.trainer import Trainer
@@ -102,9 +104,10 @@ class Workloads:
         labels.parent.mkdir(parents=True, exist_ok=True)
         targets = Outputs(labels, with_probabilities=labels.suffix == ".zarr")
         predictor = Predictor.from_weights(self.weights, device="cpu", backend="reference")
-        options = PredictOptions(tile=32, resume=True)
+        options = PredictOptions(tile=32)
         with open_sources(self.small)[0] as source:
-            predict(source, predictor, targets, options)
+            if not is_finished(source, predictor, targets, options):
+                predict(source, predictor, targets, options)
 
 
 def files(folder: Path) -> dict[str, bytes]:

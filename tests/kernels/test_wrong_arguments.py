@@ -59,3 +59,19 @@ def test_adamw() -> None:
         AdamW(p, p, p, step_P, rate, [0.0, 0.0], betas=(0.9, 0.9), eps=1e-8)
     with pytest.raises(ValueError, match=r"moments \[2\] and \[3\] of a parameter \[3\]"):
         AdamW(p, [torch.zeros(2)], p, step_P, rate, [0.0], betas=(0.9, 0.9), eps=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sums": torch.zeros(2, 4, 70, 33)}, r"tiles \[12, 2, 16, 16\] need sums \[Z, 2, Y, X\]"),
+        ({"weight_y": torch.zeros(12, 15)}, r"weights \[12, 16\]"),
+        ({"origin": torch.zeros(12, 3, dtype=torch.int64)}, "origins int32"),
+        ({"origin": torch.zeros(11, 3, dtype=torch.int32)}, r"origins \[12, 3\]"),
+        ({"sums": torch.zeros(3, 2, 33, 70).transpose(2, 3)}, "contiguous"),
+    ],
+)
+def test_tile_blending(change: dict[str, Any], message: str) -> None:
+    case, arguments = small("tile_blending", "3 sections of 70 x 33 pixels, tiles of 16")
+    with pytest.raises(ValueError, match=message):
+        case.call(backend="auto", **{**arguments, **change})

@@ -41,6 +41,8 @@ def test_a_case_is_measured(family: str, task: str) -> None:
     assert found.images_per_s == pytest.approx(2e3 / found.ms)
     assert 0 < found.first_step_s < found.ready_s and found.parameters > 0
     assert found.allocated_gib is None and found.gpu == {} and found.note == ""
+    assert set(found.end_to_end) == ({"tiff", "zarr"} if task == "predict" else set())
+    assert all(rate > 0 for rate in found.end_to_end.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

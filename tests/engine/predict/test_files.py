@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tifffile
 
-from affmae_engine.errors import InputError
+from affmae_engine.errors import ConfigError, InputError
 from affmae_engine.predict import files
 from affmae_engine.predict.files import Plan, plan
+from affmae_engine.predict.job import PredictOptions
 from affmae_engine.predict.predictor import Predictor
-from affmae_engine.predict.score import read_truth, score
-from affmae_engine.predict.stream import PredictOptions
+from affmae_engine.predict.run import predict
+from affmae_engine.predict.score import Predicted, read_truth, score
 
 NAMES = ("background", "membrane", "mitochondria")
 
@@ -35,7 +36,8 @@ def predicted(
         for number, name in enumerate(images):
             write_stack(np.roll(blobs[:1, :40, :36], number), f"work/{name}")
         planned = plan([Path(name) for name in inputs], out and Path(out), **options)  # type: ignore[arg-type]
-        files.run(planned, make_predictor(), PredictOptions(overwrite=bool(options.get("overwrite"))))
+        chosen = PredictOptions(overwrite=bool(options.get("overwrite")))
+        files.run(planned, lambda source, targets: predict(source, make_predictor(), targets, chosen))
         return planned
 
     return run
@@ -107,5 +109,42 @@ def test_scoring_a_second_time(
     planned = plan(chosen[0], out and Path(out), overwrite=True, truth=chosen[1])  # type: ignore[arg-type]
     assert names(planned) == list(images)
     checked = read_truth(*chosen, class_names=NAMES, ignore_label=None, files=planned.files)
-    outcome = files.run(planned, make_predictor(), PredictOptions(overwrite=True))
-    assert score(outcome.reports, checked).mean_iou == pytest.approx(1.0)
+    again = PredictOptions(overwrite=True)
+    outcome = files.run(planned, lambda source, targets: predict(source, make_predictor(), targets, again))
+    predictions = [Predicted(report.sections, report.labels) for report in outcome.reports]
+    assert score(predictions, checked).mean_iou == pytest.approx(1.0)
+
+
+def sections(write_stack: Callable[..., Path], blobs: np.ndarray, *names: str) -> None:
+    for number, name in enumerate(names):
+        write_stack(np.roll(blobs[:1, :40, :36], number), f"work/{name}")
+
+
+def outputs_of(planned: Plan) -> list[tuple[str, int]]:
+    return [(str(targets.labels), source.info.shape_ZYX[0]) for source, targets in planned.jobs]
+
+
+def test_numbered_sections_of_a_folder_are_one_stack(
+    here: Path, write_stack: Callable[..., Path], blobs: np.ndarray
+) -> None:
+    sections(write_stack, blobs, "em/s_9.tif", "em/s_10.tif", "em/s_8.tif")
+    planned = plan([Path("em")], None)
+    assert outputs_of(planned) == [("predictions/em-labels.tif", 3)]
+    (stack, _) = planned.jobs[0]
+    assert [part.info.path.name for part in stack.parts] == ["s_8.tif", "s_9.tif", "s_10.tif"]  # type: ignore[attr-defined]
+    assert outputs_of(plan([Path("em")], Path("x/out.zarr"))) == [("x/out.zarr", 3)]
+    assert outputs_of(plan([Path("em/*.tif")], Path("x"))) == [("x/em-labels.tif", 3)]
+    apart = plan([Path("em")], None, separate=True)
+    assert outputs_of(apart) == [(f"predictions/em/s_{n}.tif", 1) for n in (8, 9, 10)]
+
+
+def test_what_is_no_series_stays_apart(here: Path, write_stack: Callable[..., Path], blobs: np.ndarray) -> None:
+    sections(write_stack, blobs, "em/s1.tif", "em/s2.tif", "em/other.tif", "em/deep/s1.tif", "em/deep/s2.tif")
+    write_stack(blobs[:1, :30, :30], "work/em/s3.tif")  # of another size
+    write_stack(blobs[:, :40, :36], "work/em/s4.tif")  # a stack of its own
+    planned = plan([Path("em")], Path("out"))
+    assert sorted(outputs_of(planned)) == [
+        ("out/deep/deep.tif", 2), ("out/em.tif", 2), ("out/other.tif", 1), ("out/s3.tif", 1), ("out/s4.tif", 3),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="several inputs cannot go into the one file"):
+        plan([Path("em")], Path("out.tif"))
