@@ -66,7 +66,7 @@ def plan(command: str, *words: object) -> dict[str, Any]:
 def test_the_plan_of_a_pretraining_is_what_the_run_does(data: Path, tmp_path: Path) -> None:
     planned = plan("pretrain", data / "em.zarr", "--epochs", 1.5)
     assert list(tmp_path.iterdir()) == []
-    assert "6 images, 6 sections" in planned["data"]
+    assert "1 image, 6 sections" in planned["data"]
     assert planned["steps"] == -(-1.5 * planned["samples_per_epoch"] // 4)
     assert planned["epochs"] == pytest.approx(planned["steps"] * 4 / planned["samples_per_epoch"])
     assert planned["micro_batch"] == 2 and 16 * planned["parameters"] < planned["memory_bytes"] < planned["free_bytes"]
@@ -161,7 +161,7 @@ def test_line_ends_in_names_stay_in_the_comments(data: Path, tmp_path: Path) -> 
     result = run("pretrain", "a\nb.zarr", "--config", "c\nd.toml", "--dry-run")
     assert result.exit_code == 0, result.output
     assert tomllib.loads(result.stdout)["train"]["seed"] == 3
-    assert "a\\nb.zarr: 6 images" in result.stdout and "# c\\nd.toml" in result.stdout
+    assert "a\\nb.zarr: 1 image" in result.stdout and "# c\\nd.toml" in result.stdout
 
 
 def test_a_vit_needs_more_memory(data: Path) -> None:

@@ -131,7 +131,7 @@ def test_numbered_sections_of_a_folder_are_one_stack(
     planned = plan([Path("em")], None)
     assert outputs_of(planned) == [("predictions/em-labels.tif", 3)]
     (stack, _) = planned.jobs[0]
-    assert [part.info.path.name for part in stack.parts] == ["s_8.tif", "s_9.tif", "s_10.tif"]  # type: ignore[attr-defined]
+    assert [part.info.path.name for part in stack.sections] == ["s_8.tif", "s_9.tif", "s_10.tif"]  # type: ignore[attr-defined]
     assert outputs_of(plan([Path("em")], Path("x/out.zarr"))) == [("x/out.zarr", 3)]
     assert outputs_of(plan([Path("em/*.tif")], Path("x"))) == [("x/em-labels.tif", 3)]
     apart = plan([Path("em")], None, separate=True)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from affmae_engine import atomic
 from affmae_engine.data.readers import open_sources
-from affmae_engine.data.readers.tiff import TiffSource
+from affmae_engine.data.readers.arrays import ArraySource
 from affmae_engine.errors import AffmaeError, BusyError, ConfigError, InputError, Interrupted, ResourceError
 from affmae_engine.predict import job as jobs
 from affmae_engine.predict import outputs, volume
@@ -469,7 +469,7 @@ def test_a_read_that_fails_in_the_middle_costs_no_finished_block(
     failure: Exception, kind: type[Exception], told: str,
 ) -> None:  # fmt: skip
     path, out = write_stack(blobs), tmp_path / "results" / "out.tif"
-    real, measured = TiffSource._read, jobs.measure
+    real, measured = ArraySource._read, jobs.measure
     armed: list[bool] = []
 
     def measure(source: Any) -> Any:
@@ -477,13 +477,13 @@ def test_a_read_that_fails_in_the_middle_costs_no_finished_block(
         armed.append(True)
         return found
 
-    def read(self: TiffSource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
+    def read(self: ArraySource, handle: Any, z: tuple[int, int], *where: Any) -> np.ndarray:
         if armed and z[1] > 2:
             raise failure
         return real(self, handle, z, *where)
 
     monkeypatch.setattr(jobs, "measure", measure)
-    monkeypatch.setattr(TiffSource, "_read", read)
+    monkeypatch.setattr(ArraySource, "_read", read)
     with pytest.raises(kind) as caught:
         run(path, make_predictor(), out)
     assert isinstance(caught.value, AffmaeError)
