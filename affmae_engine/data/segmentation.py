@@ -201,11 +201,15 @@ class SegmentationDataset:
 
     def sample(self, index: int, /) -> dict[str, Tensor]:
         """{"image": float32 [1, H, W], "labels": int64 [H, W] with `IGNORE` outside the image}."""
-        batch = self.finish({name: tensor[None] for name, tensor in self.raw(index).items()})
+        batch = self.finish({name: tensor[None] for name, tensor in self._drawn(index, kept=False).items()})
         return {name: tensor[0] for name, tensor in batch.items()}
 
     def raw(self, index: int, /) -> dict[str, Tensor]:
         """Sample `index` for `finish`: what was drawn, and the window that it touches unless `keep_on` keeps it all."""
+        return self._drawn(index, kept=bool(self._offsets))
+
+    def _drawn(self, index: int, *, kept: bool) -> dict[str, Tensor]:
+        """See `raw`; kept: `finish` will read from the sections on the device."""
         rng = np.random.default_rng([self.seed, _SAMPLE_STREAM, index])
         section, center = self._place(rng)
         warp = draw_warp(rng, self.size, self.settings, flips=self.flips)
@@ -223,7 +227,7 @@ class SegmentationDataset:
             "change": torch.from_numpy(change),
             "noise_seed": torch.tensor(noise_seed, dtype=torch.int32),
         }
-        if self._offsets:
+        if kept:
             return {**drawn, "offset": torch.tensor(self._offsets[section])}
         reach = warp.reach(self.size)
         rows = window_of(center[0], reach[0], section.height)
@@ -275,7 +279,7 @@ class SegmentationDataset:
     def _planes(self, batch: dict[str, Tensor]) -> Planes:
         """Where the pixels of a batch are: in the sections on the device, or in the windows of the batch."""
         shape_B2 = batch["shape"]
-        if self._on_device is not None:
+        if "offset" in batch and self._on_device is not None:
             gray_N, labels_N = self._on_device
             width_B = shape_B2[:, 1].contiguous()
             return Planes(gray_N, labels_N, batch["offset"], width_B, torch.zeros_like(shape_B2), shape_B2)

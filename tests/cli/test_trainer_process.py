@@ -152,7 +152,7 @@ def test_a_run_from_start_to_stop_behind_terminals(folder: Path, run: RunDir) ->
     assert run.holder().process == trainer and "running" in summary(run)
 
     again = Terminal(folder, "watch")  # the newest live run of runs/
-    again.until(b"training")
+    again.until(b"images/s")
     again.press(b"q", BACK)
     assert again.exit_code() == 0 and CURSOR in again.shown
     assert run.holder().process == trainer
@@ -164,7 +164,7 @@ def test_a_run_from_start_to_stop_behind_terminals(folder: Path, run: RunDir) ->
     resumed = Terminal(folder, "pretrain", "--resume", "runs/a")
     resumed.until(ALTERNATE)
     wait_for(lambda: run.holder().state == "held")
-    resumed.until(b"training")
+    resumed.until(b"images/s")
     resumed.press(b"q", b"Stop after a checkpoint")
     resumed.press(b"s", BACK)
     assert resumed.exit_code() == 130

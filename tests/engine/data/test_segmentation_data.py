@@ -172,6 +172,14 @@ def test_sections_kept_on_the_device_give_the_same_samples(store: Store):
             assert torch.equal(batch[name][0], tensor)
 
 
+def test_single_samples_are_made_on_the_host_wherever_sections_are_kept(store: Store):
+    read, kept = make_dataset(store), make_dataset(store)
+    kept.keep_on(torch.device("meta"), 2**30)
+    assert "window" not in kept.raw(0)
+    for name, tensor in read.sample(3).items():
+        assert torch.equal(kept.sample(3)[name], tensor)
+
+
 def coordinates(seed: int, size: int, config: FinetuneConfig, *, flips: bool = False) -> np.ndarray:
     warp = draw_warp(np.random.default_rng(seed), size, config, flips=flips)
     matrix, lattice = torch.from_numpy(warp.matrix_22)[None], torch.from_numpy(warp.lattice_2PP)[None]
