@@ -49,6 +49,7 @@ def stub(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
+@pytest.mark.slow
 def test_the_whole_command_without_a_gpu(tmp_path) -> None:
     result = run("speed", *SMALL, "-o", str(tmp_path))
     assert result.exit_code == 0, result.output

@@ -15,6 +15,7 @@ from affmae_engine.bench import quality, quality_run
 from affmae_engine.data.phantom import generate, write_tiff
 from affmae_engine.errors import ConfigError
 
+pytestmark = pytest.mark.slow
 TINY = {
     "AFFMAE_DATA__CROP_SIZE": "32", "AFFMAE_DATA__WORKERS": "0", "AFFMAE_TRAIN__BATCH_SIZE": "2",
     "AFFMAE_TRAIN__MICRO_BATCH": "2", "AFFMAE_FINETUNE__CLASS_NAMES": '["a", "b", "c", "d", "e"]',

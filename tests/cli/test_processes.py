@@ -59,6 +59,7 @@ def losses(run: RunDir) -> list[float]:
     return [event.losses["loss"] for event in found if isinstance(event, StepLogged)]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     process = start(folder, *new(), "--steps", 4, "-o", "two")

@@ -159,7 +159,7 @@ def test_a_run_from_start_to_stop_behind_terminals(folder: Path, run: RunDir) ->
 
     os.kill(trainer, signal.SIGKILL)
     wait_for(lambda: run.holder().state == "free")
-    assert "gone" in summary(run) and "continue with: affmae pretrain --resume" in summary(run)
+    assert "gone" in summary(run) and "resume with: affmae pretrain --resume" in summary(run)
 
     resumed = Terminal(folder, "pretrain", "--resume", "runs/a")
     resumed.until(ALTERNATE)

@@ -75,7 +75,7 @@ class LogView(ScrollView, can_focus=True):
         here = round(self.scroll_y)
         further = [i for i in found if (i > here if direction > 0 else i < here)]
         if further:
-            self.scroll_to(y=further[0] if direction > 0 else further[-1], animate=False)
+            self.scroll_to(y=further[0] if direction > 0 else further[-1], animate=False, immediate=True)
         return bool(found)
 
     def render_line(self, y: int) -> Strip:

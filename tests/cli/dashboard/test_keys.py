@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import pytest
+
 from affmae_cli.dashboard.chart import Chart
 from affmae_cli.dashboard.dialogs import FullScreen, HelpScreen
 from affmae_cli.dashboard.pictures import PictureGrid
@@ -68,6 +70,7 @@ def test_a_paused_display_stands_still(live: Recorded) -> None:
     drive(live.root, do)
 
 
+@pytest.mark.slow
 def test_after_switching_requests_reach_the_run_that_is_shown(live: Recorded, record: Callable[..., Recorded]) -> None:
     other = record(started(), stepped(7), name="other")
     live.run.log.write_text("words of the first run\n")
@@ -162,6 +165,7 @@ def test_a_chart_and_a_picture_fill_the_screen(trained: Trained) -> None:
     drive(trained.pretrain, do)
 
 
+@pytest.mark.slow
 def test_tabs_by_number_and_by_mouse(live: Recorded) -> None:
     async def do(driver: Driver) -> None:
         for number, name in enumerate(TABS, 1):
@@ -225,6 +229,7 @@ def test_help_names_every_key(live: Recorded) -> None:
     drive(live.root, do, size=(120, 60))
 
 
+@pytest.mark.slow
 def test_the_log_is_searched_and_stays_put_while_scrolled_up(live: Recorded) -> None:
     lines = [f"line {n:03d}" + (" needle" if n in (20, 120) else "") for n in range(200)]
     live.run.log.write_text("\n".join(lines) + "\n")

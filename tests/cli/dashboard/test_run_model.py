@@ -352,6 +352,7 @@ def test_runs_are_sorted_filtered_and_pinned(tmp_path: Path) -> None:
     assert names(pinned=[tmp_path / "one"]) == ["one", "two", "three"]
 
 
+@pytest.mark.slow
 def test_a_million_lines_are_opened_in_seconds_and_little_memory(tmp_path: Path) -> None:
     lines = [events.to_line(step(number)) + "\n" for number in range(1000, 2000)]
     with (tmp_path / "metrics.jsonl").open("w") as file:

@@ -18,6 +18,7 @@ from tests.cli.dashboard.driving import Driver, drive, started, stepped
 Record = Callable[..., Recorded]
 
 
+@pytest.mark.slow
 def test_runs_are_listed_sorted_compared_and_opened(trained: Trained) -> None:
     async def look(driver: Driver) -> None:
         await driver.see("2 of 2 runs, sorted by age", "✔ finished", "demo", "pretrain")

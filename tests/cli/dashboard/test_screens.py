@@ -77,7 +77,9 @@ def test_every_state_says_what_it_is(
         drive(run.root, look, size=SIZES[0])
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    "size", [SIZES[0], *(pytest.param(size, marks=pytest.mark.slow) for size in SIZES[1:])], ids=str
+)
 def test_every_tab_of_a_pretraining(trained: Trained, size: tuple[int, int]) -> None:
     expected = {
         "1": ("loss", "held-out", "all stages", "stage 4 only", "images/s", "what is hidden", "finished in"),
@@ -194,6 +196,7 @@ def test_a_run_is_followed_as_it_grows_through_damage(record: Record) -> None:
         drive(run.root, look)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_drawn_anew_after_a_resize(trained: Trained) -> None:
     async def look(driver: Driver) -> None:
         for key in "1234567":

@@ -571,6 +571,7 @@ def test_composed_sources_survive_pickling_and_partial_reads(tmp_path: Path):
     np.testing.assert_array_equal(copy.read(slice(1, 2), slice(4, 9), slice(15, 99)), truth[1:2, 4:9, 15:])
 
 
+@pytest.mark.slow
 def test_real_labels_of_two_kinds(shared_data: Path):
     vnc = check(shared_data / "em/vnc/stack1/image", shared_data / "em/vnc/stack1/label")
     assert len(vnc.class_names) == 5

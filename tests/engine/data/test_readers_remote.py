@@ -17,6 +17,7 @@ from affmae_engine.data.readers.files import as_path, is_remote
 from affmae_engine.data.store import Store
 from affmae_engine.errors import InputError, ResourceError
 
+pytestmark = pytest.mark.slow
 ts = pytest.importorskip("tensorstore")
 ALL = slice(None)
 BLOCK = np.random.default_rng(0).integers(0, 60000, (6, 70, 80), np.uint16)

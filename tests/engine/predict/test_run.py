@@ -810,6 +810,7 @@ for depth, height, ending in ((8, 1024, "tif"), (8, 1024, "zarr"), (32, 1024, "t
 """
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_with_sections_nor_with_height(tmp_path: Path) -> None:
     """Peak resident memory so far, in a process that predicts a small stack, then one four times as deep, then a high
     one; a whole section of probabilities would take 100 MiB in the last two."""
