@@ -67,6 +67,10 @@ class LogView(ScrollView, can_focus=True):
         self.virtual_size = Size(width, len(self._rows))
         self.refresh()
 
+    def action_scroll_end(self) -> None:
+        """To the end at once: lines that come during an animation would leave the end out of sight."""
+        self.scroll_end(animate=False, immediate=True)
+
     def find(self, direction: int) -> bool:
         """Scroll to the next (1) or the previous (-1) line with what is wanted; False if there is none."""
         if self.wanted is None:
@@ -120,7 +124,7 @@ class LogPane(Pane):
             self.notify("nothing found" if view.wanted else "press / to search", markup=False)
 
     def action_end(self) -> None:
-        self.query_one(LogView).scroll_end(animate=False)
+        self.query_one(LogView).action_scroll_end()
 
     @on(Input.Changed, "#log-search")
     def _changed(self, event: Input.Changed) -> None:
