@@ -66,6 +66,8 @@ class ModelAbout(BaseModel):
     """Version of affmae that wrote the package."""
     scores: dict[str, Any] = {}
     """Held-out scores of the checkpoint, as the run recorded them."""
+    objects: dict[str, Any] = {}
+    """Options and thresholds of `affmae objects` that were tuned for the model, as in objects.json of a run."""
     data_license: str = ""
     """License of the training data, as its author gave it."""
     license: str = ""

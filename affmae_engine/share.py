@@ -28,6 +28,7 @@ from affmae_engine.config import ModelConfig
 from affmae_engine.errors import ConfigError
 from affmae_engine.events import best_evaluation
 from affmae_engine.model.sizes import size_of
+from affmae_engine.objects_options import stored_record
 from affmae_engine.picture_files import save_png
 from affmae_engine.run_dir import RunDir
 from affmae_engine.visualize import overlay
@@ -120,6 +121,7 @@ def model_content(
             "name": name,
             "affmae": _version(),
             "scores": earlier.scores if earlier is not None else _scores(RunDir(model), metadata.step),
+            "objects": earlier.objects if earlier is not None else stored_record(model) or {},
             "license": description.license,
             "data_license": description.data_license,
             "cite": description.cite,

@@ -8,7 +8,6 @@ Axes: Z Y X.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from affmae_engine import atomic
+from affmae_engine import atomic, model_package
 from affmae_engine.data.readers.limits import memory_budget
 from affmae_engine.errors import ConfigError, CorruptError, InputError
 from affmae_engine.objects import volumes
@@ -25,9 +24,7 @@ from affmae_engine.objects.decode import DecodeOptions, Decoding
 from affmae_engine.objects.make import check_memory, objects_in_memory, relative_voxel
 from affmae_engine.objects.maps import MapFiles, Maps
 from affmae_engine.objects.scores import ObjectScores, score_blocks
-
-FILE = "objects.json"
-"""Where the options of a model are, in its run or beside its weights."""
+from affmae_engine.objects_options import options_file, stored_record
 
 _TRIED: dict[str, tuple[float, ...]] = {
     "seed_distance": (1, 1.5, 2, 3, 4, 5, 7, 10, 14, 20),
@@ -135,34 +132,29 @@ def store_options(model: Path, options: DecodeOptions, scores: ObjectScores) -> 
         InputError: there is no such model.
         ResourceError: the file cannot be written.
     """
-    path = _file(model)
+    path = options_file(model)
     finite = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(scores).items()}
     atomic.commit_json(path, {"schema": 1, "options": asdict(options), "scores": finite})
     return path
 
 
 def stored_options(model: Path) -> DecodeOptions | None:
-    """The options that were tuned for a model; None when there are none.
+    """The options that were tuned for a model, also in a package; None when there are none.
 
     Raises:
         InputError: there is no such model.
         CorruptError: the file was damaged.
     """
-    path = _file(model)
+    about = model_package.described(model)
+    record = (about.objects or None) if about is not None else stored_record(model)
+    if record is None:
+        return None
     try:
-        values = json.loads(path.read_text("utf-8"))["options"]
+        values = record["options"]
         known = {f.name for f in fields(DecodeOptions)}
         return DecodeOptions(**{k: v for k, v in values.items() if k in known})
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CorruptError(f"{path} does not hold options of affmae objects", "tune again with --tune") from error
-
-
-def _file(model: Path) -> Path:
-    if not model.exists():
-        raise InputError(f"there is no model {model}", "name a run, a checkpoint or a weights file")
-    return (model if model.is_dir() else model.parent) / FILE
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CorruptError(f"{model} does not hold options of affmae objects", "tune again with --tune") from error
 
 
 def _relevant(maps: Maps, options: DecodeOptions) -> list[str]:

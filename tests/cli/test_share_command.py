@@ -1,6 +1,7 @@
 """`affmae share` and `affmae import` on small networks: results that other commands take, and refusals."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from affmae_cli.main import app
 from affmae_engine import api, checkpoint
 from affmae_engine.config import LossConfig, ModelConfig
 from affmae_engine.model.affmae import MaskedAutoencoder, Segmenter
+from affmae_engine.objects.decode import DecodeOptions
+from affmae_engine.objects.tune import stored_options
 from tests.engine.published_layout import published_tensors
 from tests.engine.trained import NAMES, trained_run
 
@@ -49,6 +52,19 @@ def test_shared_models_are_used_by_predict(here: Path) -> None:
         done = affmae("predict", "stack.tif", "-m", model, "-o", out, "--no-overlay", "--device", "cpu")
         assert done.exit_code == 0, done.output
     np.testing.assert_array_equal(tifffile.imread("a.tif"), tifffile.imread("b.tif"))
+
+
+def test_tuned_thresholds_are_shared(here: Path) -> None:
+    trained_run(here / "runs" / "seg")
+    options = DecodeOptions(boundary=0.3, seed_distance=7)
+    assert stored_options(here / "runs" / "seg") is None
+    (here / "runs" / "seg" / "objects.json").write_text(json.dumps({"schema": 1, "options": asdict(options)}))
+    for words in (("runs/seg", "-o", "seg.zip"), ("seg.zip", "-o", "again")):
+        shared = affmae("share", *words)
+        assert shared.exit_code == 0, shared.output
+        assert stored_options(here / words[2]) == options
+    (here / "runs" / "seg" / "objects.json").write_text("[")
+    assert affmae("share", "runs/seg", "-o", "other.zip").exit_code == 6
 
 
 @pytest.mark.parametrize(
