@@ -21,7 +21,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -158,6 +158,29 @@ def described(path: Path) -> ModelAbout | None:
         with _opened_zip(path) as (_, about):
             return about
     return None
+
+
+def check_file(path: Path, name: str, expected: PackagedFile) -> None:
+    """Compare one file of a package with what its model.json says.
+
+    Args:
+        path: the package's folder or ZIP file.
+
+    Raises:
+        CorruptError: it is missing, or differs.
+    """
+    digest, size = hashlib.sha256(), 0
+    with ExitStack() as stack:
+        try:
+            archive = None if path.is_dir() else stack.enter_context(_opened_zip(path))[0]
+            file = stack.enter_context((path / name).open("rb") if archive is None else archive.open(name))
+        except (OSError, KeyError) as error:
+            raise CorruptError(f"{path}: {name} is missing or cannot be read", _HINT) from error
+        while size <= expected.bytes and (piece := file.read(1 << 20)):
+            digest.update(piece)
+            size += len(piece)
+    if size != expected.bytes or digest.hexdigest() != expected.sha256:
+        raise CorruptError(f"{path}: {name} does not match its checksum", _HINT)
 
 
 def _downloaded(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Whether what `affmae` wrote is whole: a dataset, a run, a prediction. Reads everything, changes nothing.
+"""Whether what `affmae` wrote is whole: a dataset, run, prediction or model package. Reads everything, changes nothing.
 
 Every chunk is decoded (its CRC-32C is checked on the way) and every file of a checkpoint is hashed, so it takes as long
 as reading the data once.
@@ -10,12 +10,13 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import zarr
 
-from affmae_engine import checkpoint, events
+from affmae_engine import checkpoint, events, model_package
 from affmae_engine.data.ledger import replay
 from affmae_engine.data.readers import open_sources
 from affmae_engine.data.readers.files import natural_key
@@ -28,7 +29,7 @@ from affmae_engine.predict.volume import is_ours, labels_group
 from affmae_engine.predict.work import UNFINISHED, work_folder
 from affmae_engine.run_dir import RunDir
 
-Kind = Literal["dataset", "run", "prediction"]
+Kind = Literal["dataset", "run", "prediction", "model"]
 _ALL = slice(None)
 
 
@@ -56,7 +57,8 @@ class Findings:
 
 
 def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findings:
-    """Check a dataset, a run directory, the labels or probabilities of a prediction, or a folder of predictions.
+    """Check a dataset, a run directory, a model package, the labels or probabilities of a prediction, or a folder of
+    predictions.
 
     Args:
         on_part: called with the name of each part before it is read.
@@ -67,6 +69,9 @@ def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findi
     """
     if StorePaths(path).ledger.exists():
         return _dataset(path, on_part)
+    about = model_package.described(path)
+    if about is not None:  # its folder has a config.toml, as runs have
+        return _model(path, about, on_part)
     if RunDir(path).exists():
         return _run(path, on_part)
     if not path.exists() and work_folder(path).is_dir():
@@ -74,10 +79,20 @@ def verify(path: Path, on_part: Callable[[str], None] = lambda _: None) -> Findi
     if not path.exists():
         raise InputError(f"no such dataset, run or prediction: {path}", "check the path")
     if not path.is_dir() and not _is_label_file(path):
-        raise InputError(f"{path} was not written by affmae", "name a dataset, a run or the labels of a prediction")
+        raise InputError(
+            f"{path} was not written by affmae", "name a dataset, a run, a model package or the labels of a prediction"
+        )
     if path.is_dir() and not is_ours(path):
         return _predictions(path, on_part)
     return _prediction(path, on_part)
+
+
+def _model(path: Path, about: model_package.ModelAbout, on_part: Callable[[str], None]) -> Findings:
+    found = Findings(path, "model")
+    for name, expected in about.files.items():
+        on_part(name)
+        found.take(partial(model_package.check_file, path, name, expected))
+    return found
 
 
 def _is_label_file(path: Path) -> bool:

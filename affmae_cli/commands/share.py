@@ -60,6 +60,7 @@ def share(
     if out is not None:
         model_package.refuse_existing(out, replace=overwrite)
     if push is not None:
+        push = push.removeprefix(model_package.HUB_SCHEME)
         from affmae_engine.hub import check_installed
 
         model_package.hub_name(Path(f"{model_package.HUB_SCHEME}{push}"))

@@ -54,6 +54,22 @@ def test_shared_models_are_used_by_predict(here: Path) -> None:
     np.testing.assert_array_equal(tifffile.imread("a.tif"), tifffile.imread("b.tif"))
 
 
+@pytest.mark.parametrize("out", ["seg.zip", "seg"])
+def test_packages_are_checked(here: Path, out: str) -> None:
+    trained_run(here / "runs" / "seg")
+    assert affmae("share", "runs/seg", "-o", out).exit_code == 0
+    found = affmae("check", out, "--json")
+    assert found.exit_code == 0 and '"model"' in found.stdout, found.output
+    if out == "seg":
+        (here / "seg" / "README.md").write_text("changed")
+    else:
+        content = bytearray((here / out).read_bytes())
+        content[content.index(b"config.toml") + 30] ^= 1
+        (here / out).write_bytes(content)
+    damaged = affmae("check", out)
+    assert damaged.exit_code == 6 and "Traceback" not in damaged.output
+
+
 def test_tuned_thresholds_are_shared(here: Path) -> None:
     trained_run(here / "runs" / "seg")
     options = DecodeOptions(boundary=0.3, seed_distance=7)
