@@ -43,11 +43,9 @@ def summary(state: RunModel, *, width: int = 80) -> RenderableType:
     head.append(f"{state.task or 'run'} ", style="bold").append(output.printable(state.root.name), style="bold cyan")
     head.append(f"  {status.kind}", style=_STATUS_STYLES[status.kind])
     parts: list[RenderableType] = [head]
-    said = headline(state).text if state.latest is not None else ""
-    if said:
-        parts.append(Text(output.printable(said), style="bold"))
-    if status.text not in said:  # the verdict on a run that is gone says it already
-        parts.append(Text(output.printable(status.text)))
+    if state.latest is not None:
+        parts.append(Text(output.printable(headline(state).text), style="bold"))
+    parts.append(Text(output.printable(status.text)))
     if status.hint:
         parts.append(Text(output.printable(status.hint), style="cyan"))
     table = Table.grid(padding=(0, 2))
