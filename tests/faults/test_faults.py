@@ -75,7 +75,7 @@ def test_killed_at_random_it_ends_as_if_undisturbed(
     ("name", "stride"),
     [("save", 9), ("prune", 5), ("fall-back", 13), ("new-run", 8), ("ingest", 61), ("predict-tiff", 47),
      ("overwrite", 97),
-     # One of seven runs ended with other bits of the probabilities, for a reason that is not known yet.
+     # One of 19 runs ended with other bytes of the probabilities, for a reason that is not known yet.
      pytest.param("predict-zarr", 83, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_fault_at_a_call_leaves_the_old_or_the_new(tmp_path: Path, name: str, stride: int) -> None:
